@@ -1,0 +1,214 @@
+// The C interface of mii's kernels: one argument struct and one function per operation.
+//
+// libmii_cpu.so and libmii_cuda.so export the same names with the same structs, so the Python side (mii/ops/abi.py) binds
+// both with one table and the model code never knows which one runs.
+//
+// Rules that hold for every function:
+//   * it returns 0, or a code above 0 whose reason mii_last_error() gives (per thread);
+//   * every buffer belongs to the caller; nothing is allocated and nothing is synchronised, so every call can be captured
+//     in a CUDA graph;
+//   * `stream` is a cudaStream_t (ignored on the CPU);
+//   * quantities that change from step to step (how many sequences, how long) are read from memory on the device, never
+//     from the struct; `rows`, `tokens` and the like in a struct are upper bounds (the bucket's size);
+//   * strides count elements, not bytes; the innermost dimension is contiguous.
+#pragma once
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define MII_API __attribute__((visibility("default")))
+
+enum MiiDtype { MII_F32 = 0, MII_F16 = 1, MII_BF16 = 2 };
+
+enum MiiStatus {
+  MII_OK = 0,
+  MII_INVALID = 1,      // an argument that no body of this operation takes
+  MII_UNSUPPORTED = 2,  // a valid argument that this library has no kernel for: the caller falls back to the reference
+  MII_DEVICE = 3,       // the device reported an error
+};
+
+// What one step works on, all int32, written by the host into one pinned buffer and copied in one go.
+enum MiiCounts { MII_NUM_SEQS = 0, MII_NUM_TOKENS = 1, MII_NUM_SAMPLES = 2, MII_NUM_UPDATES = 3, MII_COUNTS = 8 };
+
+// ---- step inputs --------------------------------------------------------------------------------------------------
+// Expands the host's description of a step: token ids, positions, KV slots and the rows to sample from.
+// Sequence s of the step feeds query tokens q_start[s] .. q_start[s+1]; after the step its context is kv_len[s] tokens.
+struct MiiPrepare {
+  const int32_t* counts;         // [MII_COUNTS]
+  const int32_t* seq_slot;       // [max_seqs]    row of the sequence in block_table and last_token
+  const int32_t* q_start;        // [max_seqs+1]
+  const int32_t* kv_len;         // [max_seqs]
+  const int32_t* host_ids;       // [max_tokens]  token id, or -1: take last_token[slot]
+  const int32_t* sample_seq;     // [max_seqs]    step index s of each sequence to sample for
+  const int32_t* table_updates;  // [3*max_updates] (slot, index, block) triples
+  int32_t* block_table;          // [slots, max_blocks] in/out: updates are applied first
+  const int32_t* last_token;     // [slots]
+  int32_t* ids;                  // [max_tokens]  out; 0 for padding
+  int32_t* positions;            // [max_tokens]  out; 0 for padding
+  int32_t* kv_slots;             // [max_tokens]  out: block * block_size + offset; -1 for padding
+  int32_t* sample_rows;          // [max_seqs]    out: row of the last query token of each sampled sequence; 0 for padding
+  int32_t* sample_slots;         // [max_seqs]    out: its slot; -1 for padding
+  int32_t* sample_positions;     // [max_seqs]    out: index of the token about to be sampled (= kv_len); 0 for padding
+  int64_t max_seqs, max_tokens, max_updates, max_blocks;
+  int32_t block_size;
+};
+MII_API int32_t mii_prepare(const struct MiiPrepare* args, void* stream);
+
+// ---- embedding ----------------------------------------------------------------------------------------------------
+// out[r] = scale * table[ids[r]] + position_table[positions[r] + position_offset]   (second term only when given)
+struct MiiEmbedding {
+  void* out;                   // [rows, width]
+  const void* table;           // [vocab, width]
+  const int32_t* ids;          // [rows]
+  const void* position_table;  // [max_positions, width] or null
+  const int32_t* positions;    // [rows] or null
+  int64_t rows, width, vocab, max_positions;
+  int32_t position_offset;
+  float scale;
+  int32_t dtype;
+};
+MII_API int32_t mii_embedding(const struct MiiEmbedding* args, void* stream);
+
+// ---- norms --------------------------------------------------------------------------------------------------------
+// With a residual: residual += x first (rounded to dtype, written back), and the residual is what is normed.
+//   MII_RMS        out = round(v * rsqrt(mean(v^2) + eps)) * weight          (Llama: rounds before the weight)
+//   MII_RMS_PLUS1  out = round(v * rsqrt(mean(v^2) + eps) * (1 + weight))    (Gemma: weight in float)
+//   MII_LAYER      out = (v - mean) * rsqrt(var + eps) * weight + bias
+enum MiiNormKind { MII_RMS = 0, MII_RMS_PLUS1 = 1, MII_LAYER = 2 };
+struct MiiNorm {
+  void* out;           // [rows, width], row stride out_stride
+  const void* x;       // [rows, width], row stride x_stride
+  void* residual;      // [rows, width] contiguous, or null
+  const void* weight;  // [width] or null (ones)
+  const void* bias;    // [width] or null
+  int64_t rows, width, x_stride, out_stride;
+  float eps;
+  int32_t kind, dtype;
+};
+MII_API int32_t mii_norm(const struct MiiNorm* args, void* stream);
+
+// ---- rotary embedding and KV write --------------------------------------------------------------------------------
+// qkv row = [q heads | k heads | v heads], each head_dim wide. Optionally RMS-norms each q and k head, rotates q in place
+// and k (also in place), and writes k and v into the cache. Computed in float, rounded once.
+//   half:        pairs (i, i + rotary_dim/2)        interleaved: pairs (2i, 2i+1)
+//   x' = x cos - y sin,  y' = y cos + x sin;  dimensions past rotary_dim pass unchanged
+// Cache layout: [num_blocks, kv_heads, block_size, head_dim] for K and for V, one pair of tensors per layer.
+struct MiiRopeKv {
+  void* qkv;                 // [tokens, (q_heads + 2 kv_heads) * head_dim], row stride qkv_stride; q and k rotated in place
+  void* k_cache;             // null: rotate only
+  void* v_cache;
+  const float* cos_sin;      // [max_positions, rotary_dim]: cos in the first half, sin in the second; null: no rotation
+  const int32_t* positions;  // [tokens] row of cos_sin
+  const int32_t* kv_slots;   // [tokens] block * block_size + offset, or -1: write nothing
+  const void* q_norm;        // [head_dim] or null
+  const void* k_norm;        // [head_dim] or null
+  int64_t tokens, qkv_stride, max_positions;
+  int32_t q_heads, kv_heads, head_dim, rotary_dim, interleaved, block_size;
+  float norm_eps;
+  int32_t norm_kind;         // MII_RMS or MII_RMS_PLUS1
+  int32_t dtype;
+};
+MII_API int32_t mii_rope_kv(const struct MiiRopeKv* args, void* stream);
+
+// ---- attention ----------------------------------------------------------------------------------------------------
+// Causal attention of ragged query rows over the paged cache. Query token t of sequence s (local index j) sits at absolute
+// position p = kv_len[s] - q_len[s] + j and sees keys max(0, p - window + 1) .. p  (window <= 0: no window).
+//   score = scale * q.k;  softcap > 0: score = softcap * tanh(score / softcap);  alibi: score += slope[head] * (key - p)
+// mii_attention_plan runs once a step (for each distinct window), fills `work`; mii_attention then runs for every layer.
+struct MiiAttention {
+  void* out;                    // [tokens, q_heads * head_dim], row stride out_stride; rows of padding stay untouched
+  const void* q;                // [tokens, q_heads, head_dim], row stride q_stride
+  const void* k_cache;          // [num_blocks, kv_heads, block_size, head_dim]
+  const void* v_cache;
+  const int32_t* counts;        // [MII_COUNTS]
+  const int32_t* seq_slot;      // [max_seqs]
+  const int32_t* q_start;       // [max_seqs+1]
+  const int32_t* kv_len;        // [max_seqs]
+  const int32_t* block_table;   // [slots, max_blocks]
+  const float* alibi_slopes;    // [q_heads] or null
+  void* work;                   // work list, of mii_attention_work_bytes()
+  void* workspace;              // partial results, of mii_attention_workspace_bytes(); its first use expects zeroed memory
+  int64_t max_seqs, max_tokens, max_blocks, num_blocks, q_stride, out_stride;
+  int32_t q_heads, kv_heads, head_dim, block_size, window;
+  float scale, softcap;
+  int32_t dtype;
+};
+MII_API int32_t mii_attention_plan(const struct MiiAttention* args, void* stream);
+MII_API int32_t mii_attention(const struct MiiAttention* args, void* stream);
+MII_API int64_t mii_attention_work_bytes(const struct MiiAttention* args);
+MII_API int64_t mii_attention_workspace_bytes(const struct MiiAttention* args);
+
+// ---- activations --------------------------------------------------------------------------------------------------
+// gated: x row = [gate | up], each `width` wide, out = act(gate) * up.  Not gated: out = act(x).  bias is added to x first.
+enum MiiActivationKind { MII_SILU = 0, MII_GELU = 1, MII_GELU_TANH = 2, MII_RELU = 3, MII_GELU_QUICK = 4, MII_RELU2 = 5 };
+struct MiiActivation {
+  void* out;         // [rows, width], row stride out_stride
+  const void* x;     // [rows, width or 2 width], row stride x_stride
+  const void* bias;  // [width or 2 width] or null
+  int64_t rows, width, x_stride, out_stride;
+  int32_t kind, gated, dtype;
+};
+MII_API int32_t mii_activation(const struct MiiActivation* args, void* stream);
+
+// ---- row gather ---------------------------------------------------------------------------------------------------
+struct MiiGather {
+  void* out;             // [rows, width] contiguous
+  const void* x;         // [*, width], row stride x_stride
+  const int32_t* index;  // [rows]
+  int64_t rows, width, x_stride;
+  int32_t dtype;
+};
+MII_API int32_t mii_gather(const struct MiiGather* args, void* stream);
+
+// ---- sampler ------------------------------------------------------------------------------------------------------
+// token[r] for each of the counts[MII_NUM_SAMPLES] rows; per-slot parameters are read at slots[r]; rows with slot -1 are
+// skipped. temperature 0 is greedy (lowest id among equals). Otherwise, on float logits / temperature: keep the top_k
+// largest (0: all; ties with the k-th kept), then min_p (p >= min_p * max p), then the smallest set whose probability
+// reaches top_p (largest first, ties at the border kept), then draw from Philox4x32-10(key = seed, counter = position).
+// Rows flagged in `suppress` never yield a token of suppress_ids (end-of-text below min_new_tokens).
+// mii_sample also stores last_token[slot] = token.
+struct MiiSample {
+  int32_t* tokens;              // [rows] out
+  float* logprobs;              // [rows] out or null: log softmax of the raw (suppressed) logits at the drawn token
+  int32_t* last_token;          // [slots] out or null
+  const void* logits;           // [rows, vocab], row stride logits_stride
+  const int32_t* counts;        // [MII_COUNTS] or null (all rows)
+  const int32_t* slots;         // [rows]
+  const int32_t* positions;     // [rows]
+  const float* temperature;     // [slots]
+  const float* top_p;           // [slots]  1: off
+  const float* min_p;           // [slots]  0: off
+  const int32_t* top_k;         // [slots]  0: off
+  const int64_t* seed;          // [slots]
+  const int32_t* suppress;      // [rows] flags or null
+  const int32_t* suppress_ids;  // [num_suppress]
+  void* workspace;              // of mii_sample_workspace_bytes()
+  int64_t rows, vocab, logits_stride;
+  int32_t num_suppress;
+  int32_t dtype;
+};
+MII_API int32_t mii_sample(const struct MiiSample* args, void* stream);
+MII_API int64_t mii_sample_workspace_bytes(const struct MiiSample* args);
+
+// ---- matrix product (CPU library; on the GPU cuBLASLt serves) -------------------------------------------------------
+// out = x @ weight^T + bias, weight as packed by mii_linear_pack (which may be the identity).
+struct MiiLinear {
+  void* out;           // [rows, out_features], row stride out_stride
+  const void* x;       // [rows, in_features], row stride x_stride
+  const void* weight;  // packed
+  const void* bias;    // [out_features] or null
+  int64_t rows, in_features, out_features, x_stride, out_stride;
+  int32_t dtype;
+};
+MII_API int32_t mii_linear(const struct MiiLinear* args, void* stream);
+
+// ---- the library itself -------------------------------------------------------------------------------------------
+MII_API const char* mii_last_error(void);
+MII_API const char* mii_build_info(void);         // compiler, targets, and on the CPU the instruction set in use
+MII_API int64_t mii_struct_size(const char* name);  // sizeof by struct name, 0 if unknown: the binding checks itself with it
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,103 @@
+"""The structs of `csrc/include/mii/abi.h` as ctypes. `native.py` checks their sizes against the loaded library."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int32, c_int64, c_void_p
+
+import torch
+
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+OK, INVALID, UNSUPPORTED, DEVICE = range(4)
+NUM_SEQS, NUM_TOKENS, NUM_SAMPLES, NUM_UPDATES = range(4)
+COUNTS = 8
+RMS, RMS_PLUS1, LAYER = range(3)
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "gelu_quick": 4, "relu2": 5}
+
+
+def _struct(name: str, *fields: tuple[type, str]) -> type[ctypes.Structure]:
+    """A ctypes structure from (type, "name name ...") groups, in the order of the header."""
+    members = [(member, ctype) for ctype, names in fields for member in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": members, "__slots__": [m for m, _ in members]})
+
+
+MiiPrepare = _struct(
+    "MiiPrepare",
+    (c_void_p, "counts seq_slot q_start kv_len host_ids sample_seq table_updates block_table last_token"),
+    (c_void_p, "ids positions kv_slots sample_rows sample_slots sample_positions"),
+    (c_int64, "max_seqs max_tokens max_updates max_blocks"),
+    (c_int32, "block_size"),
+)
+MiiEmbedding = _struct(
+    "MiiEmbedding",
+    (c_void_p, "out table ids position_table positions"),
+    (c_int64, "rows width vocab max_positions"),
+    (c_int32, "position_offset"),
+    (c_float, "scale"),
+    (c_int32, "dtype"),
+)
+MiiNorm = _struct(
+    "MiiNorm",
+    (c_void_p, "out x residual weight bias"),
+    (c_int64, "rows width x_stride out_stride"),
+    (c_float, "eps"),
+    (c_int32, "kind dtype"),
+)
+MiiRopeKv = _struct(
+    "MiiRopeKv",
+    (c_void_p, "qkv k_cache v_cache cos_sin positions kv_slots q_norm k_norm"),
+    (c_int64, "tokens qkv_stride max_positions"),
+    (c_int32, "q_heads kv_heads head_dim rotary_dim interleaved block_size"),
+    (c_float, "norm_eps"),
+    (c_int32, "norm_kind dtype"),
+)
+MiiAttention = _struct(
+    "MiiAttention",
+    (c_void_p, "out q k_cache v_cache counts seq_slot q_start kv_len block_table alibi_slopes work workspace"),
+    (c_int64, "max_seqs max_tokens max_blocks num_blocks q_stride out_stride"),
+    (c_int32, "q_heads kv_heads head_dim block_size window"),
+    (c_float, "scale softcap"),
+    (c_int32, "dtype"),
+)
+MiiActivation = _struct(
+    "MiiActivation",
+    (c_void_p, "out x bias"),
+    (c_int64, "rows width x_stride out_stride"),
+    (c_int32, "kind gated dtype"),
+)
+MiiGather = _struct(
+    "MiiGather",
+    (c_void_p, "out x index"),
+    (c_int64, "rows width x_stride"),
+    (c_int32, "dtype"),
+)
+MiiSample = _struct(
+    "MiiSample",
+    (c_void_p, "tokens logprobs last_token logits counts slots positions temperature top_p min_p top_k seed"),
+    (c_void_p, "suppress suppress_ids workspace"),
+    (c_int64, "rows vocab logits_stride"),
+    (c_int32, "num_suppress dtype"),
+)
+MiiLinear = _struct(
+    "MiiLinear",
+    (c_void_p, "out x weight bias"),
+    (c_int64, "rows in_features out_features x_stride out_stride"),
+    (c_int32, "dtype"),
+)
+
+# operation -> (function, struct); functions that return a byte count end in _bytes
+FUNCTIONS: dict[str, type[ctypes.Structure]] = {
+    "mii_prepare": MiiPrepare,
+    "mii_embedding": MiiEmbedding,
+    "mii_norm": MiiNorm,
+    "mii_rope_kv": MiiRopeKv,
+    "mii_attention_plan": MiiAttention,
+    "mii_attention": MiiAttention,
+    "mii_attention_work_bytes": MiiAttention,
+    "mii_attention_workspace_bytes": MiiAttention,
+    "mii_activation": MiiActivation,
+    "mii_gather": MiiGather,
+    "mii_sample": MiiSample,
+    "mii_sample_workspace_bytes": MiiSample,
+    "mii_linear": MiiLinear,
+}

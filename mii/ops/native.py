@@ -1,0 +1,121 @@
+"""Loads libmii_cpu.so and libmii_cuda.so and binds their C functions (see `csrc/include/mii/abi.h`).
+
+Both libraries export the same names, so an operation asks `library(device)` for its functions and calls them with a struct.
+`None` from `library` means: no native body here, use the plain torch reference.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mii.ops import abi
+
+_FOLDER = Path(__file__).resolve().parent.parent / "_lib"
+_reference_only = os.environ.get("MII_REFERENCE_OPS", "") not in ("", "0")
+
+
+class NativeError(RuntimeError):
+    """A kernel refused its arguments or the device reported an error; the message is the library's own."""
+
+
+class Library:
+    """One loaded library: its functions as attributes without the `mii_` prefix, each checked for its return code."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._dll = ctypes.CDLL(str(path))
+        self._dll.mii_last_error.restype = ctypes.c_char_p
+        self._dll.mii_build_info.restype = ctypes.c_char_p
+        self._dll.mii_struct_size.restype = ctypes.c_int64
+        self._dll.mii_struct_size.argtypes = [ctypes.c_char_p]
+        self.functions: dict[str, Any] = {}
+        for name, struct in abi.FUNCTIONS.items():
+            self._bind(name, struct)
+
+    def _bind(self, name: str, struct: type[ctypes.Structure]) -> None:
+        function = getattr(self._dll, name, None)
+        if function is None:
+            return
+        size = self._dll.mii_struct_size(struct.__name__.encode())
+        if size != ctypes.sizeof(struct):
+            raise NativeError(
+                f"{self.path} was built for another version of mii: {struct.__name__} has {size} bytes there and "
+                f"{ctypes.sizeof(struct)} here. Build it again: pip install ."
+            )
+        if name.endswith("_bytes"):
+            function.argtypes, function.restype = [ctypes.c_void_p], ctypes.c_int64
+        else:
+            function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_void_p], ctypes.c_int32
+        self.functions[name] = function
+
+    def build_info(self) -> str:
+        return self._dll.mii_build_info().decode()
+
+    def has(self, name: str) -> bool:
+        return name in self.functions
+
+    def bytes(self, name: str, args: ctypes.Structure) -> int:
+        """The result of one of the `..._bytes` functions."""
+        return int(self.functions[name](ctypes.addressof(args)))
+
+    def call(self, name: str, args: ctypes.Structure, stream: int = 0) -> bool:
+        """Runs an operation. False: this library has no kernel for these arguments (the caller uses the reference)."""
+        code = self.functions[name](ctypes.addressof(args), stream)
+        if code == abi.OK:
+            return True
+        if code == abi.UNSUPPORTED:
+            return False
+        raise NativeError(f"{name}: {self._dll.mii_last_error().decode()}")
+
+
+@functools.cache
+def _load(kind: str) -> Library | None:
+    path = _FOLDER / f"libmii_{kind}.so"
+    if not path.exists():
+        return None
+    _share_openmp()
+    return Library(path)
+
+
+def _share_openmp() -> None:
+    """Makes torch's own OpenMP runtime the one our CPU library resolves to, so that both use one pool of threads."""
+    try:
+        with open("/proc/self/maps") as maps:
+            paths = {line.split()[-1] for line in maps if "libgomp" in line or "libiomp5" in line}
+    except OSError:
+        return
+    for path in sorted(paths, key=lambda p: "torch" not in p)[:1]:
+        ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+
+
+def library(device: torch.device) -> Library | None:
+    """The native library for a device, or None where the plain torch bodies must serve."""
+    return None if _reference_only else _load(device.type)
+
+
+def stream(device: torch.device) -> int:
+    """The current CUDA stream as a number; 0 on the CPU."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+@contextmanager
+def reference_ops() -> Iterator[None]:
+    """Within this block every operation runs its plain torch body: the oracle of the kernel tests."""
+    global _reference_only
+    before, _reference_only = _reference_only, True
+    try:
+        yield
+    finally:
+        _reference_only = before
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
