@@ -1,0 +1,1 @@
+"""What shapes the text of an answer: generation parameters, detokenisation and stop strings."""
