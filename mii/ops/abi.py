@@ -85,6 +85,13 @@ MiiLinear = _struct(
     (c_int32, "dtype"),
 )
 
+MiiLinearPack = _struct(
+    "MiiLinearPack",
+    (c_void_p, "packed weight"),
+    (c_int64, "in_features out_features weight_stride"),
+    (c_int32, "dtype"),
+)
+
 # operation -> (function, struct); functions that return a byte count end in _bytes
 FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "mii_prepare": MiiPrepare,
@@ -100,4 +107,6 @@ FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "mii_sample": MiiSample,
     "mii_sample_workspace_bytes": MiiSample,
     "mii_linear": MiiLinear,
+    "mii_linear_pack": MiiLinearPack,
+    "mii_linear_packed_bytes": MiiLinearPack,
 }

@@ -204,6 +204,17 @@ struct MiiLinear {
 };
 MII_API int32_t mii_linear(const struct MiiLinear* args, void* stream);
 
+// Packs a row-major weight into the layout that mii_linear reads, once at load. Padding is zeros. The layout depends on
+// dtype and instruction set only, so a packed weight is never stored.
+struct MiiLinearPack {
+  void* packed;        // out: of mii_linear_packed_bytes(), 64-byte aligned
+  const void* weight;  // [out_features, in_features], row stride weight_stride
+  int64_t in_features, out_features, weight_stride;
+  int32_t dtype;
+};
+MII_API int32_t mii_linear_pack(const struct MiiLinearPack* args, void* stream);
+MII_API int64_t mii_linear_packed_bytes(const struct MiiLinearPack* args);
+
 // ---- the library itself -------------------------------------------------------------------------------------------
 MII_API const char* mii_last_error(void);
 MII_API const char* mii_build_info(void);         // compiler, targets, and on the CPU the instruction set in use
