@@ -1,7 +1,7 @@
 """Every exception of mii, in one tree.
 
-Each class also derives from the builtin exception that a caller would expect, so `except ValueError` works too. Bad option
-values are `pydantic.ValidationError` (itself a `ValueError`), with messages written by `mii.validation`.
+Each class also derives from the builtin exception that a caller would expect, so `except ValueError` works too. Bad
+option values are `pydantic.ValidationError` (itself a `ValueError`), with messages written by `mii.validation`.
 
     MIIError
     ├── UnknownArgument                       an option that neither mii.pipeline nor mii.serve has
@@ -58,7 +58,7 @@ __all__ = [
 
 
 class MIIError(Exception):
-    """Base of all errors that mii raises on purpose; the message says what was given, what is allowed and what to do."""
+    """Base of all errors that mii raises on purpose: what was given, what is allowed and what to do."""
 
 
 class UnknownArgument(MIIError):
@@ -110,7 +110,7 @@ class TokenizerError(LoadError, ValueError):
 
 
 class UnsupportedModelError(LoadError, ValueError):
-    """The checkpoint's architecture, or an option of it, is one that mii does not have; the message lists those it has."""
+    """The checkpoint's architecture, or an option of it, is one that mii does not have; says which it has."""
 
 
 class UnsupportedDeviceError(LoadError, RuntimeError):
