@@ -1,0 +1,226 @@
+"""Dynamic SplitFuse: which tokens of which requests the next forward takes. Pure: no tensor, no clock, no randomness.
+
+Every step fills one token budget. Sequences that decode come first, a token each; the rest of the budget goes to prompts in the
+order they came, cut into chunks where they do not fit (SplitFuse, DeepSpeed-FastGen, arXiv 2401.08671). Admission asks only
+whether the next chunk fits. When blocks run out, the newest running sequence gives up its own and is computed again later; the
+oldest one is never interrupted, so everything finishes.
+
+Every rank of a tensor-parallel group runs this on the same requests and comes to the same plan.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from mii.engine.kv_cache import BlockPool
+from mii.engine.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """What one step may hold. Tokens and sequences a step, sequences with a slot, and the free blocks kept for decoding."""
+
+    max_tokens: int
+    max_sequences: int
+    max_slots: int
+    reserve_blocks: int = 0
+
+
+class Chunk(NamedTuple):
+    """`count` tokens of a sequence from `start` on; `samples` when they reach its end, so a next token is drawn."""
+
+    sequence: Sequence
+    start: int
+    count: int
+    samples: bool
+
+
+@dataclass(slots=True)
+class Plan:
+    """One step: the chunks to compute, and the sequences that lost their blocks for it."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+    num_tokens: int = 0
+
+    def add(self, chunk: Chunk) -> None:
+        self.chunks.append(chunk)
+        self.num_tokens += chunk.count
+
+    def __bool__(self) -> bool:
+        return bool(self.chunks)
+
+
+class Scheduler:
+    """Owns the queue, the running sequences, the slots and the block pool."""
+
+    def __init__(self, limits: SchedulerLimits, pool: BlockPool) -> None:
+        self.limits = limits
+        self.pool = pool
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self._free_slots = list(range(limits.max_slots - 1, -1, -1))
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that one sequence alone can hold."""
+        return self.pool.num_blocks * self.pool.block_size
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes a finished or aborted sequence out and frees what it holds."""
+        if sequence.slot >= 0:
+            self.running.remove(sequence)
+            self._free(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def schedule(self) -> Plan:
+        """Plans the next step and accounts for it: after this call the planned tokens count as computed."""
+        plan = Plan()
+        self._plan_decodes(plan)
+        self._plan_chunks(plan)
+        self._unblock(plan)
+        self._admit(plan)
+        return plan
+
+    def commit(self, sequence: Sequence, token: int) -> None:
+        """Takes over a token that was sampled for `sequence` and read back."""
+        sequence.in_flight -= 1
+        sequence.tokens.append(token)
+        if len(sequence.tokens) % self.pool.block_size == 0:
+            self._register(sequence)
+
+    # -- the three parts of a plan ----------------------------------------------------------------------------------
+
+    def _plan_decodes(self, plan: Plan) -> None:
+        index = 0
+        while index < len(self.running) and self._has_room(plan):
+            sequence = self.running[index]
+            if sequence.remaining == 1 and not sequence.complete and not self._decode(plan, sequence):
+                continue  # it was preempted itself: the list is shorter now
+            index += 1
+
+    def _decode(self, plan: Plan, sequence: Sequence) -> bool:
+        """Plans one token, preempting newer sequences for its block if need be. False: it had to give way itself."""
+        while not self._fits(sequence, 1):
+            victim = self.running[-1]
+            self._preempt(plan, victim)
+            if victim is sequence:
+                return False
+        self._plan(plan, sequence, 1)
+        return True
+
+    def _plan_chunks(self, plan: Plan) -> None:
+        """Continues prompts that are already running, oldest first."""
+        for sequence in self.running:
+            if not self._has_room(plan):
+                return
+            if sequence.remaining > 1 and not sequence.complete:
+                count = self._chunk(plan, sequence)
+                if count:
+                    self._plan(plan, sequence, count)
+
+    def _unblock(self, plan: Plan) -> None:
+        """When prompts hold all blocks and none can go on, the newest ones give theirs to the oldest."""
+        while not plan and len(self.running) > 1 and any(s.remaining and not s.complete for s in self.running):
+            self._preempt(plan, self.running[-1])
+            self._plan_chunks(plan)
+
+    def _admit(self, plan: Plan) -> None:
+        """Starts waiting sequences in order, as long as a chunk of the first one fits."""
+        while self.waiting and self._has_room(plan) and self._free_slots and not plan.preempted:
+            sequence = self.waiting[0]
+            if len(self.running) >= self.limits.max_sequences or sequence.in_flight:
+                return
+            if not self._start(plan, sequence):
+                return
+
+    def _start(self, plan: Plan, sequence: Sequence) -> bool:
+        """Reuses the cached prefix and plans the first chunk; leaves everything as it was if nothing fits."""
+        size = self.pool.block_size
+        hashes = sequence.block_hashes(size, (sequence.length - 1) // size) if self.pool.prefix_caching else []
+        cached = self.pool.match(hashes)
+        spare = self.pool.num_free - self.pool.num_unused(cached)
+        if self.running and spare <= self.limits.reserve_blocks:
+            return False
+        if spare < 1:
+            return False
+        self.pool.take(cached)
+        self.pool.queried_tokens += sequence.length
+        self.pool.hit_tokens += len(cached) * size
+        sequence.blocks = cached
+        sequence.computed = sequence.registered = len(cached) * size
+        sequence.slot = self._free_slots.pop()
+        self.waiting.popleft()
+        self.running.append(sequence)
+        self._plan(plan, sequence, self._chunk(plan, sequence))
+        return True
+
+    # -- accounting ---------------------------------------------------------------------------------------------------
+
+    def _has_room(self, plan: Plan) -> bool:
+        return plan.num_tokens < self.limits.max_tokens and len(plan.chunks) < self.limits.max_sequences
+
+    def _fits(self, sequence: Sequence, count: int) -> bool:
+        needed = self.pool.blocks_for(sequence.computed + count) - len(sequence.blocks)
+        return needed <= self.pool.num_free
+
+    def _chunk(self, plan: Plan, sequence: Sequence) -> int:
+        """How many of its remaining tokens the budget and the free blocks allow."""
+        room = (len(sequence.blocks) + self.pool.num_free) * self.pool.block_size - sequence.computed
+        return min(sequence.remaining, self.limits.max_tokens - plan.num_tokens, room)
+
+    def _plan(self, plan: Plan, sequence: Sequence, count: int) -> None:
+        start = sequence.computed
+        sequence.computed = start + count
+        needed = self.pool.blocks_for(sequence.computed) - len(sequence.blocks)
+        if needed > 0:
+            sequence.blocks.extend(self.pool.allocate(needed))
+        samples = sequence.computed == sequence.length
+        plan.add(Chunk(sequence, start, count, samples))
+        if start // self.pool.block_size != sequence.computed // self.pool.block_size:
+            self._register(sequence)
+        if samples:
+            sequence.in_flight += 1
+
+    def _register(self, sequence: Sequence) -> None:
+        """Makes every block findable that is computed in full and whose tokens the host knows."""
+        size = self.pool.block_size
+        full = min(sequence.computed, len(sequence.tokens)) // size
+        first = sequence.registered // size
+        if not self.pool.prefix_caching or full <= first:
+            return
+        hashes = sequence.block_hashes(size, full)
+        for index in range(first, full):
+            self.pool.register(sequence.blocks[index], hashes[index])
+        sequence.registered = full * size
+
+    def _preempt(self, plan: Plan, sequence: Sequence) -> None:
+        """Takes a running sequence's blocks; it goes back to the head of the queue and loses no token."""
+        self.running.remove(sequence)
+        self._free(sequence)
+        sequence.computed = sequence.registered = 0
+        self.waiting.appendleft(sequence)
+        plan.preempted.append(sequence)
+        self.preemptions += 1
+
+    def _free(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []
+        self._free_slots.append(sequence.slot)
+        sequence.slot = -1
+
+    def sequences(self) -> Iterator[Sequence]:
+        yield from self.running
+        yield from self.waiting

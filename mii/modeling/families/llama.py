@@ -1,0 +1,79 @@
+"""LLaMA, Llama-2, Llama-3 to 3.3, and everything that keeps their wiring (SmolLM, Vicuna, Yi, ...)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mii.errors import CheckpointError
+from mii.modeling.families.base import Family, Target
+from mii.modeling.rope import read_rope
+from mii.modeling.spec import ACTIVATIONS, ConfigReader, ModelSpec
+
+
+def read_spec(config: Mapping[str, Any]) -> ModelSpec:
+    """Llama's config fields; `attention_bias` puts biases on all four attention projections, `mlp_bias` on the MLP's."""
+    read = ConfigReader(config)
+    q_heads, kv_heads, head_dim = read.heads()
+    layers = read.required_integer("num_hidden_layers")
+    bias = read.flag("attention_bias")
+    return ModelSpec(
+        family="llama",
+        vocab_size=read.required_integer("vocab_size"),
+        hidden_size=read.required_integer("hidden_size"),
+        num_layers=layers,
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=read.required_integer("intermediate_size"),
+        max_positions=read.integer("max_position_embeddings", 2048),
+        norm_eps=read.number("rms_norm_eps", 1e-6),
+        activation=read.choice("hidden_act", ACTIVATIONS, "silu"),
+        rope=read_rope(config, head_dim),
+        windows=(0,) * layers,
+        attention_scale=head_dim**-0.5,
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=read.flag("mlp_bias"),
+        tied_embeddings=read.flag("tie_word_embeddings"),
+    )
+
+
+def weights(spec: ModelSpec) -> dict[str, Target]:
+    """Hugging Face names of the Llama wiring and where each tensor goes."""
+    targets = {"model.embed_tokens.weight": Target("embedding.weight"), "model.norm.weight": Target("norm.weight")}
+    if not spec.tied_embeddings:
+        targets["lm_head.weight"] = Target("head.weight")
+    for layer in range(spec.num_layers):
+        source, target = f"model.layers.{layer}", f"blocks.{layer}"
+        targets[f"{source}.input_layernorm.weight"] = Target(f"{target}.attention_norm.weight")
+        targets[f"{source}.post_attention_layernorm.weight"] = Target(f"{target}.mlp_norm.weight")
+        for name, path, part, biased in _PROJECTIONS:
+            targets[f"{source}.{name}.weight"] = Target(f"{target}.{path}.weight", part)
+            if getattr(spec, biased):
+                targets[f"{source}.{name}.bias"] = Target(f"{target}.{path}.bias", part)
+    return targets
+
+
+_PROJECTIONS = (
+    ("self_attn.q_proj", "attention.qkv", "q", "qkv_bias"),
+    ("self_attn.k_proj", "attention.qkv", "k", "qkv_bias"),
+    ("self_attn.v_proj", "attention.qkv", "v", "qkv_bias"),
+    ("self_attn.o_proj", "attention.output", "", "output_bias"),
+    ("mlp.gate_proj", "mlp.up", "gate", "mlp_bias"),
+    ("mlp.up_proj", "mlp.up", "up", "mlp_bias"),
+    ("mlp.down_proj", "mlp.down", "", "mlp_bias"),
+)
+
+
+def windows(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
+    """The sliding window of every layer from `sliding_window`; null is none."""
+    window = config.get("sliding_window")
+    if window is None:
+        return (0,) * layers
+    if not isinstance(window, int) or isinstance(window, bool) or window < 1:
+        raise CheckpointError(f"config.json: 'sliding_window' must be null or a positive whole number, not {window!r}.")
+    return (window,) * layers
+
+
+FAMILY = Family("llama", ("LlamaForCausalLM", "LLaMAForCausalLM"), read_spec, weights)

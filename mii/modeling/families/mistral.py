@@ -1,0 +1,19 @@
+"""Mistral: Llama's wiring with a sliding window on every layer, no biases, and its own default for the norm's epsilon."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from mii.modeling.families import llama
+from mii.modeling.families.base import Family
+from mii.modeling.spec import ModelSpec
+
+
+def read_spec(config: Mapping[str, Any]) -> ModelSpec:
+    spec = llama.read_spec({**config, "attention_bias": False, "mlp_bias": False})
+    return replace(spec, family="mistral", windows=llama.windows(config, spec.num_layers))
+
+
+FAMILY = Family("mistral", ("MistralForCausalLM",), read_spec, llama.weights)

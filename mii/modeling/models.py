@@ -1,0 +1,127 @@
+"""From a checkpoint to a model that can run: choose the family, make the parameters, read each tensor into its place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mii.errors import CheckpointError, UnsupportedModelError
+from mii.logging import logger
+from mii.modeling.decoder import Decoder
+from mii.modeling.families import FAMILIES, Family, Target
+from mii.modeling.parameters import Linear, Parameter, Placement
+
+from mii.progress import progress_bar
+
+if TYPE_CHECKING:
+    from mii.modeling.checkpoint import Checkpoint
+
+
+def find_family(config: Mapping[str, Any]) -> Family:
+    """The family of a config, by its `architectures`.
+
+    Raises:
+        UnsupportedModelError: None of them is known; the message lists those that are.
+    """
+    names = config.get("architectures") or []
+    for name in names:
+        if name in FAMILIES:
+            return FAMILIES[name]
+    by_type = {family.name: family for family in FAMILIES.values()}
+    if not names and config.get("model_type") in by_type:
+        return by_type[config["model_type"]]
+    given = ", ".join(map(str, names)) or f"model_type {config.get('model_type')!r}"
+    raise UnsupportedModelError(
+        f"The model's architecture is {given}; supported are {', '.join(sorted(FAMILIES))}. "
+        "docs/adding-a-model.md shows how to add one."
+    )
+
+
+def load_model(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, progress: bool | None = None
+) -> Decoder:
+    """Reads a checkpoint into a model on `device`, converted to `dtype`, tensor by tensor into the fused layout.
+
+    Raises:
+        UnsupportedModelError: The architecture is none of the supported ones.
+        CheckpointError: A config field or a tensor is missing, unexpected or of another shape.
+    """
+    family = find_family(checkpoint.config)
+    spec = family.read_spec(checkpoint.config)
+    started = time.monotonic()
+    model = Decoder(spec, Placement(device, dtype))
+    targets = family.weights(spec)
+    names = _check_names(checkpoint, family, targets)
+    _fill(model, checkpoint, targets, names, progress)
+    model.finish()
+    logger.info("read %d tensors of %s in %.2f s", len(names), checkpoint.path, time.monotonic() - started)
+    return model
+
+
+def _check_names(checkpoint: Checkpoint, family: Family, targets: Mapping[str, Target]) -> list[str]:
+    """The tensors to read. Reports what is missing and what nobody knows before a byte is read."""
+    present = set(checkpoint.names())
+    missing = sorted(set(targets) - present)
+    if missing:
+        raise CheckpointError(f"{checkpoint.path}: {len(missing)} weights are missing: {_some(missing)}.")
+    tied = {"lm_head.weight"}
+    extra = sorted(n for n in present - set(targets) - tied if not n.endswith(family.ignored))
+    if extra:
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(extra)} weights have no place in a {family.name} model: {_some(extra)}. "
+            "Either the config does not belong to these weights or this variant is not supported."
+        )
+    return list(targets)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def _fill(
+    model: Decoder, checkpoint: Checkpoint, targets: Mapping[str, Target], names: list[str], progress: bool | None
+) -> None:
+    parameters = dict(model.parameters())
+    # In the model's order, so that each matrix is complete, packed and its parts forgotten before the next one starts.
+    order = {path: index for index, path in enumerate(parameters)}
+    names = sorted(names, key=lambda name: order[targets[name].path])
+    linears = {path: module for path, module in model.modules() if isinstance(module, Linear)}
+    checkpoint.prefetch(names)
+    total = sum(parameters[targets[name].path].view(targets[name].part).numel() for name in names)
+    with progress_bar("weights", total * model.place.dtype.itemsize, unit="B", enabled=progress) as bar:
+        for name in names:
+            path, part = targets[name]
+            size = _read(checkpoint, name, parameters[path], part, model.place.dtype)
+            bar.update(size)
+            owner = linears.get(path.rpartition(".")[0])
+            if owner is not None and owner.complete:
+                owner.finish()
+
+
+def _read(checkpoint: Checkpoint, name: str, parameter: Parameter, part: str, dtype: torch.dtype) -> int:
+    """Copies one tensor into its place, converting on the way; returns the bytes written."""
+    view = parameter.view(part)
+    shape = tuple(checkpoint.shape(name))
+    if shape != tuple(view.shape):
+        raise CheckpointError(
+            f"{checkpoint.path}: {name} has shape {list(shape)} and the config asks for {list(view.shape)}."
+        )
+    view.copy_(checkpoint.get(name, dtype))
+    parameter.filled(part)
+    return view.numel() * view.element_size()
+
+
+def stop_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Every end-of-text id that the config or the generation config names, each once, in that order."""
+    found: dict[int, None] = {}
+    for source in (generation_config, config):
+        ids = source.get("eos_token_id")
+        for token in ids if isinstance(ids, list | tuple) else [ids]:
+            if isinstance(token, int) and not isinstance(token, bool) and token >= 0:
+                found[token] = None
+    return tuple(found)
+
+

@@ -1,0 +1,102 @@
+"""Where weights live: tensors on the device that a checkpoint is read into, one part at a time.
+
+A fused matrix (query, key and value; gate and up) is one tensor with named row ranges, so each checkpoint tensor is written
+straight into its place and no second copy of the model ever exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from mii.ops.linear import LinearWeight, linear, pack_linear
+
+
+class Parameter:
+    """A tensor to be filled from a checkpoint. `parts` names row ranges of it and their sizes, in order."""
+
+    __slots__ = ("missing", "parts", "tensor")
+
+    def __init__(self, tensor: torch.Tensor, parts: Mapping[str, int] | None = None) -> None:
+        self.tensor = tensor
+        self.parts = dict(parts) if parts else {"": tensor.shape[0]}
+        self.missing = set(self.parts)
+
+    def view(self, part: str = "") -> torch.Tensor:
+        """The rows of one part, [size, ...]; the empty name means all of them."""
+        if part == "":
+            return self.tensor
+        start = 0
+        for name, size in self.parts.items():
+            if name == part:
+                return self.tensor[start : start + size]
+            start += size
+        raise KeyError(part)
+
+    def filled(self, part: str = "") -> None:
+        """Notes that a part was written."""
+        self.missing.difference_update(self.parts if part == "" else (part,))
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where new weights are made: device and dtype."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    def empty(self, *shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+
+class Module:
+    """Anything that holds parameters: as attributes, in modules that are attributes, or in lists of modules."""
+
+    def parameters(self, prefix: str = "") -> Iterator[tuple[str, Parameter]]:
+        """Every parameter under its dotted path, in the order of the attributes."""
+        for path, module in self.modules(prefix):
+            for name, value in vars(module).items():
+                if isinstance(value, Parameter):
+                    yield f"{path}.{name}" if path else name, value
+
+    def modules(self, prefix: str = "") -> Iterator[tuple[str, Module]]:
+        """This module and every one below it, each under its dotted path."""
+        yield prefix, self
+        for name, value in vars(self).items():
+            path = f"{prefix}.{name}" if prefix else name
+            if isinstance(value, Module):
+                yield from value.modules(path)
+            elif isinstance(value, list):
+                for index, item in enumerate(value):
+                    if isinstance(item, Module):
+                        yield from item.modules(f"{path}.{index}")
+
+
+class Linear(Module):
+    """`out = x @ weight^T + bias`. The weight is [sum of parts, in_features]; it is packed once it is complete."""
+
+    def __init__(self, place: Placement, in_features: int, parts: Mapping[str, int], bias: bool = False) -> None:
+        rows = sum(parts.values())
+        self.weight = Parameter(place.empty(rows, in_features), parts)
+        self.bias = Parameter(place.empty(rows), parts) if bias else None
+        self.out_features = rows
+        self.packed: LinearWeight | None = None
+        self._bias: torch.Tensor | None = None if self.bias is None else self.bias.tensor
+
+    @property
+    def complete(self) -> bool:
+        """True when a checkpoint has filled the weight and the bias."""
+        return not self.weight.missing and (self.bias is None or not self.bias.missing)
+
+    def finish(self) -> None:
+        """Called when every weight is there: brings the matrix into the layout of this device's product."""
+        if self.packed is None:
+            self.packed = pack_linear(self.weight.tensor)
+            self.weight.tensor = self.weight.tensor.new_empty(0)
+
+    def __call__(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        assert self.packed is not None
+        linear(out, x, self.packed, self._bias)
+        return out

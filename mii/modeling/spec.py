@@ -1,0 +1,119 @@
+"""What a family reads out of a checkpoint's config: everything the layer library needs to know, and nothing about names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mii.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """Rotary positions. `kind` and `scaling` are as in `rope_scaling` / `rope_parameters` of a Hugging Face config."""
+
+    theta: float
+    rotary_dim: int
+    kind: str = "default"
+    scaling: Mapping[str, Any] = field(default_factory=dict)
+    interleaved: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """The shape and the wiring options of a decoder. Sizes count elements; `windows` has one entry a layer, 0 for none."""
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_positions: int
+    norm_eps: float
+    activation: str
+    rope: RopeSpec | None
+    windows: tuple[int, ...]
+    attention_scale: float
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    tied_embeddings: bool = False
+
+    @property
+    def q_size(self) -> int:
+        return self.q_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    def kv_bytes_per_token(self, element_size: int) -> int:
+        """Bytes of keys and values that one token takes over all layers."""
+        return 2 * self.num_layers * self.kv_size * element_size
+
+
+class ConfigReader:
+    """Typed reads from a checkpoint's config. What is missing or of the wrong kind is named in the error."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = config
+
+    def required_integer(self, name: str) -> int:
+        value = self.config.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(f"config.json: '{name}' must be a positive whole number, and it is {value!r}.")
+        return value
+
+    def integer(self, name: str, default: int) -> int:
+        return default if self.config.get(name) is None else self.required_integer(name)
+
+    def number(self, name: str, default: float) -> float:
+        value = self.config.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+            raise CheckpointError(f"config.json: '{name}' must be a number above 0, and it is {value!r}.")
+        return float(value)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        value = self.config.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise CheckpointError(f"config.json: '{name}' must be true or false, and it is {value!r}.")
+        return value
+
+    def choice(self, name: str, choices: Mapping[str, str], default: str) -> str:
+        value = self.config.get(name) or default
+        if value not in choices:
+            raise CheckpointError(f"config.json: '{name}' is {value!r}; supported are {', '.join(sorted(choices))}.")
+        return choices[value]
+
+    def heads(self) -> tuple[int, int, int]:
+        """Query heads, key/value heads and head size; grouped heads must divide evenly."""
+        q_heads = self.required_integer("num_attention_heads")
+        kv_heads = self.integer("num_key_value_heads", q_heads)
+        if q_heads % kv_heads:
+            raise CheckpointError(f"config.json: {q_heads} attention heads cannot share {kv_heads} key/value heads evenly.")
+        hidden = self.required_integer("hidden_size")
+        head_dim = self.config.get("head_dim")
+        if head_dim is None and hidden % q_heads:
+            raise CheckpointError(f"config.json: hidden_size {hidden} is not a multiple of {q_heads} attention heads.")
+        return q_heads, kv_heads, self.integer("head_dim", hidden // q_heads)
+
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "quick_gelu": "gelu_quick",
+    "relu": "relu",
+    "relu2": "relu2",
+}
