@@ -1,0 +1,95 @@
+"""Writes small model folders with random weights, saved by transformers itself, so that they are as real as its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+SPECIAL_TOKENS = ("<unk>", "<s>", "</s>")
+BYTE_VOCABULARY = len(SPECIAL_TOKENS) + 256
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<s>' + m['role'] + '\\n' + m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\\n' }}{% endif %}"
+)
+# Small, and odd where a power of two would hide a mistake: three query heads to a key head, as SmolLM2 has them.
+DEFAULTS: dict[str, Any] = {
+    "hidden_size": 192,
+    "intermediate_size": 344,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "vocab_size": BYTE_VOCABULARY + 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def write_checkpoint(
+    folder: Path,
+    model_type: str = "llama",
+    *,
+    dtype: str = "float32",
+    seed: int = 0,
+    std: float = 0.12,
+    shard_size: str = "5GB",
+    generation: dict[str, Any] | None = None,
+    tokenizer: bool = True,
+    **config: Any,
+) -> Path:
+    """Writes a causal language model with random weights and returns its folder.
+
+    Args:
+        folder: Where to write; it exists.
+        model_type: As in config.json, for example "llama" or "mistral".
+        dtype: Name of the torch dtype that the weights are stored in.
+        seed: Of the weights.
+        std: Standard deviation of the matrices. It is large, so that logits differ by far more than rounding does.
+        shard_size: transformers' `max_shard_size`, to get several files.
+        generation: Fields of generation_config.json, for example several ends of text.
+        tokenizer: Write a byte-level tokenizer too.
+        config: Fields of config.json that override `DEFAULTS`.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = AutoConfig.for_model(model_type, **{**DEFAULTS, "initializer_range": std, **config})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(fields, dtype=torch.float32)
+        _randomise_vectors(model)
+    model = model.to(getattr(torch, dtype))
+    for name, value in (generation or {}).items():
+        setattr(model.generation_config, name, value)
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    if tokenizer:
+        byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def _randomise_vectors(model: Any) -> None:
+    """Norm weights start at one and biases at zero, where a missing one would not show."""
+    import torch
+
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, mean=0.0 if name.endswith("bias") else 1.0, std=0.1)
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer whose tokens are the 256 bytes and three special tokens: every text has an encoding."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = [*SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    inner = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[], unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )

