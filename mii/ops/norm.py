@@ -1,0 +1,119 @@
+"""RMSNorm and LayerNorm, with the residual addition in front of them.
+
+With a residual: residual += x, rounded to the dtype and written back, and v = residual; else v = x. In float:
+
+    abi.RMS        out = round(v * rsqrt(mean(v^2) + eps)) * weight      (Llama: rounds before the weight)
+    abi.RMS_PLUS1  out = v * rsqrt(mean(v^2) + eps) * (1 + weight)       (Gemma)
+    abi.LAYER      out = (v - mean) * rsqrt(var + eps) * weight + bias   (biased variance)
+
+each rounded to the dtype at the end. Zhang and Sennrich, 2019 (RMSNorm); Ba, Kiros and Hinton, 2016 (LayerNorm).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mii.ops import abi, native
+
+
+def norm(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    *,
+    eps: float,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    kind: int = abi.RMS,
+) -> None:
+    """Norms each row of x, or of residual + x, into out.
+
+    Args:
+        out, x: [rows, width], rows may be strided; out may be x itself.
+        weight: [width] or None (ones).
+        eps: added to the mean square or variance.
+        bias: [width], with abi.LAYER only.
+        residual: [rows, width], contiguous; x is added to it in place first.
+        kind: abi.RMS, abi.RMS_PLUS1 or abi.LAYER.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together, a bias without abi.LAYER.
+    """
+    _check(out, x, weight, bias, residual, kind)
+    library = native.library(x.device)
+    dtype = abi.DTYPE_CODES.get(x.dtype)
+    if library is not None and dtype is not None and library.has("mii_norm"):
+        args = abi.MiiNorm(
+            out.data_ptr(),
+            x.data_ptr(),
+            native.pointer(residual),
+            native.pointer(weight),
+            native.pointer(bias),
+            x.shape[0],
+            x.shape[1],
+            x.stride(0),
+            out.stride(0),
+            eps,
+            kind,
+            dtype,
+        )
+        if library.call("mii_norm", args, native.stream(x.device)):
+            return
+    norm_reference(out, x, weight, eps=eps, bias=bias, residual=residual, kind=kind)
+
+
+def _check(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    kind: int,
+) -> None:
+    if out.shape != x.shape or out.dtype != x.dtype or x.dim() != 2 or x.stride(1) != 1 or out.stride(1) != 1:
+        raise ValueError(
+            f"norm: out {tuple(out.shape)} {out.dtype} and x {tuple(x.shape)} {x.dtype} must be [rows, width] of one "
+            "shape and dtype, contiguous along a row"
+        )
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None and (vector.shape[0] != x.shape[1] or vector.dtype != x.dtype or vector.dim() != 1):
+            raise ValueError(
+                f"norm: {name} {tuple(vector.shape)} {vector.dtype} must be [{x.shape[1]}] of dtype {x.dtype}"
+            )
+    if bias is not None and kind != abi.LAYER:
+        raise ValueError("norm: only a LayerNorm (kind abi.LAYER) has a bias")
+    if residual is not None and (
+        residual.shape != x.shape or residual.dtype != x.dtype or not residual.is_contiguous()
+    ):
+        raise ValueError(
+            f"norm: residual {tuple(residual.shape)} {residual.dtype} must be contiguous and like x, "
+            f"{tuple(x.shape)} {x.dtype}"
+        )
+
+
+def norm_reference(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    *,
+    eps: float,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    kind: int = abi.RMS,
+) -> None:
+    """`norm` in plain torch."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    if residual is not None:
+        residual.copy_(residual.to(wide) + x.to(wide))
+        x = residual
+    value = x.to(wide)
+    if kind == abi.LAYER:
+        value = value - value.mean(1, keepdim=True)
+    value = value * torch.rsqrt(value.square().mean(1, keepdim=True) + eps)
+    if kind == abi.RMS:
+        value = value.to(x.dtype).to(wide)
+    if weight is not None:
+        value = value * (weight.to(wide) + 1.0 if kind == abi.RMS_PLUS1 else weight.to(wide))
+    if bias is not None:
+        value = value + bias.to(wide)
+    out.copy_(value)
