@@ -1,4 +1,4 @@
-"""What all tests share: small checkpoints made on the spot, the real SmolLM2, and the skip of GPU tests without a GPU."""
+"""What all tests share: small checkpoints made on the spot, the real SmolLM2, the skip of GPU tests without a GPU."""
 
 from __future__ import annotations
 
