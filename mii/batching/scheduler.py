@@ -1,9 +1,9 @@
 """Dynamic SplitFuse: which tokens of which requests the next forward takes. Pure: no tensor, no clock, no randomness.
 
-Every step fills one token budget. Sequences that decode come first, a token each; the rest of the budget goes to prompts in the
-order they came, cut into chunks where they do not fit (SplitFuse, DeepSpeed-FastGen, arXiv 2401.08671). Admission asks only
-whether the next chunk fits. When blocks run out, the newest running sequence gives up its own and is computed again later; the
-oldest one is never interrupted, so everything finishes.
+Every step fills one token budget. Sequences that decode come first, a token each; the rest of the budget goes to
+prompts in the order they came, cut into chunks where they do not fit (SplitFuse, DeepSpeed-FastGen, arXiv 2401.08671).
+Admission asks only whether the next chunk fits. When blocks run out, the newest running sequence gives up its own and
+is computed again later; the oldest one is never interrupted, so everything finishes.
 
 Every rank of a tensor-parallel group runs this on the same requests and comes to the same plan.
 """
@@ -21,7 +21,9 @@ from mii.engine.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """What one step may hold. Tokens and sequences a step, sequences with a slot, and the free blocks kept for decoding."""
+    """What one step may hold. Tokens and sequences a step, sequences with a slot, and the free blocks kept for
+    decoding.
+    """
 
     max_tokens: int
     max_sequences: int
@@ -30,11 +32,11 @@ class SchedulerLimits:
 
 
 class Chunk(NamedTuple):
-    """`count` tokens of a sequence from `start` on; `samples` when they reach its end, so a next token is drawn."""
+    """`size` tokens of a sequence from `start` on; `samples` when they reach its end, so a next token is drawn."""
 
     sequence: Sequence
     start: int
-    count: int
+    size: int
     samples: bool
 
 
@@ -48,7 +50,7 @@ class Plan:
 
     def add(self, chunk: Chunk) -> None:
         self.chunks.append(chunk)
-        self.num_tokens += chunk.count
+        self.num_tokens += chunk.size
 
     def __bool__(self) -> bool:
         return bool(self.chunks)
@@ -101,7 +103,26 @@ class Scheduler:
         if len(sequence.tokens) % self.pool.block_size == 0:
             self._register(sequence)
 
-    # -- the three parts of a plan ----------------------------------------------------------------------------------
+    # -- sequences that a caller schedules by hand (the ragged interface) ---------------------------------------------
+
+    @property
+    def free_slots(self) -> int:
+        return len(self._free_slots)
+
+    def open(self, sequence: Sequence) -> None:
+        """Gives a sequence a slot without queueing it."""
+        sequence.slot, sequence.ticket = self._free_slots.pop(), object()
+
+    def extend(self, plan: Plan, sequence: Sequence, tokens: list[int]) -> None:
+        """Appends tokens to an opened sequence and plans all of them."""
+        sequence.tokens += tokens
+        self._plan(plan, sequence, len(tokens))
+        sequence.in_flight = 0
+
+    def close(self, sequence: Sequence) -> None:
+        self._free(sequence)
+
+    # -- the parts of a plan ----------------------------------------------------------------------------------
 
     def _plan_decodes(self, plan: Plan) -> None:
         index = 0
@@ -161,7 +182,7 @@ class Scheduler:
         self.pool.hit_tokens += len(cached) * size
         sequence.blocks = cached
         sequence.computed = sequence.registered = len(cached) * size
-        sequence.slot = self._free_slots.pop()
+        sequence.slot, sequence.ticket = self._free_slots.pop(), object()
         self.waiting.popleft()
         self.running.append(sequence)
         self._plan(plan, sequence, self._chunk(plan, sequence))

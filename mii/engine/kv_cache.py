@@ -1,8 +1,9 @@
 """KV blocks: counted references, content-addressed reuse, and no tensor.
 
-A block holds the keys and values of `block_size` consecutive tokens of one sequence. Once full it gets a hash chained over all
-tokens before it, so a later sequence with the same beginning takes the same block and adds a reference. A block nobody refers
-to keeps its content and its hash and waits in the free list, oldest first: free blocks are the cache.
+A block holds the keys and values of `block_size` consecutive tokens of one sequence. Once full it gets a hash chained
+over all tokens before it, so a later sequence with the same beginning takes the same block and adds a reference. A
+block nobody refers to keeps its content and its hash and waits in the free list, oldest first: free blocks are the
+cache.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class BlockPool:
 
     def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True) -> None:
         if num_blocks < 1 or block_size < 1:
-            raise ValueError(f"A KV cache needs at least one block of one token, not {num_blocks} blocks of {block_size}.")
+            raise ValueError(
+                f"A KV cache needs at least one block of one token, not {num_blocks} blocks of {block_size}."
+            )
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.prefix_caching = prefix_caching
@@ -88,7 +91,9 @@ class BlockPool:
         self._block_of[digest] = block
 
     def release(self, blocks: SequenceOf[int]) -> None:
-        """Gives a sequence's blocks back, its last first, so that the beginning of a prompt outlives its end in the cache."""
+        """Gives a sequence's blocks back, its last first, so that the beginning of a prompt outlives its end in the
+        cache.
+        """
         for block in reversed(blocks):
             if self._references[block] <= 0:
                 raise AssertionError(f"KV block {block} was freed twice.")

@@ -23,9 +23,10 @@ class Sequence:
         "limit",
         "min_length",
         "prompt_length",
-        "request",
         "registered",
+        "request",
         "slot",
+        "ticket",
         "tokens",
         "uid",
     )
@@ -42,6 +43,7 @@ class Sequence:
         self.in_flight = 0
         self.registered = 0  # tokens whose full blocks the pool can find
         self.slot = -1
+        self.ticket = object()  # a new one each time a slot and blocks are given to it
         self.blocks: list[int] = []
         self._hashes: list[bytes] = []
 
@@ -67,6 +69,11 @@ class Sequence:
     @property
     def sampling(self) -> SamplingParams:
         return self.request.sampling
+
+    def restart(self) -> None:
+        """Back to the state of a sequence that waits: nothing computed, nothing held; no known token is lost."""
+        self.computed = self.registered = self.in_flight = 0
+        self.slot, self.blocks = -1, []
 
     def block_hashes(self, block_size: int, blocks: int) -> list[bytes]:
         """The chained hashes of the first `blocks` full blocks of known tokens, computed once each."""

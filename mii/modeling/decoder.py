@@ -28,6 +28,8 @@ class Decoder(Module):
         self.embedding(buffers.residual, forward.ids)
         for index, block in enumerate(self.blocks):
             block(forward, first=index == 0)
+        if not len(buffers.logits):
+            return buffers.logits  # a step of unfinished prompts only
         gather(buffers.last, buffers.branch, forward.sample_rows)
         gather(buffers.last_residual, buffers.residual, forward.sample_rows)
         self.norm(buffers.last_normed, buffers.last, buffers.last_residual)

@@ -1,7 +1,7 @@
 """The layers that families are wired from. Each writes into buffers of the step's arena; none allocates.
 
-A layer's call takes the step's `Forward` and the buffers it reads and writes, so its signature stays that of the mathematics;
-what is ragged about the batch stays in `Forward`.
+A layer's call takes the step's `Forward` and the buffers it reads and writes, so its signature stays that of the
+mathematics; what is ragged about the batch stays in `Forward`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class ActivationArena:
             "activated": spec.intermediate_size,
         }
         self._rows = {name: place.empty(max_tokens, width) for name, width in widths.items()}
-        sampled = dict.fromkeys(("last", "last_residual", "last_normed"), spec.hidden_size) | {"logits": spec.vocab_size}
+        sampled = dict.fromkeys(("last", "last_residual", "last_normed"), spec.hidden_size) | {
+            "logits": spec.vocab_size
+        }
         self._samples = {name: place.empty(max_samples, width) for name, width in sampled.items()}
         self._views: dict[tuple[int, int], Activations] = {}
         # Padding of a bucket reads what no step wrote: zeros, so that it stays finite.
@@ -100,7 +102,6 @@ class Embedding(Module):
         return out
 
 
-
 class Norm(Module):
     """RMSNorm or LayerNorm, with the residual addition before it when one is given."""
 
@@ -113,7 +114,6 @@ class Norm(Module):
         bias = None if self.bias is None else self.bias.tensor
         norm(out, x, self.weight.tensor, eps=self.eps, bias=bias, residual=residual, kind=self.kind)
         return out
-
 
 
 class Attention(Module):
@@ -150,7 +150,6 @@ class Attention(Module):
         return self.output(out, buffers.attention)
 
 
-
 class GatedMLP(Module):
     """`down(act(gate(x)) * up(x))`, with gate and up as one product."""
 
@@ -164,7 +163,6 @@ class GatedMLP(Module):
         buffers = forward.buffers
         activation(buffers.activated, self.up(buffers.up, x), self.kind, gated=True)
         return self.down(out, buffers.activated)
-
 
 
 class PreNormBlock(Module):
@@ -190,4 +188,3 @@ class PreNormBlock(Module):
         self.attention(forward, branch, hidden)
         self.mlp_norm(hidden, branch, residual)
         self.mlp(forward, branch, hidden)
-

@@ -13,7 +13,6 @@ from mii.logging import logger
 from mii.modeling.decoder import Decoder
 from mii.modeling.families import FAMILIES, Family, Target
 from mii.modeling.parameters import Linear, Parameter, Placement
-
 from mii.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -123,5 +122,3 @@ def stop_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any]) ->
             if isinstance(token, int) and not isinstance(token, bool) and token >= 0:
                 found[token] = None
     return tuple(found)
-
-

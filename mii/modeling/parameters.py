@@ -1,7 +1,7 @@
 """Where weights live: tensors on the device that a checkpoint is read into, one part at a time.
 
-A fused matrix (query, key and value; gate and up) is one tensor with named row ranges, so each checkpoint tensor is written
-straight into its place and no second copy of the model ever exists.
+A fused matrix (query, key and value; gate and up) is one tensor with named row ranges, so each checkpoint tensor is
+written straight into its place and no second copy of the model ever exists.
 """
 
 from __future__ import annotations

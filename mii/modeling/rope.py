@@ -1,7 +1,8 @@
 """Rotary position tables: one row of cosines and sines a position, with every scaling that the Llama family uses.
 
-A row holds `rotary_dim / 2` cosines and then as many sines, in float32. RoPE: Su et al., arXiv 2104.09864. Scalings: linear
-position interpolation (arXiv 2306.15595), NTK-aware "dynamic", YaRN (arXiv 2309.00071), and Llama 3.1's frequency bands.
+A row holds `rotary_dim / 2` cosines and then as many sines, in float32. RoPE: Su et al., arXiv 2104.09864. Scalings:
+linear position interpolation (arXiv 2306.15595), NTK-aware "dynamic", YaRN (arXiv 2309.00071), and Llama 3.1's
+frequency bands.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def read_rope(config: Mapping[str, Any], head_dim: int, *, default_theta: float 
 def rope_table(spec: RopeSpec, positions: int, device: torch.device) -> torch.Tensor:
     """The table [positions, rotary_dim] in float32: cosines in the first half of a row, sines in the second.
 
-    For the "dynamic" kind a position past the trained length is rotated with the base of a context that ends there, which is
-    what a decoder does that meets the position while generating.
+    For the "dynamic" kind a position past the trained length is rotated with the base of a context that ends there,
+    which is what a decoder does that meets the position while generating.
     """
     frequencies, factor = _FREQUENCIES[spec.kind](spec)
     angles = torch.arange(positions, dtype=torch.float32)[:, None] * frequencies

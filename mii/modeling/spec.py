@@ -1,4 +1,6 @@
-"""What a family reads out of a checkpoint's config: everything the layer library needs to know, and nothing about names."""
+"""What a family reads out of a checkpoint's config: everything the layer library needs to know, and nothing about
+names.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ class RopeSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """The shape and the wiring options of a decoder. Sizes count elements; `windows` has one entry a layer, 0 for none."""
+    """The shape and the wiring options of a decoder. Sizes count elements; `windows` has one entry a layer, 0 for
+    none.
+    """
 
     family: str
     vocab_size: int
@@ -98,7 +102,9 @@ class ConfigReader:
         q_heads = self.required_integer("num_attention_heads")
         kv_heads = self.integer("num_key_value_heads", q_heads)
         if q_heads % kv_heads:
-            raise CheckpointError(f"config.json: {q_heads} attention heads cannot share {kv_heads} key/value heads evenly.")
+            raise CheckpointError(
+                f"config.json: {q_heads} attention heads cannot share {kv_heads} key/value heads evenly."
+            )
         hidden = self.required_integer("hidden_size")
         head_dim = self.config.get("head_dim")
         if head_dim is None and hidden % q_heads:

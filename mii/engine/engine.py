@@ -1,0 +1,210 @@
+"""The engine: requests in, tokens out, one step at a time.
+
+`step()` plans the next forward, launches it and then reads the tokens of the one before, so that on a GPU the host
+works while the device does. What a stop rule cuts off was computed for nothing by at most one token, which is dropped.
+
+A request fails alone. If a step itself is interrupted (Ctrl-C, an error of the device), every sequence goes back to
+the queue with all tokens it has, and since sampling depends on (seed, position) only, its text stays what it would
+have been.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mii.batching.data_classes import EngineRequest, TokenOutput
+from mii.batching.scheduler import Scheduler, SchedulerLimits
+from mii.engine.kv_cache import BlockPool
+from mii.engine.ragged import RaggedInterface
+from mii.engine.runner import LaunchedStep, Runner
+from mii.engine.sequence import Sequence
+from mii.errors import PipelineDestroyedError, PromptTooLongError, RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What the engine does at the moment. Counts; `prefix_hit_tokens` of `prefix_queried_tokens` came from the cache."""
+
+    running: int
+    waiting: int
+    free_blocks: int
+    num_blocks: int
+    preemptions: int
+    prefix_hit_tokens: int
+    prefix_queried_tokens: int
+
+
+class Engine(RaggedInterface):
+    """Schedules requests over one model.
+
+    Args:
+        runner: The model on its device.
+        stop_ids: Every end-of-text id of the model.
+        max_length: Prompt plus answer at most, in tokens.
+        prefix_caching: Reuse the KV blocks of a common beginning.
+        reserve_blocks: Free blocks kept for running sequences when a new one is admitted.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        stop_ids: tuple[int, ...],
+        max_length: int,
+        prefix_caching: bool = True,
+        reserve_blocks: int | None = None,
+    ) -> None:
+        limits = runner.limits
+        self.runner = runner
+        self.stop_ids = stop_ids
+        self.max_length = max_length
+        self.vocab_size = runner.spec.vocab_size
+        self.block_size = limits.block_size
+        self.num_blocks = runner.num_blocks
+        self._prefix_caching = prefix_caching
+        reserve = runner.num_blocks // 100 if reserve_blocks is None else reserve_blocks
+        self._scheduler_limits = SchedulerLimits(limits.max_tokens, limits.max_sequences, limits.max_slots, reserve)
+        self._overlapped = runner.device.type == "cuda"
+        self._sequences = {}
+        self._start_empty()
+
+    def _start_empty(self) -> None:
+        self.scheduler = Scheduler(
+            self._scheduler_limits, BlockPool(self.num_blocks, self.block_size, self._prefix_caching)
+        )
+        self._pending: LaunchedStep | None = None
+        self._ragged = {}
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of prompt and answer that one request can have: the model's limit or the whole cache, what is less."""
+        return min(self.max_length, self.num_blocks * self.block_size)
+
+    def add_request(self, request: EngineRequest) -> None:
+        """Queues a request.
+
+        Raises:
+            PromptTooLongError: It could never run: the prompt alone exceeds the model's context or the whole KV cache.
+            RequestError: The uid is in use, the prompt is empty or holds ids outside the vocabulary.
+        """
+        self._check(request)
+        limit = min(len(request.prompt_ids) + request.max_new_tokens, self.capacity)
+        sequence = Sequence(request, limit)
+        self._sequences[request.uid] = sequence
+        self.scheduler.add(sequence)
+
+    def _check(self, request: EngineRequest) -> None:
+        if self.runner is None:
+            raise PipelineDestroyedError("The engine was destroyed; make a new one.")
+        if request.uid in self._sequences:
+            raise RequestError(f"Request {request.uid} is already running; every request needs its own uid.")
+        if not request.prompt_ids:
+            raise RequestError("The prompt has no tokens; give at least one.")
+        if request.max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens is {request.max_new_tokens}; at least 1 is needed.")
+        low, high = min(request.prompt_ids), max(request.prompt_ids)
+        if low < 0 or high >= self.vocab_size:
+            wrong = low if low < 0 else high
+            raise RequestError(f"Token id {wrong} is outside the vocabulary of {self.vocab_size} tokens.")
+        length = len(request.prompt_ids)
+        if length >= self.max_length:
+            raise PromptTooLongError(
+                f"The prompt has {length} tokens and the model takes {self.max_length} with the answer; shorten it."
+            )
+        if length >= self.capacity:
+            raise PromptTooLongError(
+                f"The prompt has {length} tokens and the whole KV cache holds {self.num_blocks * self.block_size} "
+                f"({self.num_blocks} blocks of {self.block_size}); shorten it or give the cache more memory."
+            )
+
+    def abort(self, uid: int) -> None:
+        """Ends a request without an answer and frees all it holds; unknown uids are ignored."""
+        sequence = self._sequences.pop(uid, None)
+        if sequence is not None:
+            self.scheduler.remove(sequence)
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[TokenOutput]:
+        """Launches the next step and returns what the last one (on a CPU: this one) gave. Empty when there is nothing."""
+        if self.runner is None:
+            raise PipelineDestroyedError("The engine was destroyed; make a new one.")
+        try:
+            before, self._pending = self._pending, self._launch()
+            if not self._overlapped and before is None:
+                before, self._pending = self._pending, None
+            return self._collect(before) if before is not None else []
+        except BaseException:
+            self._recover()
+            raise
+
+    def _launch(self) -> LaunchedStep | None:
+        assert self.runner is not None
+        plan = self.scheduler.schedule()
+        return self.runner.launch(plan) if plan else None
+
+    def _collect(self, launched: LaunchedStep) -> list[TokenOutput]:
+        """Reads a step's tokens; those of requests that ended meanwhile are dropped."""
+        outputs: list[TokenOutput] = []
+        for chunk, token in zip(launched.chunks, launched.tokens(), strict=True):
+            sequence = chunk.sequence
+            if self._sequences.get(sequence.uid) is not sequence:
+                continue
+            self.scheduler.commit(sequence, token)
+            reason = self._finish_reason(sequence, token)
+            if reason is not None:
+                self.abort(sequence.uid)
+            outputs.append(TokenOutput(uid=sequence.uid, token_ids=[token], finish_reason=reason))
+        return outputs
+
+    def _finish_reason(self, sequence: Sequence, token: int) -> str | None:
+        if token in sequence.request.stop_ids and len(sequence.tokens) > sequence.min_length:
+            return "stop"
+        return "length" if len(sequence.tokens) >= sequence.limit else None
+
+    def _recover(self) -> None:
+        """After an interrupted step nothing on the device is certain: all sequences start over with the tokens they
+        have.
+        """
+        self._start_empty()
+        if self.runner is not None:
+            self.runner.forget()
+        for sequence in self._sequences.values():
+            sequence.restart()
+            self.scheduler.add(sequence)
+
+    # -- life ---------------------------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        pool = self.scheduler.pool
+        return EngineStats(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            free_blocks=pool.num_free,
+            num_blocks=self.num_blocks,
+            preemptions=self.scheduler.preemptions,
+            prefix_hit_tokens=pool.hit_tokens,
+            prefix_queried_tokens=pool.queried_tokens,
+        )
+
+    def destroy(self) -> None:
+        """Gives the device's memory back. Harmless when called again."""
+        if self.runner is None:
+            return
+        runner, self.runner = self.runner, None
+        self._pending = None
+        self._sequences.clear()
+        self._start_empty()
+        device = runner.device
+        runner.destroy()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.empty_cache()

@@ -1,0 +1,161 @@
+"""From a `ModelConfig` to an engine that is ready: device, weights, buffers, and a KV cache as large as memory allows."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+
+import torch
+
+from mii.config import DSStateManagerConfig, ModelConfig
+from mii.engine.devices import choose_device, choose_dtype, free_memory
+from mii.engine.engine import Engine
+from mii.engine.runner import Runner, RunnerLimits
+from mii.errors import CheckpointError, OutOfMemoryError
+from mii.logging import logger
+from mii.modeling.checkpoint import Checkpoint, open_checkpoint
+from mii.modeling.decoder import Decoder
+from mii.modeling.models import find_family, load_model, stop_ids
+from mii.modeling.parameters import Placement
+from mii.modeling.spec import ModelSpec
+from mii.ops import native
+
+_GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class _Defaults:
+    """What is used where the config leaves the choice: tokens and sequences a step, block size, share of free memory."""
+
+    max_tokens: int
+    max_sequences: int
+    block_size: int
+    memory_fraction: float
+
+
+_DEFAULTS = {
+    "cuda": _Defaults(max_tokens=8192, max_sequences=1024, block_size=64, memory_fraction=0.9),
+    "cpu": _Defaults(max_tokens=512, max_sequences=256, block_size=32, memory_fraction=0.4),
+}
+
+
+def load_engine(config: ModelConfig, progress: bool | None = None) -> Engine:
+    """Opens the checkpoint a config names and builds its engine.
+
+    Raises:
+        mii.errors.LoadError: Whatever keeps the model from being ready, in one sentence; nothing stays allocated.
+    """
+    with open_checkpoint(
+        config.model_name_or_path, revision=config.revision, trust_remote_code=config.trust_remote_code
+    ) as checkpoint:
+        return build_engine(config, checkpoint, progress)
+
+
+def build_engine(config: ModelConfig, checkpoint: Checkpoint, progress: bool | None = None) -> Engine:
+    """The engine of an opened checkpoint."""
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, checkpoint.config, device)
+    spec = find_family(checkpoint.config).read_spec(checkpoint.config)
+    limits = _limits(config, spec, device)
+    free = free_memory(device)
+    _check_weights_fit(spec, device, dtype, free)
+    try:
+        model = load_model(checkpoint, device, dtype, progress=config.progress if progress is None else progress)
+        ends = stop_ids(checkpoint.config, checkpoint.generation_config)
+        runner = Runner(model, limits, ends)
+        runner.make_cache(_num_blocks(config, runner, free))
+    except torch.OutOfMemoryError as error:
+        gc.collect()
+        torch.cuda.empty_cache()
+        raise OutOfMemoryError(
+            f"The GPU ran out of memory while loading: {free / _GIB:.1f} GiB were free, {free_memory(device) / _GIB:.1f} "
+            "GiB are free again now. Lower memory_fraction or max_length, or take a smaller model."
+        ) from error
+    engine = Engine(runner, stop_ids=ends, max_length=limits.max_length, prefix_caching=config.prefix_caching)
+    _report(runner)
+    return engine
+
+
+def _limits(config: ModelConfig, spec: ModelSpec, device: torch.device) -> RunnerLimits:
+    """Sizes of a step from the config, where it sets them, and else from the kind of device."""
+    manager, default = config.inference_engine_config.state_manager, _DEFAULTS[device.type]
+    given = manager.model_fields_set
+    max_tokens = manager.max_ragged_batch_size if "max_ragged_batch_size" in given else default.max_tokens
+    counted = "max_ragged_sequence_count" in given or "max_ragged_batch_size" in given
+    max_sequences = manager.max_ragged_sequence_count if counted else default.max_sequences
+    max_sequences = min(max_sequences, max_tokens, manager.max_tracked_sequences)
+    return RunnerLimits(
+        max_tokens=max_tokens,
+        max_sequences=max_sequences,
+        max_slots=manager.max_tracked_sequences,
+        max_length=_max_length(config, manager, spec),
+        block_size=config.block_size or default.block_size,
+    )
+
+
+def _max_length(config: ModelConfig, manager: DSStateManagerConfig, spec: ModelSpec) -> int:
+    longest = spec.max_positions
+    if "max_context" in manager.model_fields_set:
+        longest = min(longest, manager.max_context)
+    if config.max_length is None:
+        return longest
+    if config.max_length > spec.max_positions:
+        raise CheckpointError(
+            f"max_length={config.max_length} is more than the {spec.max_positions} positions that this model was made for."
+        )
+    return min(longest, config.max_length)
+
+
+def _check_weights_fit(spec: ModelSpec, device: torch.device, dtype: torch.dtype, free: int) -> None:
+    outline = Decoder(spec, Placement(torch.device("meta"), dtype))
+    needed = sum(p.tensor.numel() for _, p in outline.parameters()) * dtype.itemsize
+    if needed > free:
+        raise OutOfMemoryError(
+            f"The weights take {needed / _GIB:.1f} GiB in {str(dtype).removeprefix('torch.')} and {free / _GIB:.1f} GiB are "
+            f"free on {device}. Free some, or take a smaller model or number format."
+        )
+
+
+def _num_blocks(config: ModelConfig, runner: Runner, free_at_start: int) -> int:
+    """How many KV blocks memory allows, or the config says.
+
+    Raises:
+        OutOfMemoryError: Not even one sequence of one block fits.
+    """
+    manager, limits = config.inference_engine_config.state_manager, runner.limits
+    memory = manager.memory_config
+    if "memory_config" in manager.model_fields_set and memory.mode == "allocate":
+        return memory.size
+    default = _DEFAULTS[runner.device.type].memory_fraction
+    fraction = config.memory_fraction if "memory_fraction" in config.model_fields_set else default
+    free = free_memory(runner.device)
+    budget = int(fraction * free_at_start) - (free_at_start - free)
+    if "memory_config" in manager.model_fields_set or runner.device.type == "cuda":
+        budget = min(budget, free - memory.size)
+    blocks = budget // runner.block_bytes
+    if blocks < 1:
+        raise OutOfMemoryError(
+            f"After the weights {free / _GIB:.2f} GiB are free on {runner.device}; of the {free_at_start / _GIB:.2f} GiB "
+            f"free at start memory_fraction={fraction} allows {fraction * free_at_start / _GIB:.2f}, which leaves no room "
+            f"for one KV block of {runner.block_bytes / (1 << 20):.1f} MiB. Raise memory_fraction or take a smaller model."
+        )
+    return min(blocks, limits.max_slots * limits.max_blocks)
+
+
+def _report(runner: Runner) -> None:
+    limits, blocks = runner.limits, runner.num_blocks
+    library = native.library(runner.device)
+    logger.info(
+        "%s model on %s in %s: KV cache of %d blocks of %d tokens = %d tokens (%.2f GiB), steps of up to %d tokens and "
+        "%d sequences, kernels: %s",
+        runner.spec.family,
+        runner.device,
+        str(runner.dtype).removeprefix("torch."),
+        blocks,
+        limits.block_size,
+        blocks * limits.block_size,
+        blocks * runner.block_bytes / _GIB,
+        limits.max_tokens,
+        limits.max_sequences,
+        library.build_info() if library is not None else "plain torch (no native library found)",
+    )

@@ -1,0 +1,328 @@
+"""Runs planned steps on a device: owns the KV cache, the slots' state and the buffers, and knows nothing of requests'
+text.
+
+A step is: fill the host's staging buffer from the plan, one copy, `prepare`, the model, the sampler, and a copy of the
+sampled tokens back that nobody waits for until `LaunchedStep.tokens` is called. Decoding sequences take their last
+token from the device, so a step can be launched before the tokens of the step before have been read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mii.batching.scheduler import Chunk, Plan
+from mii.engine.sequence import Sequence
+from mii.modeling.decoder import Decoder
+from mii.modeling.layers import ActivationArena, Forward
+from mii.modeling.rope import rope_table
+from mii.ops import abi
+from mii.ops.attention import AttentionBatch, AttentionPlan
+from mii.ops.prepare import StepTensors, prepare
+from mii.ops.sampler import SamplingTable, sample
+from mii.ops.staging import HostStep
+
+
+@dataclass(frozen=True, slots=True)
+class RunnerLimits:
+    """Sizes that are fixed when an engine starts: of a step, of a sequence, of a block."""
+
+    max_tokens: int
+    max_sequences: int
+    max_slots: int
+    max_length: int
+    block_size: int
+
+    @property
+    def max_blocks(self) -> int:
+        """Blocks of the longest sequence."""
+        return -(-self.max_length // self.block_size)
+
+
+class LaunchedStep:
+    """A step on its way. `tokens()` waits for it and gives the sampled ids, one for each chunk that samples, in order."""
+
+    def __init__(self, chunks: list[Chunk], tokens: torch.Tensor, done: torch.cuda.Event | None) -> None:
+        self.chunks = [chunk for chunk in chunks if chunk.samples]
+        self._tokens, self._done = tokens, done
+
+    def tokens(self) -> list[int]:
+        if self._done is not None:
+            self._done.synchronize()
+        return self._tokens[: len(self.chunks)].tolist()
+
+
+class SampledTokens:
+    """Where sampled ids land: on the device, and in pinned memory on the host; two of each, since two steps overlap."""
+
+    def __init__(self, max_sequences: int, device: torch.device) -> None:
+        self.on_device = [torch.zeros(max_sequences, dtype=torch.int32, device=device) for _ in range(2)]
+        self._cuda = device.type == "cuda"
+        self._on_host = [
+            torch.zeros(max_sequences, dtype=torch.int32, pin_memory=True) if self._cuda else tensor
+            for tensor in self.on_device
+        ]
+        self._turn = 0
+
+    def next(self) -> torch.Tensor:
+        """The device tensor for the next step's ids."""
+        self._turn ^= 1
+        return self.on_device[self._turn]
+
+    def read_back(self, count: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Starts the copy of what the last `next` gave; the event tells when it is there."""
+        host = self._on_host[self._turn]
+        if not self._cuda:
+            return host, None
+        host[:count].copy_(self.on_device[self._turn][:count], non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        return host, done
+
+
+class Runner:
+    """One model on one device."""
+
+    def __init__(self, model: Decoder, limits: RunnerLimits, stop_ids: tuple[int, ...] = ()) -> None:
+        self.model, self.limits = model, limits
+        self.spec, self.device, self.dtype = model.spec, model.place.device, model.place.dtype
+        max_updates = limits.max_sequences + limits.max_tokens // limits.block_size + 8 * limits.max_blocks
+        self.step = StepTensors.allocate(
+            limits.max_sequences,
+            limits.max_tokens,
+            max_updates,
+            limits.max_blocks,
+            limits.max_slots,
+            self.device,
+        )
+        self.arena = ActivationArena(self.spec, model.place, limits.max_tokens, limits.max_sequences, model.up_width)
+        self.sampling = SamplingTable.allocate(limits.max_slots, self.device)
+        self.sampled = SampledTokens(limits.max_sequences, self.device)
+        self._suppress = torch.zeros(limits.max_sequences, dtype=torch.int32, device=self.device)
+        self._suppress_ids = torch.tensor(stop_ids, dtype=torch.int32, device=self.device)
+        self._cos_sin = self._rope()
+        self._sent: list[tuple[object, int]] = [(None, 0)] * limits.max_slots
+        self._forwards: dict[tuple[int, int], Forward] = {}
+        self.plans = {
+            window: AttentionPlan(
+                q_heads=self.spec.q_heads,
+                kv_heads=self.spec.kv_heads,
+                head_dim=self.spec.head_dim,
+                block_size=limits.block_size,
+                window=window,
+                max_seqs=limits.max_sequences,
+                max_tokens=limits.max_tokens,
+                max_blocks=limits.max_blocks,
+                dtype=self.dtype,
+                device=self.device,
+            )
+            for window in sorted(set(self.spec.windows))
+        }
+        self.caches: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.num_blocks = 0
+
+    # -- memory -------------------------------------------------------------------------------------------------------
+
+    def _rope(self) -> torch.Tensor | None:
+        rope = self.spec.rope
+        return None if rope is None else rope_table(rope, self.limits.max_length, self.device)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one KV block over all layers."""
+        return self.limits.block_size * self.spec.kv_bytes_per_token(self.dtype.itemsize)
+
+    def make_cache(self, num_blocks: int) -> None:
+        """K and V of every layer, [num_blocks, kv_heads, block_size, head_dim] each; never read before it is written."""
+        shape = (num_blocks, self.spec.kv_heads, self.limits.block_size, self.spec.head_dim)
+
+        def cache() -> torch.Tensor:
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+        self.caches = [(cache(), cache()) for _ in range(self.spec.num_layers)]
+        self.num_blocks = num_blocks
+        self._forwards.clear()
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def launch(self, plan: Plan) -> LaunchedStep:
+        """Starts a planned step and returns at once (on a GPU)."""
+        forward, samples = self._begin(plan)
+        tokens = self.sampled.next()
+        if samples:
+            self._sample(plan, forward, tokens[:samples])
+        return LaunchedStep(plan.chunks, *self.sampled.read_back(samples))
+
+    @torch.inference_mode()
+    def logits(self, plan: Plan) -> torch.Tensor:
+        """Runs a planned step without drawing: the logits [samples, vocab] of its chunks that reach their end."""
+        forward, samples = self._begin(plan)
+        return forward.buffers.logits[:samples].clone()
+
+    def _begin(self, plan: Plan) -> tuple[Forward, int]:
+        """Sends the plan and runs the model on it; how many rows of its logits are sampled."""
+        samples = self._fill(plan)
+        forward = self._forward(plan.num_tokens, len(plan.chunks), samples)
+        forward.step.upload()
+        prepare(forward.step, self.limits.block_size)
+        for attention_plan in forward.plans.values():
+            attention_plan.update(forward.batch)
+        self.model.forward(forward)
+        return forward, samples
+
+    def _sample(self, plan: Plan, forward: Forward, tokens: torch.Tensor) -> None:
+        flags = self._suppressed(plan)
+        rows = tokens.shape[0]
+        sample(
+            tokens,
+            forward.buffers.logits[:rows],
+            self.sampling,
+            forward.step.sample_slots[:rows],
+            forward.step.sample_positions[:rows],
+            counts=forward.step.counts,
+            last_token=forward.step.last_token,
+            suppress=None if flags is None else flags[:rows],
+            suppress_ids=None if flags is None else self._suppress_ids,
+        )
+
+    def _suppressed(self, plan: Plan) -> torch.Tensor | None:
+        """Flags of the sampled rows that may not end yet, or None when all may."""
+        flags = [chunk.start + chunk.size < chunk.sequence.min_length for chunk in plan.chunks if chunk.samples]
+        if not any(flags) or not len(self._suppress_ids):
+            return None
+        self._suppress[: len(flags)].copy_(torch.tensor(flags, dtype=torch.int32))
+        return self._suppress
+
+    def _forward(self, tokens: int, sequences: int, samples: int) -> Forward:
+        """The views of a step of this size. Sizes on a GPU are rounded up, so that few of them occur."""
+        if self.device.type == "cuda":
+            tokens, sequences = (
+                _round_up(tokens, self.limits.max_tokens),
+                _round_up(sequences, self.limits.max_sequences),
+            )
+            samples = sequences
+        key = (tokens, max(sequences, samples))
+        forward = self._forwards.get(key)
+        if forward is None:
+            if len(self._forwards) >= 1024:
+                self._forwards.clear()
+            forward = self._forwards[key] = self._make_forward(*key)
+        if forward.buffers.logits.shape[0] != samples:
+            forward.buffers = self.arena.views(tokens, samples)
+            forward.sample_rows = forward.step.sample_rows[:samples]
+        return forward
+
+    def _make_forward(self, tokens: int, sequences: int) -> Forward:
+        step = self.step.bucket(sequences, tokens)
+        batch = AttentionBatch(
+            counts=step.counts,
+            seq_slot=step.seq_slot,
+            q_start=step.q_start,
+            kv_len=step.kv_len,
+            block_table=step.block_table,
+            max_seqs=sequences,
+            max_tokens=tokens,
+        )
+        return Forward(
+            step=step,
+            ids=step.ids,
+            positions=step.positions,
+            kv_slots=step.kv_slots,
+            sample_rows=step.sample_rows,
+            cos_sin=self._cos_sin,
+            caches=self.caches,
+            batch=batch,
+            plans=self.plans,
+            buffers=self.arena.views(tokens, sequences),
+        )
+
+    # -- from plan to tensors -----------------------------------------------------------------------------------------
+
+    def _fill(self, plan: Plan) -> int:
+        """Fills the staging buffer from a plan; returns how many chunks sample."""
+        host = self.step.host()
+        updates = self._table_updates(plan)
+        samples = fill_step(host, plan)
+        fitting = min(len(updates), len(host.table_updates))
+        if fitting:
+            host.table_updates[:fitting] = updates[:fitting]
+        host.counts[abi.NUM_UPDATES] = fitting
+        if fitting < len(updates):
+            self._write_table(updates[fitting:])
+        return samples
+
+    def _write_table(self, updates: list[tuple[int, int, int]]) -> None:
+        """Block table entries that did not fit into the step's buffer: long reused prefixes of many sequences at once."""
+        slots, index, blocks = torch.tensor(updates, device=self.device).unbind(1)
+        self.step.block_table[slots, index] = blocks.to(torch.int32)
+
+    def _table_updates(self, plan: Plan) -> list[tuple[int, int, int]]:
+        """(slot, index, block) of every block that the device does not know of yet; new sequences' sampling goes
+        along.
+        """
+        updates: list[tuple[int, int, int]] = []
+        started: list[Sequence] = []
+        for chunk in plan.chunks:
+            sequence = chunk.sequence
+            slot, blocks = sequence.slot, sequence.blocks
+            ticket, known = self._sent[slot]
+            if ticket is not sequence.ticket:
+                known = 0
+                started.append(sequence)
+            if known < len(blocks):
+                updates += [(slot, index, blocks[index]) for index in range(known, len(blocks))]
+                self._sent[slot] = (sequence.ticket, len(blocks))
+        if started:
+            self.sampling.set([s.slot for s in started], [s.sampling for s in started])
+        return updates
+
+    def forget(self) -> None:
+        """Everything that was sent to the device counts as lost: after an interrupted step."""
+        self._sent = [(None, 0)] * self.limits.max_slots
+
+    def destroy(self) -> None:
+        """Drops every tensor, so that the allocator can give the memory back."""
+        self.caches = []
+        self._forwards = {}
+        for name in (
+            "model",
+            "step",
+            "arena",
+            "sampling",
+            "sampled",
+            "plans",
+            "_suppress",
+            "_suppress_ids",
+            "_cos_sin",
+        ):
+            self.__dict__.pop(name, None)
+
+
+def fill_step(host: HostStep, plan: Plan) -> int:
+    """Writes a plan into the staging buffer: who takes part, with which tokens, how long each context then is."""
+    chunks = plan.chunks
+    count = len(chunks)
+    host.seq_slot[:count] = [chunk.sequence.slot for chunk in chunks]
+    host.kv_len[:count] = [chunk.start + chunk.size for chunk in chunks]
+    host.q_start[0] = 0
+    np.cumsum([chunk.size for chunk in chunks], out=host.q_start[1 : count + 1])
+    ids: list[int] = []
+    for chunk in chunks:
+        known = chunk.sequence.tokens[chunk.start : chunk.start + chunk.size]
+        ids += known
+        if len(known) < chunk.size:
+            ids.append(-1)  # the one token that only the device knows
+    host.host_ids[: plan.num_tokens] = ids
+    sampled = [index for index, chunk in enumerate(chunks) if chunk.samples]
+    host.sample_seq[: len(sampled)] = sampled
+    host.counts[: abi.NUM_SAMPLES + 1] = (count, plan.num_tokens, len(sampled))
+    return len(sampled)
+
+
+def _round_up(value: int, limit: int) -> int:
+    """The next size of a small set: steps of an eighth of the power of two below, at least 8."""
+    step = max(8, 1 << max(0, value.bit_length() - 4))
+    return min(limit, -(-value // step) * step)
