@@ -1,4 +1,4 @@
-"""Philox4x32-10, the counter-based random numbers of the sampler, in integer arithmetic on numpy arrays or torch tensors.
+"""Philox4x32-10, the counter-based random numbers of the sampler, in integers of numpy arrays or torch tensors.
 
 The same numbers come from `csrc/include/mii/philox.h` in C++ and CUDA. Source: Salmon, Moraes, Dror, Shaw, "Parallel
 Random Numbers: As Easy as 1, 2, 3", SC 2011; the known answers of that paper's Random123 library are in the tests.

@@ -3,10 +3,10 @@
 All bodies (this reference, the CPU library, the CUDA library) do the same integer arithmetic, so they draw the same
 token bit for bit, and neither the batch, the row's place in it, nor the number of threads can change a draw:
 
-1. distance   X = trunc((max - logit) * (2^25 log2 e / temperature)), capped at 40 * 2^25: how many octaves a token is
-   less probable than the best one, in fixed point. Each operation rounds to float32 and none is fused: equal everywhere.
-2. weight     w = 2^(40 - X / 2^25) as an integer, from a polynomial of degree 5 (relative error 2.5e-7). Sums of weights
-   are integers: exact in any order. A token less than 2^-40 as probable as the best one weighs 0 and is never drawn.
+1. distance   X = trunc((max - logit) * (2^25 log2 e / temperature)), capped at 40 * 2^25: how many octaves a token
+   is less probable than the best one, in fixed point. Each operation rounds to float32, none is fused.
+2. weight     w = 2^(40 - X / 2^25) as an integer, from a polynomial of degree 5 (relative error 2.5e-7). Sums of
+   weights are exact in any order. A token less than 2^-40 as probable as the best one weighs 0 and is never drawn.
 3. filters    each keeps the tokens with X <= threshold. top-k: the k-th smallest X (ties stay). min-p: -log2(min_p) in
    fixed point. top-p: the smallest X up to which the kept weights reach top_p of their total (ties stay). The kernels
    find these thresholds by histograms of X, most significant bits first (radix selection); the reference sorts.
@@ -14,8 +14,8 @@ token bit for bit, and neither the batch, the row's place in it, nor the number 
    order of ids, whose running sum of kept weights exceeds u (inversion of the distribution function; Devroye,
    "Non-Uniform Random Variate Generation", 1986, III.2).
 
-NaN counts as -inf. A row with no finite logit yields the lowest id among its largest logits (all -inf or NaN: the lowest
-id that is not suppressed; +inf: the lowest id that holds it).
+NaN counts as -inf. A row with no finite logit yields the lowest id among its largest logits (all -inf or NaN: the
+lowest id that is not suppressed; +inf: the lowest id that holds it).
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ def _allocate_workspace(library: native.Library, args: ctypes.Structure, device:
 
 
 def sample_workspace(rows: int, vocab: int, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor | None:
-    """Scratch memory for `sample` with up to `rows` rows, zeroed as it must be at first; None where no body needs it."""
+    """Scratch memory for `sample` with up to `rows` rows, zeroed as its first use needs; None where no body uses it."""
     device = torch.device(device)
     library = native.library(device)
     if library is None or not library.has("mii_sample_workspace_bytes"):
