@@ -1,0 +1,180 @@
+"""The options of one generation call, and what they come to for one prompt.
+
+Example:
+    >>> params = GenerateParamsConfig(max_new_tokens=100, stop="\\n\\n", seed=7)
+    >>> params.resolve(prompt_length=10, max_length=64)
+    54
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from mii.batching.data_classes import EngineRequest, SamplingParams
+from mii.errors import EmptyPromptError, PromptTooLongError
+from mii.validation import ConfigModel, NonNegativeInt, Number, PositiveInt, Seed
+
+__all__ = ["GenerateParamsConfig"]
+
+# Below this, dividing logits by the temperature overflows 32-bit floats; the limit is the most likely token.
+_GREEDY_BELOW = 1e-5
+
+_NOT_DONE = "mii does not do this"
+_HINTS = {
+    "max_tokens": "use max_new_tokens",
+    "max_completion_tokens": "use max_new_tokens",
+    "min_tokens": "use min_new_tokens",
+    "n": "give the prompt n times: pipe([prompt] * n)",
+    "best_of": _NOT_DONE,
+    "num_return_sequences": "give the prompt several times: pipe([prompt] * n)",
+    "num_beams": _NOT_DONE,
+    "repetition_penalty": _NOT_DONE,
+    "presence_penalty": _NOT_DONE,
+    "frequency_penalty": _NOT_DONE,
+    "logit_bias": _NOT_DONE,
+    "logprobs": _NOT_DONE,
+    "eos_token_id": "the checkpoint's own end-of-text ids are used; add texts to end at with stop",
+    "stop_token_ids": "give texts to end at with stop",
+    "stop_strings": "use stop",
+    "stop_sequences": "use stop",
+    "random_seed": "use seed",
+    "skip_special_tokens": "special tokens stay in the text",
+}
+
+
+class GenerateParamsConfig(ConfigModel):
+    """What a caller may set for one call; it holds for every prompt of the call.
+
+    The text ends at the first end-of-text token of the checkpoint (not with `ignore_eos`), at the first of the `stop`
+    texts, after `max_new_tokens`, or where prompt and answer together reach `max_length`. Tokens are drawn from the
+    probabilities after `temperature`, then `top_k`, then `top_p`, then `min_p`.
+
+    Raises:
+        pydantic.ValidationError: an option is unknown, of the wrong type or out of range.
+    """
+
+    keeps_auto = frozenset({"stop"})  # a text to stop at, like any other
+    hints = _HINTS
+
+    prompt_length: NonNegativeInt | None = Field(None, description="tokens of the prompt; mii counts them itself")
+    max_length: PositiveInt | None = Field(
+        None,
+        description="most tokens of prompt plus answer; None: max_length of the model's config, else its own limit",
+    )
+    max_new_tokens: PositiveInt | None = Field(None, description="most tokens to generate; None: up to max_length")
+    min_new_tokens: NonNegativeInt = Field(0, description="end-of-text and stop count only after this many tokens")
+    stream: bool = Field(False, description="set by mii itself; use pipe.stream(...) or streaming_fn=")
+    ignore_eos: bool = Field(False, description="go on after end-of-text tokens; stop texts still end the answer")
+    return_full_text: bool = Field(False, description="put the prompt's text before the answer's")
+    do_sample: bool = Field(True, description="draw tokens at random; False takes the most likely one")
+    temperature: Number | None = Field(
+        None, ge=0, description="above 1 flattens the probabilities, below 1 sharpens them; 0 is greedy, None is 1"
+    )
+    top_k: PositiveInt | None = Field(None, description="draw from the k most likely tokens; None turns it off")
+    top_p: Number = Field(
+        0.9, gt=0, le=1, description="draw from the most likely tokens that together reach this; 1 turns it off"
+    )
+    min_p: Number = Field(
+        0.0, ge=0, le=1, description="draw from tokens at least this fraction as likely as the best; 0 turns it off"
+    )
+    seed: Seed | None = Field(None, description="makes the answer repeatable; None: a new one each time")
+    stop: list[str] = Field([], description="a text, or a list of texts, at which the answer ends; not part of it")
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        return [name for name in cls.model_fields if name not in ("prompt_length", "stream")]
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stop_is_a_list(cls, value: Any) -> Any:
+        if value is None:
+            return []
+        if isinstance(value, str):
+            return [value]
+        return list(value) if isinstance(value, (tuple, set, frozenset)) else value
+
+    @field_validator("stop")
+    @classmethod
+    def _stops_have_text(cls, value: list[str]) -> list[str]:
+        if "" in value:
+            raise ValueError("an empty text would end every answer at once; leave it out")
+        return sorted(value)
+
+    def check_together(self) -> None:
+        if self.prompt_length is not None and self.max_length is not None:
+            if self.max_length <= self.prompt_length:
+                raise ValueError(_too_long(self.prompt_length, self.max_length))
+            if "max_new_tokens" not in self.model_fields_set:
+                self.__dict__["max_new_tokens"] = self.max_length - self.prompt_length
+
+    def resolve(self, prompt_length: int, max_length: int) -> int:
+        """How many tokens may be generated after one prompt, at least 1.
+
+        `max_length` of the call and of the engine both bound prompt plus answer exactly; `max_new_tokens` never extends
+        them.
+
+        Args:
+            prompt_length: tokens of the prompt, special tokens included.
+            max_length: the engine's limit for prompt plus answer, in tokens.
+
+        Raises:
+            PromptTooLongError: the prompt alone reaches the limit.
+        """
+        limit = max_length if self.max_length is None else min(self.max_length, max_length)
+        room = limit - prompt_length
+        if room < 1:
+            raise PromptTooLongError(_too_long(prompt_length, limit))
+        if "max_new_tokens" not in self.model_fields_set or self.max_new_tokens is None:
+            return room
+        return min(self.max_new_tokens, room)
+
+    def sampling(self, seeds: random.Random) -> SamplingParams:
+        """How tokens are chosen, in the engine's terms.
+
+        Args:
+            seeds: gives a seed where the call has none; seed this generator to make a whole run repeatable.
+        """
+        temperature = 1.0 if self.temperature is None else self.temperature
+        if not self.do_sample or temperature < _GREEDY_BELOW:
+            return SamplingParams(temperature=0.0)
+        seed = seeds.getrandbits(63) if self.seed is None else self.seed
+        return SamplingParams(temperature, self.top_k or 0, self.top_p, self.min_p, seed)
+
+    def engine_request(
+        self, uid: int, prompt_ids: list[int], *, max_length: int, stop_ids: Sequence[int], seeds: random.Random
+    ) -> EngineRequest:
+        """One prompt as the engine takes it.
+
+        Args:
+            uid: names the request.
+            prompt_ids: the prompt's tokens.
+            max_length: the engine's limit for prompt plus answer, in tokens.
+            stop_ids: the end-of-text tokens; left out with `ignore_eos`.
+            seeds: see `sampling`.
+
+        Raises:
+            EmptyPromptError: there are no tokens.
+            PromptTooLongError: they leave no room for an answer.
+        """
+        if not prompt_ids:
+            raise EmptyPromptError("the prompt is empty and its tokenizer adds no tokens of its own; give it some text")
+        max_new_tokens = self.resolve(len(prompt_ids), max_length)
+        return EngineRequest(
+            uid=uid,
+            prompt_ids=prompt_ids,
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=min(self.min_new_tokens, max_new_tokens),
+            stop_ids=() if self.ignore_eos else tuple(stop_ids),
+            sampling=self.sampling(seeds),
+        )
+
+
+def _too_long(prompt_length: int, limit: int) -> str:
+    return (
+        f"the prompt has {prompt_length} tokens and prompt plus answer may have {limit} (max_length), which leaves no "
+        "room for an answer; shorten the prompt or raise max_length as far as the model allows"
+    )

@@ -1,0 +1,99 @@
+"""A deployment: a model, the replicas that run it and the ports that they answer on.
+
+Example:
+    >>> config = MIIConfig(model_config={"model_name_or_path": "facebook/opt-125m"})
+    >>> config.deployment_name, config.port_number, config.restful_api_port
+    ('facebook/opt-125m-mii-deployment', 50050, 28080)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import Field, field_validator
+
+from mii.config.model import ModelConfig
+from mii.config.placement import available_slots, check_ports, make_replica_configs, place_replicas
+from mii.constants import (
+    DEPLOYMENT_NAME_SUFFIX,
+    HOSTFILE_DEFAULT,
+    PORT_NUMBER_DEFAULT,
+    RESTFUL_API_PORT_DEFAULT,
+    RESTFUL_PROCESSES_DEFAULT,
+    DeploymentType,
+)
+from mii.validation import ConfigModel, Port, PositiveInt
+
+__all__ = ["MIIConfig", "default_deployment_name"]
+
+
+def default_deployment_name(model_name_or_path: str) -> str:
+    """The name of a deployment that was not given one: the model's id, or the last part of its path."""
+    is_local = Path(model_name_or_path).exists()
+    model = Path(model_name_or_path).resolve().name if is_local else model_name_or_path
+    return f"{model}-{DEPLOYMENT_NAME_SUFFIX}"
+
+
+class MIIConfig(ConfigModel):
+    """Everything that `mii.serve` needs to know.
+
+    Raises:
+        pydantic.ValidationError: an option is unknown, missing, of the wrong type or out of range.
+    """
+
+    hints: ClassVar[Mapping[str, str]] = {"model_conf": "the name of this option is 'model_config'"}
+
+    deployment_name: str = Field("", description="name for mii.client; empty: made from the model's")
+    deployment_type: DeploymentType = Field(DeploymentType.LOCAL, description="'local', the only type that is served")
+    model_conf: ModelConfig = Field(alias="model_config", description="options of the model, a dict or a ModelConfig")
+    port_number: Port = Field(
+        PORT_NUMBER_DEFAULT, description="gRPC port of the load balancer; replicas use those after it"
+    )
+    enable_restful_api: bool = Field(False, description="also answer HTTP")
+    restful_api_host: str = Field("localhost", description="address that the HTTP gateway listens on")
+    restful_api_port: Port = Field(RESTFUL_API_PORT_DEFAULT, description="port that the HTTP gateway listens on")
+    restful_processes: PositiveInt = Field(
+        RESTFUL_PROCESSES_DEFAULT, description="HTTP requests that are worked on at once"
+    )
+    hostfile: str | None = Field(
+        HOSTFILE_DEFAULT, description="file with lines 'host slots=N'; None, or the default where absent: this machine"
+    )
+    version: PositiveInt = Field(1, description="of an Azure ML deployment; not used")
+    instance_type: str = Field("Standard_NC12s_v3", description="of an Azure ML deployment; not used")
+
+    @field_validator("deployment_type")
+    @classmethod
+    def _type_is_served(cls, value: DeploymentType) -> DeploymentType:
+        if value == DeploymentType.AML:
+            raise ValueError("mii makes no Azure ML deployments; use 'local' on the machine or in the container itself")
+        if value == DeploymentType.NON_PERSISTENT:
+            raise ValueError("a model inside your own process is mii.pipeline(...), not mii.serve(...)")
+        return value
+
+    def check_together(self) -> None:
+        if not self.deployment_name:
+            self.__dict__["deployment_name"] = default_deployment_name(self.model_conf.model_name_or_path)
+        if self.enable_restful_api and self.restful_api_port == self.port_number:
+            raise ValueError(f"port_number and restful_api_port are both {self.port_number}; give them different ports")
+
+    def generate_replica_configs(self) -> None:
+        """Fills `model_conf.replica_configs` from the device map, the hostfile and the ports, unless it is filled.
+
+        Raises:
+            PlacementError: replicas, devices, hosts or ports do not fit together.
+            HostfileError: the hostfile is missing, empty or malformed.
+        """
+        model = self.model_conf
+        if not model.replica_configs:
+            slots = available_slots(self.hostfile, model)
+            model.replica_configs = make_replica_configs(
+                model,
+                self.port_number,
+                place_replicas(model.device_map, slots, model.replica_num, model.tensor_parallel),
+            )
+        named = {"port_number": [self.port_number]}
+        if self.enable_restful_api:
+            named["restful_api_port"] = [self.restful_api_port]
+        check_ports(named, model.replica_configs)
