@@ -1,0 +1,312 @@
+// Causal attention over the paged cache (see MiiAttention): online softmax over blocks of keys (Milakov and Gimelshein 2018,
+// Dao et al. 2022), in float. Query rows are (token, query head of the group), so a block of keys is read once for all query
+// heads that share it. The plan cuts a step into items that the threads take in turn; a long decode is cut along the keys
+// too and its parts are joined at the end.
+#include "../attention.h"
+
+#include "simd.h"
+
+namespace mii::cpu::MII_ISA {
+namespace {
+
+constexpr int kKeys = 64;      // keys of a block
+constexpr int kRowGroup = 6;   // query rows in registers at once
+constexpr float kNone = -INFINITY;
+
+template <class T> struct Item : WorkItem {
+  const MiiAttention& a;
+  int group, rows, position;  // query heads per KV head; rows of the item; position of its first token
+  const int32_t* table;
+
+  Item(const MiiAttention& args, const WorkItem& item) : WorkItem(item), a(args) {
+    group = a.q_heads / a.kv_heads;
+    rows = tokens * group;
+    const int q_len = a.q_start[seq + 1] - a.q_start[seq];
+    position = a.kv_len[seq] - q_len + token;
+    table = a.block_table + a.seq_slot[seq] * a.max_blocks;
+  }
+  int64_t offset(int key) const {
+    const int64_t block = table[key / a.block_size];
+    return ((block * a.kv_heads + head) * a.block_size + key % a.block_size) * a.head_dim;
+  }
+  int64_t step_row(int row) const { return a.q_start[seq] + token + row / group; }
+  int64_t column(int row) const { return static_cast<int64_t>(head * group + row % group) * a.head_dim; }
+  const T* q(int row) const { return (const T*)a.q + step_row(row) * a.q_stride + column(row); }
+  T* out(int row) const { return (T*)a.out + step_row(row) * a.out_stride + column(row); }
+};
+
+struct Buffers {  // of one item, in this thread's scratch memory
+  float *q, *k, *scores, *sums, *max, *total;
+  int64_t width;  // head_dim rounded up to whole vectors
+
+  Buffers(int head_dim, int rows) {
+    width = (head_dim + W - 1) / W * W;
+    const int64_t padded = (rows + kRowGroup - 1) / kRowGroup * kRowGroup;
+    const int64_t floats = padded * (2 * width + kKeys + 2) + head_dim * kKeys + 64;
+    q = (float*)scratch(floats * sizeof(float));
+    sums = q + padded * width;
+    k = sums + padded * width;
+    scores = k + head_dim * kKeys;
+    max = scores + padded * kKeys;
+    total = max + padded;
+  }
+};
+
+template <class T> MII_INLINE V load_tail(const T* p, int left) { return left >= W ? load(p) : load_n(p, left); }
+
+template <class T> void load_queries(const Item<T>& item, const Buffers& b) {
+  const int d = item.a.head_dim;
+  const V scale = set1(item.a.scale);
+  for (int r = 0; r < item.rows; ++r) {
+    const T* q = item.q(r);
+    for (int i = 0; i < d; i += W) store(b.q + r * b.width + i, load_tail(q + i, d - i) * scale);
+    for (int i = 0; i < b.width; i += W) store(b.sums + r * b.width + i, set1(0.0f));
+    b.max[r] = kNone;
+    b.total[r] = 0.0f;
+  }
+}
+
+// ---- scores: few rows, dot products straight from the cache -----------------------------------------------------------
+
+template <class T, int R> MII_INLINE void dot_rows(const T* k, const Buffers& b, int row, int d, int key) {
+  V sums[R];
+  for (int r = 0; r < R; ++r) sums[r] = set1(0.0f);
+  for (int i = 0; i < d; i += W) {
+    const V x = load_tail(k + i, d - i);
+    for (int r = 0; r < R; ++r) sums[r] = fma(x, load(b.q + (row + r) * b.width + i), sums[r]);
+  }
+  for (int r = 0; r < R; ++r) b.scores[(row + r) * kKeys + key] = sum(sums[r]);
+}
+
+template <class T, int R = kRowGroup> MII_INLINE void dot_rows_of(int rows, const T* k, const Buffers& b, int row, int d, int key) {
+  if (rows == R) return dot_rows<T, R>(k, b, row, d, key);
+  if constexpr (R > 1) dot_rows_of<T, R - 1>(rows, k, b, row, d, key);
+}
+
+template <class T> void dot_scores(const Item<T>& item, const Buffers& b, const T* const* keys, int count) {
+  for (int row = 0; row < item.rows; row += kRowGroup) {
+    const int rows = item.rows - row < kRowGroup ? item.rows - row : kRowGroup;
+    for (int key = 0; key < count; ++key) dot_rows_of<T>(rows, keys[key], b, row, item.a.head_dim, key);
+  }
+}
+
+// ---- scores: many rows, keys transposed to [head_dim][kKeys] floats first ---------------------------------------------
+
+template <class T> void transpose_keys(const Item<T>& item, const Buffers& b, const T* const* keys, int count) {
+  const int d = item.a.head_dim;
+  float row[W];
+  for (int i = 0; i < d; i += W) {
+    const int n = d - i < W ? d - i : W;
+    for (int key = 0; key < count; ++key) {
+      store(row, load_tail(keys[key] + i, n));
+      for (int j = 0; j < n; ++j) b.k[(i + j) * kKeys + key] = row[j];
+    }
+    for (int j = 0; j < n; ++j)
+      for (int key = count; key < kKeys; ++key) b.k[(i + j) * kKeys + key] = 0.0f;
+  }
+}
+
+constexpr int kScoreVectors = W == 16 ? 4 : 2;  // score vectors per row in registers
+
+void block_scores(const Buffers& b, int rows, int d) {
+  constexpr int kRows = W == 16 ? kRowGroup : (W == 8 ? 6 : 3);
+  for (int row = 0; row < rows; row += kRows)
+    for (int key = 0; key < kKeys; key += kScoreVectors * W) {
+      V sums[kRows][kScoreVectors];
+      for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < kScoreVectors; ++v) sums[r][v] = set1(0.0f);
+      for (int i = 0; i < d; ++i) {
+        V k[kScoreVectors];
+        for (int v = 0; v < kScoreVectors; ++v) k[v] = load(b.k + i * kKeys + key + v * W);
+        for (int r = 0; r < kRows; ++r) {
+          const V q = set1(b.q[(row + r) * b.width + i]);
+          for (int v = 0; v < kScoreVectors; ++v) sums[r][v] = fma(k[v], q, sums[r][v]);
+        }
+      }
+      for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < kScoreVectors; ++v) store(b.scores + (row + r) * kKeys + key + v * W, sums[r][v]);
+    }
+}
+
+// ---- softmax ------------------------------------------------------------------------------------------------------
+
+// Soft-cap, alibi and the mask of one row; keys first .. first + kKeys, of which `count` exist.
+template <class T> MII_INLINE void shape_scores(const Item<T>& item, float* scores, int row, int first, int count) {
+  const MiiAttention& a = item.a;
+  const int position = item.position + row / item.group;
+  if (a.softcap > 0.0f)
+    for (int i = 0; i < kKeys; i += W) store(scores + i, tanh(load(scores + i) * set1(1.0f / a.softcap)) * set1(a.softcap));
+  if (a.alibi_slopes != nullptr) {
+    const float slope = a.alibi_slopes[item.head * item.group + row % item.group];
+    for (int i = 0; i < count; ++i) scores[i] += slope * static_cast<float>(first + i - position);
+  }
+  const int from = a.window > 0 && position - a.window + 1 > first ? position - a.window + 1 - first : 0;
+  const int to = position + 1 - first < count ? position + 1 - first : count;
+  for (int i = 0; i < from && i < kKeys; ++i) scores[i] = kNone;
+  for (int i = to < 0 ? 0 : to; i < kKeys; ++i) scores[i] = kNone;
+}
+
+// scores -> probabilities relative to the running maximum; rescales what was summed before.
+void softmax_row(const Buffers& b, int row) {
+  float* scores = b.scores + row * kKeys;
+  V top = load(scores);
+  for (int i = W; i < kKeys; i += W) top = max(top, load(scores + i));
+  const float block_max = maximum(top);
+  const float before = b.max[row], now = block_max > before ? block_max : before;
+  if (now == kNone) {
+    for (int i = 0; i < kKeys; i += W) store(scores + i, set1(0.0f));
+    return;
+  }
+  V total = set1(0.0f);
+  const V shift = set1(now);
+  for (int i = 0; i < kKeys; i += W) {
+    const V p = exp(load(scores + i) - shift);
+    total = total + p;
+    store(scores + i, p);
+  }
+  if (now != before) {
+    const float factor = before == kNone ? 0.0f : expf(before - now);
+    for (int i = 0; i < b.width; i += W) store(b.sums + row * b.width + i, load(b.sums + row * b.width + i) * set1(factor));
+    b.total[row] *= factor;
+    b.max[row] = now;
+  }
+  b.total[row] += sum(total);
+}
+
+// ---- values -------------------------------------------------------------------------------------------------------
+
+template <class T, int R, int C> MII_INLINE void add_values(const Buffers& b, const T* const* values, int count, int row, int at, int left) {
+  V sums[R][C];
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) sums[r][c] = load(b.sums + (row + r) * b.width + at + c * W);
+  for (int key = 0; key < count; ++key) {
+    V v[C];
+    for (int c = 0; c < C; ++c) v[c] = load_tail(values[key] + at + c * W, left - c * W);
+    for (int r = 0; r < R; ++r) {
+      const V p = set1(b.scores[(row + r) * kKeys + key]);
+      for (int c = 0; c < C; ++c) sums[r][c] = fma(p, v[c], sums[r][c]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < C; ++c) store(b.sums + (row + r) * b.width + at + c * W, sums[r][c]);
+}
+
+constexpr int kValueVectors = W == 16 ? 4 : 2;
+
+template <class T, int R> void add_values_row(const Buffers& b, const T* const* values, int count, int row, int d) {
+  int at = 0;
+  for (; at + kValueVectors * W <= d; at += kValueVectors * W) add_values<T, R, kValueVectors>(b, values, count, row, at, d - at);
+  for (; at < d; at += W) add_values<T, R, 1>(b, values, count, row, at, d - at);
+}
+
+template <class T, int R = kRowGroup> MII_INLINE void add_values_of(int rows, const Buffers& b, const T* const* values, int count, int row, int d) {
+  if (rows == R) return add_values_row<T, R>(b, values, count, row, d);
+  if constexpr (R > 1) add_values_of<T, R - 1>(rows, b, values, count, row, d);
+}
+
+// ---- an item ------------------------------------------------------------------------------------------------------
+
+template <class T> void attend(const Item<T>& item, const Buffers& b) {
+  load_queries(item, b);
+  const T *keys[kKeys], *values[kKeys];
+  for (int first = item.key_begin; first < item.key_end; first += kKeys) {
+    const int count = item.key_end - first < kKeys ? item.key_end - first : kKeys;
+    for (int i = 0; i < count; ++i) {
+      const int64_t offset = item.offset(first + i);
+      keys[i] = (const T*)item.a.k_cache + offset;
+      values[i] = (const T*)item.a.v_cache + offset;
+    }
+    if (item.rows > kRowGroup) {
+      transpose_keys(item, b, keys, count);
+      block_scores(b, item.rows, item.a.head_dim);
+    } else {
+      dot_scores(item, b, keys, count);
+    }
+    for (int r = 0; r < item.rows; ++r) {
+      shape_scores(item, b.scores + r * kKeys, r, first, count);
+      softmax_row(b, r);
+    }
+    for (int row = 0; row < item.rows; row += kRowGroup)
+      add_values_of<T>(item.rows - row < kRowGroup ? item.rows - row : kRowGroup, b, values, count, row, item.a.head_dim);
+  }
+}
+
+template <class T> void write_rows(const Item<T>& item, const Buffers& b) {
+  const int d = item.a.head_dim;
+  for (int r = 0; r < item.rows; ++r) {
+    const V factor = set1(b.total[r] > 0.0f ? 1.0f / b.total[r] : 0.0f);
+    for (int i = 0; i < d; i += W)
+      store_n(item.out(r) + i, load(b.sums + r * b.width + i) * factor, d - i < W ? d - i : W);
+  }
+}
+
+// A part's row in the workspace: [maximum, total, sums of head_dim].
+MII_INLINE float* part_row(const MiiAttention& a, int slot, int row) {
+  const int group = a.q_heads / a.kv_heads;
+  return (float*)a.workspace + (static_cast<int64_t>(slot) * group + row) * (a.head_dim + 2);
+}
+
+template <class T> void write_part(const Item<T>& item, const Buffers& b) {
+  for (int r = 0; r < item.rows; ++r) {
+    float* to = part_row(item.a, item.slot + item.part, r);
+    to[0] = b.max[r];
+    to[1] = b.total[r];
+    memcpy(to + 2, b.sums + r * b.width, item.a.head_dim * sizeof(float));
+  }
+}
+
+template <class T> void join_parts(const Item<T>& item) {
+  const int d = item.a.head_dim;
+  for (int r = 0; r < item.rows; ++r) {
+    float top = kNone, total = 0.0f, factors[kMaxParts];
+    for (int p = 0; p < item.parts; ++p) top = fmaxf(top, part_row(item.a, item.slot + p, r)[0]);
+    for (int p = 0; p < item.parts; ++p) {
+      const float* part = part_row(item.a, item.slot + p, r);
+      factors[p] = part[0] == kNone ? 0.0f : expf(part[0] - top);
+      total += factors[p] * part[1];
+    }
+    for (int i = 0; i < d; i += W) {
+      const int n = d - i < W ? d - i : W;
+      V sums = set1(0.0f);
+      for (int p = 0; p < item.parts; ++p)
+        sums = fma(load_n(part_row(item.a, item.slot + p, r) + 2 + i, n), set1(factors[p] / total), sums);
+      store_n(item.out(r) + i, sums, n);
+    }
+  }
+}
+
+template <class T> void run_item(const MiiAttention& a, const WorkItem& work) {
+  const Item<T> item(a, work);
+  const Buffers b(a.head_dim, item.rows);
+  attend(item, b);
+  item.parts > 1 ? write_part(item, b) : write_rows(item, b);
+}
+
+template <class T> void run(const MiiAttention& a) {
+  const WorkList& list = *(const WorkList*)a.work;
+  const int threads = list.items < max_threads() ? list.items : max_threads();
+  if (threads <= 1 || list.cost < 1 << 14) {
+    for (int i = 0; i < list.items; ++i) run_item<T>(a, list.item[i]);
+    for (int i = 0; i < list.joins; ++i) join_parts<T>(Item<T>(a, list.item[i]));
+    return;
+  }
+  int next = 0;
+#pragma omp parallel num_threads(threads) shared(next)
+  {
+    for (int i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < list.items;) run_item<T>(a, list.item[i]);
+    if (list.joins > 0) {
+#pragma omp barrier
+#pragma omp for schedule(static, 1) nowait
+      for (int i = 0; i < list.joins; ++i) join_parts<T>(Item<T>(a, list.item[i]));
+    }
+  }
+}
+
+}  // namespace
+
+int32_t attention(const MiiAttention& a) {
+  with_dtype(a.dtype, [&](auto tag) { run<decltype(tag)>(a); });
+  return MII_OK;
+}
+
+}  // namespace mii::cpu::MII_ISA

@@ -1,0 +1,170 @@
+// out = x @ weight^T + bias for packed weights.
+//
+// Layout (every instruction set shares it): panels of 16 output features. Within a panel
+//   float32, float16   [in_features][16]                            one input feature after the other
+//   bfloat16           [in_features / 2][16][2], padded to 32       pairs of input features side by side
+// Padding (features past the end, input features past the end) is zeros. So a matrix-vector product streams the weight
+// once from front to back with no horizontal sums, and a bfloat16 panel is a column of AMX tiles as it stands.
+#include "linear.h"
+
+namespace mii::cpu::MII_ISA {
+namespace {
+
+// ---- packing ------------------------------------------------------------------------------------------------------
+
+template <class T> void pack_panel(const MiiLinearPack& a, int64_t panel) {
+  const int64_t depth = padded_depth(a.dtype, a.in_features);
+  constexpr bool kPairs = is_same<T, bf16>;
+  T* to = (T*)a.packed + panel * kPanel * depth;
+  memset((void*)to, 0, kPanel * depth * sizeof(T));
+  const int64_t first = panel * kPanel, count = a.out_features - first < kPanel ? a.out_features - first : kPanel;
+  for (int64_t k0 = 0; k0 < a.in_features; k0 += 64) {  // by blocks, so that what is written stays in the first cache
+    const int64_t k1 = k0 + 64 < a.in_features ? k0 + 64 : a.in_features;
+    for (int64_t n = 0; n < count; ++n) {
+      const T* from = (const T*)a.weight + (first + n) * a.weight_stride;
+      for (int64_t k = k0; k < k1; ++k) to[kPairs ? (k / 2 * kPanel + n) * 2 + k % 2 : k * kPanel + n] = from[k];
+    }
+  }
+}
+
+// ---- the product: R rows of x by P panels, sums in registers -------------------------------------------------------------
+
+constexpr int kVectors = kPanel / W;
+constexpr int kRowBlock = W == 16 ? 12 : (W == 8 ? 4 : 2);
+constexpr int kRowChunk = 96;  // rows whose float copy stays in the second cache while the weight passes by
+
+// One step of the packed weight: kVectors vectors per input feature of the step.
+template <class T> struct Step {  // float32, float16: one input feature
+  static constexpr int kFeatures = 1;
+  MII_INLINE V load_part(const T* w, int v, int) { return load(w + v * W); }
+};
+template <> struct Step<bf16> {  // two input features, interleaved
+  static constexpr int kFeatures = 2;
+  MII_INLINE V load_part(const bf16* w, int v, int feature) {
+#if defined(__AVX512F__)
+    const __m512i pair = _mm512_loadu_si512(w + v * 2 * W);
+    return {_mm512_castsi512_ps(feature ? _mm512_and_si512(pair, _mm512_set1_epi32(0xffff0000)) : _mm512_slli_epi32(pair, 16))};
+#elif defined(__AVX2__)
+    const __m256i pair = _mm256_loadu_si256((const __m256i*)(w + v * 2 * W));
+    return {_mm256_castsi256_ps(feature ? _mm256_and_si256(pair, _mm256_set1_epi32(0xffff0000)) : _mm256_slli_epi32(pair, 16))};
+#else
+    BitLanes pair;
+    memcpy(&pair, w + v * 2 * W, 16);
+    return {(Lanes)(feature ? pair & 0xffff0000u : pair << 16)};
+#endif
+  }
+};
+
+template <class T> MII_INLINE void finish(const MiiLinear& a, int64_t row, int64_t feature, V x) {
+  const int64_t left = a.out_features - feature;
+  if (left <= 0) return;
+  const int n = static_cast<int>(left < W ? left : W);
+  if (a.bias != nullptr) x = x + load_n((const T*)a.bias + feature, n);
+  T* out = (T*)a.out + row * a.out_stride + feature;
+  n == W ? store(out, x) : store_n(out, x, n);
+}
+
+// x: float copy of the rows, row stride `depth`.
+template <class T, int R, int P> void block(const MiiLinear& a, const float* x, int64_t depth, int64_t row, int64_t panel) {
+  using S = Step<T>;
+  constexpr int kUnroll = R * P * kVectors <= 4 ? 2 : 1;  // too few sums to hide the latency of an addition
+  V sums[kUnroll][R][P][kVectors];
+  for (int u = 0; u < kUnroll; ++u)
+    for (int r = 0; r < R; ++r)
+      for (int p = 0; p < P; ++p)
+        for (int v = 0; v < kVectors; ++v) sums[u][r][p][v] = set1(0.0f);
+  const T* w = (const T*)a.weight + panel * kPanel * depth;
+  const int64_t steps = depth / S::kFeatures;
+  constexpr int kStepSize = kPanel * S::kFeatures;
+  int64_t s = 0;
+  for (; s + kUnroll <= steps; s += kUnroll)
+#pragma GCC unroll 2
+    for (int u = 0; u < kUnroll; ++u)
+#pragma GCC unroll 2
+      for (int f = 0; f < S::kFeatures; ++f) {
+        V weights[P][kVectors];
+        for (int p = 0; p < P; ++p)
+          for (int v = 0; v < kVectors; ++v)
+            weights[p][v] = S::load_part(w + p * kPanel * depth + (s + u) * kStepSize, v, f);
+        for (int r = 0; r < R; ++r) {
+          const V value = set1(x[r * depth + (s + u) * S::kFeatures + f]);
+          for (int p = 0; p < P; ++p)
+            for (int v = 0; v < kVectors; ++v) sums[u][r][p][v] = fma(weights[p][v], value, sums[u][r][p][v]);
+        }
+      }
+  for (; s < steps; ++s)  // float32 and float16 with an odd depth
+    for (int p = 0; p < P; ++p)
+      for (int v = 0; v < kVectors; ++v)
+        for (int f = 0; f < S::kFeatures; ++f) {
+          const V weight = S::load_part(w + p * kPanel * depth + s * kStepSize, v, f);
+          for (int r = 0; r < R; ++r)
+            sums[0][r][p][v] = fma(weight, set1(x[r * depth + s * S::kFeatures + f]), sums[0][r][p][v]);
+        }
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < P; ++p)
+      for (int v = 0; v < kVectors; ++v) {
+        V total = sums[0][r][p][v];
+        if constexpr (kUnroll == 2) total = total + sums[1][r][p][v];
+        finish<T>(a, row + r, (panel + p) * kPanel + v * W, total);
+      }
+}
+
+template <class T, int P, int R = kRowBlock>
+MII_INLINE void block_of(int rows, const MiiLinear& a, const float* x, int64_t depth, int64_t row, int64_t panel) {
+  if (rows == R) return block<T, R, P>(a, x, depth, row, panel);
+  if constexpr (R > 1) block_of<T, P, R - 1>(rows, a, x, depth, row, panel);
+}
+
+template <class T> void panels(const MiiLinear& a, int64_t begin, int64_t end) {
+  const int64_t depth = padded_depth(a.dtype, a.in_features);
+  constexpr int kPair = W == 16 ? 2 : 1;
+  float* x = (float*)scratch(kRowChunk * depth * sizeof(float));
+  for (int64_t chunk = 0; chunk < a.rows; chunk += kRowChunk) {
+    const int64_t rows = a.rows - chunk < kRowChunk ? a.rows - chunk : kRowChunk;
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* from = (const T*)a.x + (chunk + r) * a.x_stride;
+      for (int64_t k = 0; k < depth; k += W) {
+        const int64_t left = a.in_features - k;
+        const int n = static_cast<int>(left <= 0 ? 0 : (left < W ? left : W));
+        store_n(x + r * depth + k, load_n(from + k, n), depth - k < W ? static_cast<int>(depth - k) : W);
+      }
+    }
+    int64_t panel = begin;
+    for (; rows > 1 && panel + kPair <= end; panel += kPair)
+      for (int64_t r = 0; r < rows; r += kRowBlock)
+        block_of<T, kPair>(static_cast<int>(rows - r < kRowBlock ? rows - r : kRowBlock), a, x + r * depth, depth, chunk + r, panel);
+    for (; panel < end; ++panel)
+      for (int64_t r = 0; r < rows; r += kRowBlock)
+        block_of<T, 1>(static_cast<int>(rows - r < kRowBlock ? rows - r : kRowBlock), a, x + r * depth, depth, chunk + r, panel);
+  }
+}
+
+}  // namespace
+
+int64_t linear_packed_bytes(const MiiLinearPack& a) {
+  return panel_count(a.out_features) * kPanel * padded_depth(a.dtype, a.in_features) * item_size(a.dtype);
+}
+
+int32_t linear_pack(const MiiLinearPack& a) {
+  with_dtype(a.dtype, [&](auto tag) {
+    parallel(panel_count(a.out_features), kPanel * a.in_features, [&](int64_t begin, int64_t end) {
+      for (int64_t panel = begin; panel < end; ++panel) pack_panel<decltype(tag)>(a, panel);
+    });
+  });
+  return MII_OK;
+}
+
+int32_t linear(const MiiLinear& a) {
+  const int64_t count = panel_count(a.out_features);
+#if defined(__AMX_BF16__) && defined(MII_AMX_READY)
+  if (a.dtype == MII_BF16) return linear_amx(a);
+#endif
+  with_dtype(a.dtype, [&](auto tag) {
+    parallel(count, a.rows * a.in_features * kPanel, [&](int64_t begin, int64_t end) {
+      if (a.rows > 0) panels<decltype(tag)>(a, begin, end);
+    });
+  });
+  return MII_OK;
+}
+
+}  // namespace mii::cpu::MII_ISA

@@ -1,0 +1,21 @@
+// The layout of packed weights, shared by the bodies of the matrix product.
+#pragma once
+#include "simd.h"
+
+namespace mii::cpu::MII_ISA {
+
+constexpr int kPanel = 16;  // output features side by side
+
+template <class A, class B> constexpr bool is_same = false;
+template <class A> constexpr bool is_same<A, A> = true;
+
+MII_INLINE int64_t panel_count(int64_t out_features) { return (out_features + kPanel - 1) / kPanel; }
+
+// Input features as stored: bfloat16 goes up to a multiple of 32, the depth of an AMX tile.
+MII_INLINE int64_t padded_depth(int32_t dtype, int64_t in_features) {
+  return dtype == MII_BF16 ? (in_features + 31) / 32 * 32 : in_features;
+}
+
+int32_t linear_amx(const MiiLinear& a);  // bfloat16; in the AMX variant only
+
+}  // namespace mii::cpu::MII_ISA
