@@ -96,8 +96,9 @@ class Engine(RaggedInterface):
             RequestError: The uid is in use, the prompt is empty or holds ids outside the vocabulary.
         """
         self._check(request)
+        assert self.runner is not None
         limit = min(len(request.prompt_ids) + request.max_new_tokens, self.capacity)
-        sequence = Sequence(request, limit)
+        sequence = Sequence(request, limit, self.runner.cache_salt(len(request.prompt_ids)))
         self._sequences[request.uid] = sequence
         self.scheduler.add(sequence)
 

@@ -17,7 +17,7 @@ from mii.batching.scheduler import Chunk, Plan
 from mii.engine.sequence import Sequence
 from mii.modeling.decoder import Decoder
 from mii.modeling.layers import ActivationArena, Forward
-from mii.modeling.rope import rope_table
+from mii.modeling.rope import rope_rows, rope_table, trained_length
 from mii.ops import abi
 from mii.ops.attention import AttentionBatch, AttentionPlan
 from mii.ops.prepare import StepTensors, prepare
@@ -129,6 +129,31 @@ class Runner:
         rope = self.spec.rope
         return None if rope is None else rope_table(rope, self.limits.max_length, self.device)
 
+    def cache_salt(self, prompt_length: int) -> bytes | None:
+        """What must agree, besides the tokens, for two prompts to share KV blocks: a rotation that depends on length."""
+        return str(prompt_length).encode() if self._rotates_by_length(prompt_length) else None
+
+    def _rotates_by_length(self, prompt_length: int) -> bool:
+        rope = self.spec.rope
+        return rope is not None and rope.kind == "dynamic" and prompt_length > trained_length(rope)
+
+    def _long_rope(self, forward: Forward, plan: Plan) -> None:
+        """Gives a step its own rows of cosines and sines when a prompt in it is rotated by its length."""
+        forward.cos_sin, forward.rope_rows = self._cos_sin, forward.positions
+        rope = self.spec.rope
+        if rope is None or not any(self._rotates_by_length(chunk.sequence.prompt_length) for chunk in plan.chunks):
+            return
+        assert self._cos_sin is not None
+        rows = [
+            rope_rows(rope, chunk.start, chunk.size, chunk.sequence.prompt_length)
+            if self._rotates_by_length(chunk.sequence.prompt_length)
+            else self._cos_sin[chunk.start : chunk.start + chunk.size].cpu()
+            for chunk in plan.chunks
+        ]
+        padding = rows[0].new_zeros(forward.positions.shape[0] - plan.num_tokens, rope.rotary_dim)
+        forward.cos_sin = torch.cat([*rows, padding]).to(self.device)
+        forward.rope_rows = torch.arange(forward.positions.shape[0], dtype=torch.int32, device=self.device)
+
     @property
     def block_bytes(self) -> int:
         """Bytes of one KV block over all layers."""
@@ -167,6 +192,8 @@ class Runner:
         samples = self._fill(plan)
         forward = self._forward(plan.num_tokens, len(plan.chunks), samples)
         forward.step.upload()
+        if self.spec.rope is not None and self.spec.rope.kind == "dynamic":
+            self._long_rope(forward, plan)
         prepare(forward.step, self.limits.block_size)
         for attention_plan in forward.plans.values():
             attention_plan.update(forward.batch)
@@ -230,6 +257,7 @@ class Runner:
             step=step,
             ids=step.ids,
             positions=step.positions,
+            rope_rows=step.positions,
             kv_slots=step.kv_slots,
             sample_rows=step.sample_rows,
             cos_sin=self._cos_sin,
@@ -276,7 +304,7 @@ class Runner:
                 updates += [(slot, index, blocks[index]) for index in range(known, len(blocks))]
                 self._sent[slot] = (sequence.ticket, len(blocks))
         if started:
-            self.sampling.set([s.slot for s in started], [s.sampling for s in started])
+            self.sampling.assign([s.slot for s in started], [s.sampling for s in started])
         return updates
 
     def forget(self) -> None:

@@ -25,14 +25,17 @@ class Sequence:
         "prompt_length",
         "registered",
         "request",
+        "salt",
         "slot",
         "ticket",
         "tokens",
         "uid",
     )
 
-    def __init__(self, request: EngineRequest, limit: int) -> None:
-        """`limit`: prompt plus generated tokens at most, from the request, the model and the size of the cache."""
+    def __init__(self, request: EngineRequest, limit: int, salt: bytes | None = None) -> None:
+        """`limit`: prompt plus generated tokens at most, from the request, the model and the size of the cache.
+        `salt`: keeps blocks apart whose contents differ although their tokens do not; None for the usual case.
+        """
         self.request = request
         self.uid = request.uid
         self.tokens = list(request.prompt_ids)
@@ -45,6 +48,7 @@ class Sequence:
         self.slot = -1
         self.ticket = object()  # a new one each time a slot and blocks are given to it
         self.blocks: list[int] = []
+        self.salt = salt
         self._hashes: list[bytes] = []
 
     @property
@@ -78,6 +82,6 @@ class Sequence:
     def block_hashes(self, block_size: int, blocks: int) -> list[bytes]:
         """The chained hashes of the first `blocks` full blocks of known tokens, computed once each."""
         for index in range(len(self._hashes), min(blocks, len(self.tokens) // block_size)):
-            parent = self._hashes[-1] if self._hashes else None
+            parent = self._hashes[-1] if self._hashes else self.salt
             self._hashes.append(chain_hash(parent, self.tokens[index * block_size : (index + 1) * block_size]))
         return self._hashes[:blocks]

@@ -77,11 +77,15 @@ class ActivationArena:
 
 @dataclass(slots=True)
 class Forward:
-    """One step as the layers see it: what `prepare` wrote, the cache, the attention plans by window, the buffers."""
+    """One step as the layers see it: what `prepare` wrote, the cache, the attention plans by window, the buffers.
+
+    `rope_rows` are the rows of `cos_sin` to rotate each token by: its position, but for tables made for one step.
+    """
 
     step: StepTensors
     ids: torch.Tensor
     positions: torch.Tensor
+    rope_rows: torch.Tensor
     kv_slots: torch.Tensor
     sample_rows: torch.Tensor
     cos_sin: torch.Tensor | None
@@ -136,7 +140,7 @@ class Attention(Module):
             k_cache,
             v_cache,
             forward.cos_sin,
-            forward.positions,
+            forward.rope_rows,
             forward.kv_slots,
             q_heads=spec.q_heads,
             kv_heads=spec.kv_heads,

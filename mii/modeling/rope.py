@@ -29,6 +29,14 @@ def read_rope(config: Mapping[str, Any], head_dim: int, *, default_theta: float 
     return RopeSpec(theta=float(theta), rotary_dim=int(head_dim * float(partial)), kind=kind, scaling=scaling)
 
 
+def context_length(rope: RopeSpec | None, max_positions: int) -> int:
+    """How many tokens a model can hold: interpolation by a factor stretches the length that it was trained on."""
+    if rope is None or rope.kind not in ("linear", "dynamic", "yarn"):
+        return max_positions
+    trained = rope.scaling.get("original_max_position_embeddings") if rope.kind == "yarn" else max_positions
+    return max(max_positions, int((trained or max_positions) * _number(rope, "factor")))
+
+
 def rope_table(spec: RopeSpec, positions: int, device: torch.device) -> torch.Tensor:
     """The table [positions, rotary_dim] in float32: cosines in the first half of a row, sines in the second.
 
@@ -38,10 +46,27 @@ def rope_table(spec: RopeSpec, positions: int, device: torch.device) -> torch.Te
     frequencies, factor = _FREQUENCIES[spec.kind](spec)
     angles = torch.arange(positions, dtype=torch.float32)[:, None] * frequencies
     if spec.kind == "dynamic":
-        trained = _number(spec, "max_position_embeddings")
-        for length in range(int(trained) + 1, positions + 1):
-            angles[length - 1] = (length - 1) * dynamic_frequencies(spec, length)
+        for position in range(trained_length(spec), positions):
+            angles[position] = position * dynamic_frequencies(spec, position + 1)
     return (torch.cat([angles.cos(), angles.sin()], dim=-1) * factor).to(device)
+
+
+def trained_length(spec: RopeSpec) -> int:
+    """Tokens that the model was trained on, past which the "dynamic" kind changes its base."""
+    return int(_number(spec, "max_position_embeddings"))
+
+
+def rope_rows(spec: RopeSpec, start: int, size: int, prompt_length: int) -> torch.Tensor:
+    """Rows [size, rotary_dim] of the "dynamic" kind for the tokens from `start` on of one long prompt and its answer.
+
+    A prompt longer than the trained length is rotated as a whole with the base of its own length; a generated token with
+    the base of the context that it ends.
+    """
+    rows = []
+    for position in range(start, start + size):
+        angles = position * dynamic_frequencies(spec, max(prompt_length, position + 1))
+        rows.append(torch.cat([angles.cos(), angles.sin()]))
+    return torch.stack(rows)
 
 
 def dynamic_frequencies(spec: RopeSpec, length: int) -> torch.Tensor:

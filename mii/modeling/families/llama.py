@@ -7,7 +7,7 @@ from typing import Any
 
 from mii.errors import CheckpointError
 from mii.modeling.families.base import Family, Target
-from mii.modeling.rope import read_rope
+from mii.modeling.rope import context_length, read_rope
 from mii.modeling.spec import ACTIVATIONS, ConfigReader, ModelSpec
 
 
@@ -17,6 +17,7 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     q_heads, kv_heads, head_dim = read.heads()
     layers = read.required_integer("num_hidden_layers")
     bias = read.flag("attention_bias")
+    rope = read_rope(config, head_dim)
     return ModelSpec(
         family="llama",
         vocab_size=read.required_integer("vocab_size"),
@@ -26,10 +27,10 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
         kv_heads=kv_heads,
         head_dim=head_dim,
         intermediate_size=read.required_integer("intermediate_size"),
-        max_positions=read.integer("max_position_embeddings", 2048),
+        max_positions=context_length(rope, read.integer("max_position_embeddings", 2048)),
         norm_eps=read.number("rms_norm_eps", 1e-6),
         activation=read.choice("hidden_act", ACTIVATIONS, "silu"),
-        rope=read_rope(config, head_dim),
+        rope=rope,
         windows=(0,) * layers,
         attention_scale=head_dim**-0.5,
         qkv_bias=bias,
