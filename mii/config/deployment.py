@@ -45,23 +45,28 @@ class MIIConfig(ConfigModel):
 
     hints: ClassVar[Mapping[str, str]] = {"model_conf": "the name of this option is 'model_config'"}
 
-    deployment_name: str = Field("", description="name for mii.client; empty: made from the model's")
-    deployment_type: DeploymentType = Field(DeploymentType.LOCAL, description="'local', the only type that is served")
+    deployment_name: str = Field(default="", description="name for mii.client; empty: made from the model's")
+    deployment_type: DeploymentType = Field(
+        default=DeploymentType.LOCAL, description="'local', the only type that is served"
+    )
     model_conf: ModelConfig = Field(alias="model_config", description="options of the model, a dict or a ModelConfig")
     port_number: Port = Field(
-        PORT_NUMBER_DEFAULT, description="gRPC port of the load balancer; replicas use those after it"
+        default=PORT_NUMBER_DEFAULT, description="gRPC port of the load balancer; replicas use those after it"
     )
-    enable_restful_api: bool = Field(False, description="also answer HTTP")
-    restful_api_host: str = Field("localhost", description="address that the HTTP gateway listens on")
-    restful_api_port: Port = Field(RESTFUL_API_PORT_DEFAULT, description="port that the HTTP gateway listens on")
+    enable_restful_api: bool = Field(default=False, description="also answer HTTP")
+    restful_api_host: str = Field(default="localhost", description="address that the HTTP gateway listens on")
+    restful_api_port: Port = Field(
+        default=RESTFUL_API_PORT_DEFAULT, description="port that the HTTP gateway listens on"
+    )
     restful_processes: PositiveInt = Field(
-        RESTFUL_PROCESSES_DEFAULT, description="HTTP requests that are worked on at once"
+        default=RESTFUL_PROCESSES_DEFAULT, description="HTTP requests that are worked on at once"
     )
     hostfile: str | None = Field(
-        HOSTFILE_DEFAULT, description="file with lines 'host slots=N'; None, or the default where absent: this machine"
+        default=HOSTFILE_DEFAULT,
+        description="file with lines 'host slots=N'; None, or the default where absent: this machine",
     )
-    version: PositiveInt = Field(1, description="of an Azure ML deployment; not used")
-    instance_type: str = Field("Standard_NC12s_v3", description="of an Azure ML deployment; not used")
+    version: PositiveInt = Field(default=1, description="of an Azure ML deployment; not used")
+    instance_type: str = Field(default="Standard_NC12s_v3", description="of an Azure ML deployment; not used")
 
     @field_validator("deployment_type")
     @classmethod

@@ -46,7 +46,7 @@ def check_quantization_mode(mode: str | None) -> str | None:
 class DeepSpeedTPConfig(ConfigModel):
     """Tensor parallelism."""
 
-    tp_size: PositiveInt = Field(1, description="processes that share one copy of the model")
+    tp_size: PositiveInt = Field(default=1, description="processes that share one copy of the model")
 
 
 class AllocationMode(str, Enum):
@@ -60,10 +60,12 @@ class MemoryConfig(ConfigModel):
     """How large the KV cache is."""
 
     mode: AllocationMode = Field(
-        AllocationMode.RESERVE,
+        default=AllocationMode.RESERVE,
         description="'reserve' leaves `size` bytes of memory free and uses the rest; 'allocate' takes `size` blocks",
     )
-    size: PositiveInt = Field(1_000_000_000, description="bytes to leave free ('reserve') or KV blocks ('allocate')")
+    size: PositiveInt = Field(
+        default=1_000_000_000, description="bytes to leave free ('reserve') or KV blocks ('allocate')"
+    )
 
 
 class DSStateManagerConfig(ConfigModel):
@@ -72,12 +74,18 @@ class DSStateManagerConfig(ConfigModel):
     `max_ragged_sequence_count` that was not given is lowered to the other two limits where they are smaller.
     """
 
-    max_tracked_sequences: PositiveInt = Field(2048, description="requests that may hold KV blocks at once")
-    max_ragged_batch_size: PositiveInt = Field(768, description="tokens of one forward pass, the SplitFuse budget")
-    max_ragged_sequence_count: PositiveInt = Field(_SEQUENCE_COUNT_DEFAULT, description="requests of one forward pass")
-    max_context: PositiveInt = Field(8192, description="longest sequence that block tables are made for, in tokens")
-    memory_config: MemoryConfig = Field(default_factory=MemoryConfig, description="how large the KV cache is")
-    offload: bool = Field(False, description="moving KV blocks to host memory; mii does not do this")
+    max_tracked_sequences: PositiveInt = Field(default=2048, description="requests that may hold KV blocks at once")
+    max_ragged_batch_size: PositiveInt = Field(
+        default=768, description="tokens of one forward pass, the SplitFuse budget"
+    )
+    max_ragged_sequence_count: PositiveInt = Field(
+        default=_SEQUENCE_COUNT_DEFAULT, description="requests of one forward pass"
+    )
+    max_context: PositiveInt = Field(
+        default=8192, description="longest sequence that block tables are made for, in tokens"
+    )
+    memory_config: MemoryConfig = Field(default=MemoryConfig(), description="how large the KV cache is")
+    offload: bool = Field(default=False, description="moving KV blocks to host memory; mii does not do this")
 
     @field_validator("offload")
     @classmethod
@@ -103,7 +111,7 @@ class DSStateManagerConfig(ConfigModel):
 class QuantizationConfig(ConfigModel):
     """Weight quantisation; this version runs none."""
 
-    quantization_mode: str | None = Field(None, description="None runs the checkpoint as it is")
+    quantization_mode: str | None = Field(default=None, description="None runs the checkpoint as it is")
 
     @field_validator("quantization_mode")
     @classmethod
@@ -115,14 +123,14 @@ class RaggedInferenceEngineConfig(ConfigModel):
     """Everything that DeepSpeed lets users set on its engine, under DeepSpeed's names and aliases."""
 
     tensor_parallel: DeepSpeedTPConfig = Field(
-        default_factory=DeepSpeedTPConfig, alias="tp", description="tensor parallelism, {'tp_size': 2}"
+        default=DeepSpeedTPConfig(), alias="tp", description="tensor parallelism, {'tp_size': 2}"
     )
     state_manager: DSStateManagerConfig = Field(
-        default_factory=DSStateManagerConfig,
+        default=DSStateManagerConfig(),
         alias="manager",
         description="limits of a forward pass and of the KV cache, {'max_ragged_batch_size': 1024}",
     )
-    quantization: QuantizationConfig = Field(default_factory=QuantizationConfig, description="weight quantisation")
+    quantization: QuantizationConfig = Field(default=QuantizationConfig(), description="weight quantisation")
 
     @classmethod
     def option_names(cls) -> list[str]:

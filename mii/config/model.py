@@ -41,11 +41,11 @@ _DTYPES = {
 class ReplicaConfig(ConfigModel):
     """Where one replica of a deployment runs and which ports it uses."""
 
-    hostname: str = Field("", description="host of all its processes")
-    tensor_parallel_ports: list[Port] = Field([], description="gRPC port of each process")
-    torch_dist_port: Port | None = Field(None, description="torch's rendezvous port")
-    gpu_indices: list[NonNegativeInt] = Field([], description="device of each process, as the host counts them")
-    zmq_port: Port | None = Field(None, description="port on which its first process sends steps to the others")
+    hostname: str = Field(default="", description="host of all its processes")
+    tensor_parallel_ports: list[Port] = Field(default=[], description="gRPC port of each process")
+    torch_dist_port: Port | None = Field(default=None, description="torch's rendezvous port")
+    gpu_indices: list[NonNegativeInt] = Field(default=[], description="device of each process, as the host counts them")
+    zmq_port: Port | None = Field(default=None, description="port on which its first process sends steps to the others")
 
 
 def _world_size() -> int:
@@ -69,48 +69,54 @@ class ModelConfig(ConfigModel):
 
     model_name_or_path: str = Field(description="a folder, a .gguf file, or the id of a Hugging Face repository")
     tokenizer: Any = Field(
-        None, description="a folder, an id, or an object with encode and decode; None: the model's own"
+        default=None, description="a folder, an id, or an object with encode and decode; None: the model's own"
     )
-    task: TaskType | None = Field(TaskType.TEXT_GENERATION, description="'text-generation', the only task of this API")
+    task: TaskType | None = Field(
+        default=TaskType.TEXT_GENERATION, description="'text-generation', the only task of this API"
+    )
     tensor_parallel: PositiveInt = Field(
         default_factory=_world_size, description="processes that share one copy of the model, one device each"
     )
-    quantization_mode: str | None = Field(None, description="None runs the checkpoint as it is")
+    quantization_mode: str | None = Field(default=None, description="None runs the checkpoint as it is")
     inference_engine_config: RaggedInferenceEngineConfig = Field(
-        default_factory=RaggedInferenceEngineConfig, description="DeepSpeed's options of the engine"
+        default=RaggedInferenceEngineConfig(), description="DeepSpeed's options of the engine"
     )
     torch_dist_port: Port = Field(
-        TORCH_DIST_PORT_DEFAULT, description="torch's rendezvous port; replica i uses this + 100 i"
+        default=TORCH_DIST_PORT_DEFAULT, description="torch's rendezvous port; replica i uses this + 100 i"
     )
-    zmq_port_number: Port = Field(ZMQ_PORT_DEFAULT, description="port for steps; replica i uses this + i")
-    replica_num: PositiveInt = Field(1, description="copies of the model in a deployment")
+    zmq_port_number: Port = Field(default=ZMQ_PORT_DEFAULT, description="port for steps; replica i uses this + i")
+    replica_num: PositiveInt = Field(default=1, description="copies of the model in a deployment")
     replica_configs: list[ReplicaConfig] = Field(
-        [], description="one ReplicaConfig per replica; empty: made from device_map"
+        default=[], description="one ReplicaConfig per replica; empty: made from device_map"
     )
     device_map: str | DeviceMap = Field(
-        DEVICE_MAP_DEFAULT,
+        default=DEVICE_MAP_DEFAULT,
         description="'auto', one device 0, one replica's devices [0, 1], several replicas' [[0, 1], [2, 3]], or "
         "{'host': [[0, 1]]}",
     )
     max_length: PositiveInt | None = Field(
-        None, description="most tokens of prompt plus answer; None: the model's own limit"
+        default=None, description="most tokens of prompt plus answer; None: the model's own limit"
     )
-    sync_debug: bool = Field(False, description="wait for the device after each internal step and log its time")
-    profile_model_time: bool = Field(False, description="log the time of the model's forward passes")
+    sync_debug: bool = Field(default=False, description="wait for the device after each internal step and log its time")
+    profile_model_time: bool = Field(default=False, description="log the time of the model's forward passes")
 
-    device: str = Field("auto", description="'auto', 'cpu' or 'cuda'; 'auto' takes a GPU where there is one")
+    device: str = Field(default="auto", description="'auto', 'cpu' or 'cuda'; 'auto' takes a GPU where there is one")
     dtype: str = Field(
-        "auto", description="'bf16', 'fp16', 'fp32', or 'auto' for what the checkpoint and the device suit"
+        default="auto", description="'bf16', 'fp16', 'fp32', or 'auto' for what the checkpoint and the device suit"
     )
-    trust_remote_code: bool = Field(False, description="run Python code that a checkpoint brings along")
-    revision: str | None = Field(None, description="branch, tag or commit of a Hugging Face repository")
+    trust_remote_code: bool = Field(default=False, description="run Python code that a checkpoint brings along")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a Hugging Face repository")
     memory_fraction: Number = Field(
-        0.9, gt=0, le=1, description="share of the memory free at start that weights and KV cache may use"
+        default=0.9, gt=0, le=1, description="share of the memory free at start that weights and KV cache may use"
     )
-    seed: Seed | None = Field(None, description="makes sampling repeatable; None: new at each start")
-    block_size: PositiveInt | None = Field(None, description="tokens of one KV block; None: chosen for the device")
-    prefix_caching: bool = Field(True, description="keep KV blocks of finished requests for prompts that begin alike")
-    progress: bool | None = Field(None, description="progress bars; None: when standard error is a terminal")
+    seed: Seed | None = Field(default=None, description="makes sampling repeatable; None: new at each start")
+    block_size: PositiveInt | None = Field(
+        default=None, description="tokens of one KV block; None: chosen for the device"
+    )
+    prefix_caching: bool = Field(
+        default=True, description="keep KV blocks of finished requests for prompts that begin alike"
+    )
+    progress: bool | None = Field(default=None, description="progress bars; None: when standard error is a terminal")
 
     @property
     def provider(self) -> ModelProvider:

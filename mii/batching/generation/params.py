@@ -60,29 +60,44 @@ class GenerateParamsConfig(ConfigModel):
     keeps_auto = frozenset({"stop"})  # a text to stop at, like any other
     hints = _HINTS
 
-    prompt_length: NonNegativeInt | None = Field(None, description="tokens of the prompt; mii counts them itself")
+    prompt_length: NonNegativeInt | None = Field(
+        default=None, description="tokens of the prompt; mii counts them itself"
+    )
     max_length: PositiveInt | None = Field(
-        None,
+        default=None,
         description="most tokens of prompt plus answer; None: max_length of the model's config, else its own limit",
     )
-    max_new_tokens: PositiveInt | None = Field(None, description="most tokens to generate; None: up to max_length")
-    min_new_tokens: NonNegativeInt = Field(0, description="end-of-text and stop count only after this many tokens")
-    stream: bool = Field(False, description="set by mii itself; use pipe.stream(...) or streaming_fn=")
-    ignore_eos: bool = Field(False, description="go on after end-of-text tokens; stop texts still end the answer")
-    return_full_text: bool = Field(False, description="put the prompt's text before the answer's")
-    do_sample: bool = Field(True, description="draw tokens at random; False takes the most likely one")
-    temperature: Number | None = Field(
-        None, ge=0, description="above 1 flattens the probabilities, below 1 sharpens them; 0 is greedy, None is 1"
+    max_new_tokens: PositiveInt | None = Field(
+        default=None, description="most tokens to generate; None: up to max_length"
     )
-    top_k: PositiveInt | None = Field(None, description="draw from the k most likely tokens; None turns it off")
+    min_new_tokens: NonNegativeInt = Field(
+        default=0, description="end-of-text and stop count only after this many tokens"
+    )
+    stream: bool = Field(default=False, description="set by mii itself; use pipe.stream(...) or streaming_fn=")
+    ignore_eos: bool = Field(
+        default=False, description="go on after end-of-text tokens; stop texts still end the answer"
+    )
+    return_full_text: bool = Field(default=False, description="put the prompt's text before the answer's")
+    do_sample: bool = Field(default=True, description="draw tokens at random; False takes the most likely one")
+    temperature: Number | None = Field(
+        default=None,
+        ge=0,
+        description="above 1 flattens the probabilities, below 1 sharpens them; 0 is greedy, None is 1",
+    )
+    top_k: PositiveInt | None = Field(default=None, description="draw from the k most likely tokens; None turns it off")
     top_p: Number = Field(
-        0.9, gt=0, le=1, description="draw from the most likely tokens that together reach this; 1 turns it off"
+        default=0.9, gt=0, le=1, description="draw from the most likely tokens that together reach this; 1 turns it off"
     )
     min_p: Number = Field(
-        0.0, ge=0, le=1, description="draw from tokens at least this fraction as likely as the best; 0 turns it off"
+        default=0.0,
+        ge=0,
+        le=1,
+        description="draw from tokens at least this fraction as likely as the best; 0 turns it off",
     )
-    seed: Seed | None = Field(None, description="makes the answer repeatable; None: a new one each time")
-    stop: list[str] = Field([], description="a text, or a list of texts, at which the answer ends; not part of it")
+    seed: Seed | None = Field(default=None, description="makes the answer repeatable; None: a new one each time")
+    stop: list[str] = Field(
+        default=[], description="a text, or a list of texts, at which the answer ends; not part of it"
+    )
 
     @classmethod
     def option_names(cls) -> list[str]:
