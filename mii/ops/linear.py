@@ -1,0 +1,137 @@
+"""Matrix product with a weight that was packed once at load: out = x @ weight^T + bias.
+
+On the CPU the weight is repacked into panels of 16 output features (csrc/cpu/isa/linear.cpp) that serve one row (a
+stream through memory) and many (AMX tiles) alike, so there is one copy of it. On a GPU, and where the native library
+does not serve, the weight stays as it is and torch multiplies (cuBLASLt, oneDNN).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mii.ops import abi, native
+
+
+@dataclass(frozen=True, slots=True)
+class LinearWeight:
+    """A weight [out_features, in_features] in the layout that `linear` reads.
+
+    Args:
+        data: the row-major weight itself, or (packed) the bytes that mii_linear_pack wrote.
+        out_features, in_features: the weight's logical shape.
+        dtype: of the weight's elements; x, out and bias have it too.
+        packed: whether `data` is in the native layout.
+    """
+
+    data: torch.Tensor
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    packed: bool
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def unpacked(self) -> torch.Tensor:
+        """The weight as a row-major [out_features, in_features] tensor (a copy where it is packed)."""
+        if not self.packed:
+            return self.data
+        panels = -(-self.out_features // 16)
+        values = self.data.view(self.dtype).view(panels, -1)
+        if self.dtype == torch.bfloat16:
+            rows = values.view(panels, -1, 16, 2).permute(0, 2, 1, 3)
+        else:
+            rows = values.view(panels, -1, 16).permute(0, 2, 1)
+        return rows.reshape(panels * 16, -1)[: self.out_features, : self.in_features].contiguous()
+
+
+def pack_linear(weight: torch.Tensor) -> LinearWeight:
+    """Prepares a weight for `linear`; the argument itself may be dropped afterwards.
+
+    Args:
+        weight: [out_features, in_features], contiguous along a row.
+
+    Raises:
+        ValueError: not a matrix, or not contiguous along a row.
+    """
+    if weight.dim() != 2 or weight.stride(1) != 1:
+        raise ValueError(
+            f"pack_linear: the weight must be [out_features, in_features] and contiguous along a row; it is "
+            f"{tuple(weight.shape)} with strides {weight.stride()}"
+        )
+    out_features, in_features = weight.shape
+    library = native.library(weight.device)
+    code = abi.DTYPE_CODES.get(weight.dtype)
+    data, packed = weight, False
+    if code is not None and library is not None and library.has("mii_linear_pack") and weight.numel():
+        args = abi.MiiLinearPack(None, weight.data_ptr(), in_features, out_features, weight.stride(0), code)
+        bytes_needed = library.bytes("mii_linear_packed_bytes", args)
+        if bytes_needed > 0:
+            data, packed = torch.empty(bytes_needed, dtype=torch.uint8), True
+            args.packed = data.data_ptr()
+            library.call("mii_linear_pack", args)
+    return LinearWeight(data, out_features, in_features, weight.dtype, packed)
+
+
+def linear(out: torch.Tensor, x: torch.Tensor, weight: LinearWeight, bias: torch.Tensor | None = None) -> None:
+    """out = x @ weight^T + bias, summed in float and rounded once.
+
+    Args:
+        out: [rows, out_features], rows may be strided; must not overlap x.
+        x: [rows, in_features], rows may be strided; the weight's dtype.
+        weight: from `pack_linear`.
+        bias: [out_features] or None.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit together.
+    """
+    rows = x.shape[0]
+    if (
+        x.shape != (rows, weight.in_features)
+        or out.shape != (rows, weight.out_features)
+        or x.dtype != weight.dtype
+        or out.dtype != weight.dtype
+    ):
+        raise ValueError(
+            f"linear: x {tuple(x.shape)} {x.dtype} and out {tuple(out.shape)} {out.dtype} must be [rows, "
+            f"{weight.in_features}] and [rows, {weight.out_features}] of the weight's dtype {weight.dtype}"
+        )
+    if not weight.packed:
+        _linear_torch(out, x, weight.data, bias)
+        return
+    if x.stride(1) != 1 or out.stride(1) != 1:
+        raise ValueError("linear: x and out must be contiguous along a row")
+    args = abi.MiiLinear(
+        out.data_ptr(),
+        x.data_ptr(),
+        weight.data.data_ptr(),
+        native.pointer(bias),
+        rows,
+        weight.in_features,
+        weight.out_features,
+        x.stride(0),
+        out.stride(0),
+        abi.DTYPE_CODES[weight.dtype],
+    )
+    library = native.library(x.device)
+    if library is None or not library.call("mii_linear", args):
+        linear_reference(out, x, weight, bias)
+
+
+def _linear_torch(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    if bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
+
+
+def linear_reference(
+    out: torch.Tensor, x: torch.Tensor, weight: LinearWeight, bias: torch.Tensor | None = None
+) -> None:
+    """`linear` in plain torch, in float, from the unpacked weight."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    value = x.to(wide) @ weight.unpacked().to(wide).t()
+    out.copy_(value if bias is None else value + bias.to(wide))
