@@ -34,8 +34,8 @@ def choose_device(requested: str, index: int = 0) -> torch.device:
     capability = torch.cuda.get_device_capability(index)
     if capability < MINIMUM_CAPABILITY:
         raise UnsupportedDeviceError(
-            f"{torch.cuda.get_device_name(index)} has compute capability {capability[0]}.{capability[1]}; mii's kernels "
-            "need 8.0 (Ampere) or more. Use device='cpu' on this machine."
+            f"{torch.cuda.get_device_name(index)} has compute capability {capability[0]}.{capability[1]}; mii's "
+            "kernels need 8.0 (Ampere) or more. Use device='cpu' on this machine."
         )
     return torch.device("cuda", index)
 

@@ -25,7 +25,7 @@ from mii.errors import PipelineDestroyedError, PromptTooLongError, RequestError
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """What the engine does at the moment. Counts; `prefix_hit_tokens` of `prefix_queried_tokens` came from the cache."""
+    """What the engine does now, in counts; `prefix_hit_tokens` of `prefix_queried_tokens` came from the cache."""
 
     running: int
     waiting: int
@@ -135,7 +135,7 @@ class Engine(RaggedInterface):
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def step(self) -> list[TokenOutput]:
-        """Launches the next step and returns what the last one (on a CPU: this one) gave. Empty when there is nothing."""
+        """Launches the next step and returns what the one before (on a CPU: this one) gave."""
         if self.runner is None:
             raise PipelineDestroyedError("The engine was destroyed; make a new one.")
         try:

@@ -83,7 +83,7 @@ class BlockPool:
             self._references[block] += 1
 
     def register(self, block: int, digest: bytes) -> None:
-        """Makes a full block findable by its chained hash; the first block with a content stays the one that is found."""
+        """Makes a full block findable by its chained hash; the first block with a content stays the one found."""
         if not self.prefix_caching or digest in self._block_of:
             return
         self._forget(block)

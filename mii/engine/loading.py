@@ -1,4 +1,4 @@
-"""From a `ModelConfig` to an engine that is ready: device, weights, buffers, and a KV cache as large as memory allows."""
+"""From a `ModelConfig` to a ready engine: device, weights, buffers, and as large a KV cache as memory allows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class _Defaults:
-    """What is used where the config leaves the choice: tokens and sequences a step, block size, share of free memory."""
+    """Used where the config leaves the choice: tokens and sequences a step, block size, share of free memory."""
 
     max_tokens: int
     max_sequences: int

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from mii.batching.scheduler import Chunk, Plan
+from mii.engine.graphs import StepGraphs, decode_bucket, sample_bucket, token_bucket
 from mii.engine.sequence import Sequence
 from mii.modeling.decoder import Decoder
 from mii.modeling.layers import ActivationArena, Forward
@@ -21,7 +22,7 @@ from mii.modeling.rope import rope_rows, rope_table, trained_length
 from mii.ops import abi
 from mii.ops.attention import AttentionBatch, AttentionPlan
 from mii.ops.prepare import StepTensors, prepare
-from mii.ops.sampler import SamplingTable, sample
+from mii.ops.sampler import SamplingTable, sample, sample_workspace
 from mii.ops.staging import HostStep
 
 
@@ -42,7 +43,7 @@ class RunnerLimits:
 
 
 class LaunchedStep:
-    """A step on its way. `tokens()` waits for it and gives the sampled ids, one for each chunk that samples, in order."""
+    """A step on its way. `tokens()` waits for it and gives the sampled ids, one for each chunk that samples."""
 
     def __init__(self, chunks: list[Chunk], tokens: torch.Tensor, done: torch.cuda.Event | None) -> None:
         self.chunks = [chunk for chunk in chunks if chunk.samples]
@@ -55,28 +56,21 @@ class LaunchedStep:
 
 
 class SampledTokens:
-    """Where sampled ids land: on the device, and in pinned memory on the host; two of each, since two steps overlap."""
+    """Where sampled ids land: one tensor on the device, and two in pinned host memory, since two steps overlap."""
 
     def __init__(self, max_sequences: int, device: torch.device) -> None:
-        self.on_device = [torch.zeros(max_sequences, dtype=torch.int32, device=device) for _ in range(2)]
-        self._cuda = device.type == "cuda"
-        self._on_host = [
-            torch.zeros(max_sequences, dtype=torch.int32, pin_memory=True) if self._cuda else tensor
-            for tensor in self.on_device
-        ]
+        self.on_device = torch.zeros(max_sequences, dtype=torch.int32, device=device)
+        cuda = device.type == "cuda"
+        self._on_host = [torch.zeros_like(self.on_device, device="cpu", pin_memory=True) for _ in range(2 * cuda)]
         self._turn = 0
 
-    def next(self) -> torch.Tensor:
-        """The device tensor for the next step's ids."""
-        self._turn ^= 1
-        return self.on_device[self._turn]
-
     def read_back(self, count: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Starts the copy of what the last `next` gave; the event tells when it is there."""
+        """Starts the copy of `count` ids to the host; the event tells when it is there."""
+        if not self._on_host:
+            return self.on_device, None
+        self._turn ^= 1
         host = self._on_host[self._turn]
-        if not self._cuda:
-            return host, None
-        host[:count].copy_(self.on_device[self._turn][:count], non_blocking=True)
+        host[:count].copy_(self.on_device[:count], non_blocking=True)
         done = torch.cuda.Event()
         done.record()
         return host, done
@@ -99,10 +93,13 @@ class Runner:
         )
         self.arena = ActivationArena(self.spec, model.place, limits.max_tokens, limits.max_sequences, model.up_width)
         self.sampling = SamplingTable.allocate(limits.max_slots, self.device)
+        self._sample_workspace = sample_workspace(limits.max_sequences, self.spec.vocab_size, self.dtype, self.device)
         self.sampled = SampledTokens(limits.max_sequences, self.device)
         self._suppress = torch.zeros(limits.max_sequences, dtype=torch.int32, device=self.device)
         self._suppress_ids = torch.tensor(stop_ids, dtype=torch.int32, device=self.device)
+        self._any_suppressed = self._suppressing = False
         self._cos_sin = self._rope()
+        self.graphs = StepGraphs(self.device) if self.device.type == "cuda" else None
         self._sent: list[tuple[object, int]] = [(None, 0)] * limits.max_slots
         self._forwards: dict[tuple[int, int], Forward] = {}
         self.plans = {
@@ -130,7 +127,7 @@ class Runner:
         return None if rope is None else rope_table(rope, self.limits.max_length, self.device)
 
     def cache_salt(self, prompt_length: int) -> bytes | None:
-        """What must agree, besides the tokens, for two prompts to share KV blocks: a rotation that depends on length."""
+        """What must agree besides the tokens for prompts to share KV blocks: a rotation that depends on length."""
         return str(prompt_length).encode() if self._rotates_by_length(prompt_length) else None
 
     def _rotates_by_length(self, prompt_length: int) -> bool:
@@ -160,7 +157,7 @@ class Runner:
         return self.limits.block_size * self.spec.kv_bytes_per_token(self.dtype.itemsize)
 
     def make_cache(self, num_blocks: int) -> None:
-        """K and V of every layer, [num_blocks, kv_heads, block_size, head_dim] each; never read before it is written."""
+        """K and V of every layer, [num_blocks, kv_heads, block_size, head_dim] each."""
         shape = (num_blocks, self.spec.kv_heads, self.limits.block_size, self.spec.head_dim)
 
         def cache() -> torch.Tensor:
@@ -176,68 +173,89 @@ class Runner:
     def launch(self, plan: Plan) -> LaunchedStep:
         """Starts a planned step and returns at once (on a GPU)."""
         forward, samples = self._begin(plan)
-        tokens = self.sampled.next()
-        if samples:
-            self._sample(plan, forward, tokens[:samples])
+        tokens = self.sampled.on_device
+        if self.graphs is None:
+            self._execute(forward, tokens[:samples])
+        elif forward.cos_sin is not self._cos_sin:
+            self._execute(forward, tokens[: len(forward.sample_rows)])
+        else:
+            bucket = (forward.positions.shape[0], len(forward.sample_rows))
+            self.graphs.run(bucket, lambda: self._execute(forward, tokens[: bucket[1]]))
         return LaunchedStep(plan.chunks, *self.sampled.read_back(samples))
 
     @torch.inference_mode()
     def logits(self, plan: Plan) -> torch.Tensor:
         """Runs a planned step without drawing: the logits [samples, vocab] of its chunks that reach their end."""
         forward, samples = self._begin(plan)
+        self._compute(forward)
         return forward.buffers.logits[:samples].clone()
 
     def _begin(self, plan: Plan) -> tuple[Forward, int]:
-        """Sends the plan and runs the model on it; how many rows of its logits are sampled."""
+        """Sends the plan to the device; the views that its step works on, and how many chunks sample."""
         samples = self._fill(plan)
         forward = self._forward(plan.num_tokens, len(plan.chunks), samples)
         forward.step.upload()
+        self._send_suppressed(plan)
         if self.spec.rope is not None and self.spec.rope.kind == "dynamic":
             self._long_rope(forward, plan)
-        prepare(forward.step, self.limits.block_size)
-        for attention_plan in forward.plans.values():
-            attention_plan.update(forward.batch)
-        self.model.forward(forward)
         return forward, samples
 
-    def _sample(self, plan: Plan, forward: Forward, tokens: torch.Tensor) -> None:
-        flags = self._suppressed(plan)
+    def _execute(self, forward: Forward, tokens: torch.Tensor) -> None:
+        """Everything that a step does on the device, from the uploaded plan to the sampled tokens."""
+        self._compute(forward)
         rows = tokens.shape[0]
+        if not rows:
+            return
+        step = forward.step
+        suppress = self._suppress[:rows] if self._suppressing else None
         sample(
             tokens,
             forward.buffers.logits[:rows],
             self.sampling,
-            forward.step.sample_slots[:rows],
-            forward.step.sample_positions[:rows],
-            counts=forward.step.counts,
-            last_token=forward.step.last_token,
-            suppress=None if flags is None else flags[:rows],
-            suppress_ids=None if flags is None else self._suppress_ids,
+            step.sample_slots[:rows],
+            step.sample_positions[:rows],
+            counts=step.counts,
+            last_token=step.last_token,
+            suppress=suppress,
+            suppress_ids=None if suppress is None else self._suppress_ids,
+            workspace=self._sample_workspace,
         )
 
-    def _suppressed(self, plan: Plan) -> torch.Tensor | None:
-        """Flags of the sampled rows that may not end yet, or None when all may."""
+    def _compute(self, forward: Forward) -> None:
+        prepare(forward.step, self.limits.block_size)
+        for attention_plan in forward.plans.values():
+            attention_plan.update(forward.batch)
+        self.model.forward(forward)
+
+    def _send_suppressed(self, plan: Plan) -> None:
+        """Flags the sampled rows that may not end yet. A graph always reads the flags, so they are cleared again too."""
+        if not len(self._suppress_ids):
+            return
         flags = [chunk.start + chunk.size < chunk.sequence.min_length for chunk in plan.chunks if chunk.samples]
-        if not any(flags) or not len(self._suppress_ids):
-            return None
-        self._suppress[: len(flags)].copy_(torch.tensor(flags, dtype=torch.int32))
-        return self._suppress
+        if any(flags):
+            self._suppress[: len(flags)].copy_(torch.tensor(flags, dtype=torch.int32))
+        elif self._any_suppressed:
+            self._suppress.zero_()
+        self._any_suppressed = any(flags)
+        self._suppressing = self._any_suppressed or self.graphs is not None
 
     def _forward(self, tokens: int, sequences: int, samples: int) -> Forward:
-        """The views of a step of this size. Sizes on a GPU are rounded up, so that few of them occur."""
-        if self.device.type == "cuda":
-            tokens, sequences = (
-                _round_up(tokens, self.limits.max_tokens),
-                _round_up(sequences, self.limits.max_sequences),
-            )
+        """The views of a step of this size; with graphs, of the bucket it falls in."""
+        if self.graphs is not None:
+            limits = self.limits
+            if tokens == sequences:
+                tokens = sequences = decode_bucket(tokens, limits.max_sequences)
+            else:
+                sequences = sample_bucket(sequences, limits.max_sequences)
+                tokens = token_bucket(tokens, limits.max_tokens)
             samples = sequences
-        key = (tokens, max(sequences, samples))
+        key = (tokens, sequences)
         forward = self._forwards.get(key)
         if forward is None:
             if len(self._forwards) >= 1024:
                 self._forwards.clear()
             forward = self._forwards[key] = self._make_forward(*key)
-        if forward.buffers.logits.shape[0] != samples:
+        if len(forward.sample_rows) != samples:
             forward.buffers = self.arena.views(tokens, samples)
             forward.sample_rows = forward.step.sample_rows[:samples]
         return forward
@@ -312,21 +330,8 @@ class Runner:
         self._sent = [(None, 0)] * self.limits.max_slots
 
     def destroy(self) -> None:
-        """Drops every tensor, so that the allocator can give the memory back."""
-        self.caches = []
-        self._forwards = {}
-        for name in (
-            "model",
-            "step",
-            "arena",
-            "sampling",
-            "sampled",
-            "plans",
-            "_suppress",
-            "_suppress_ids",
-            "_cos_sin",
-        ):
-            self.__dict__.pop(name, None)
+        """Drops the model, the cache and every buffer, so that the allocator can give the memory back."""
+        vars(self).clear()
 
 
 def fill_step(host: HostStep, plan: Plan) -> int:
@@ -348,9 +353,3 @@ def fill_step(host: HostStep, plan: Plan) -> int:
     host.sample_seq[: len(sampled)] = sampled
     host.counts[: abi.NUM_SAMPLES + 1] = (count, plan.num_tokens, len(sampled))
     return len(sampled)
-
-
-def _round_up(value: int, limit: int) -> int:
-    """The next size of a small set: steps of an eighth of the power of two below, at least 8."""
-    step = max(8, 1 << max(0, value.bit_length() - 4))
-    return min(limit, -(-value // step) * step)
