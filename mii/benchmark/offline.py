@@ -1,0 +1,186 @@
+"""`mii bench offline`: how fast the engine is on this machine, without a server.
+
+    mii bench offline --shape smollm2-135m --device cpu
+    mii bench offline --shape llama3-8b --json results.json
+
+Weights are random and made in memory, so no model file is needed; a folder or a .gguf file in place of a shape's name
+is read as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mii.benchmark.shapes import MIXES, SHAPES
+from mii.errors import CheckpointNotFoundError
+
+if TYPE_CHECKING:
+    from mii.engine import Engine
+    from mii.modeling.checkpoint import Checkpoint
+
+ROW_NAMES = ("decode-1", "decode-8", "decode-64", "prompt-512", "batch-16", *MIXES, "first-token")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument(
+        "--shape",
+        default="smollm2-135m",
+        metavar="SHAPE",
+        help=f"{', '.join(SHAPES)}, or a model folder or .gguf file (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rows",
+        "--mix",
+        dest="rows",
+        nargs="+",
+        choices=ROW_NAMES,
+        metavar="ROW",
+        help=f"what to measure, of {', '.join(ROW_NAMES)} (default: what suits the device)",
+    )
+    parser.add_argument("--layers", type=_positive, help="use only this many layers of the shape")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--dtype", default="auto", help="bf16, fp16 or fp32 (default: what the checkpoint says)")
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        type=_option,
+        metavar="NAME=VALUE",
+        help="a further field of ModelConfig, its value as JSON: --option memory_fraction=0.5; may be repeated",
+    )
+    parser.add_argument("--repeats", type=_positive, default=3, help="runs of each decoding figure (default: 3)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file too")
+    parser.add_argument("--verbose", action="store_true", help="show the engine's log")
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
+    return int(text)
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints the table and writes the JSON file; returns the command's exit code.
+
+    Raises:
+        mii.errors.MIIError: The shape is unknown, or the model cannot be loaded.
+        pydantic.ValidationError: An --option that ModelConfig does not take.
+    """
+    if not args.verbose:
+        logging.getLogger("MII").setLevel(logging.WARNING)
+    from mii.benchmark.report import make_report, print_report, write_json
+
+    report = make_report(**measure(args, say=lambda line: print(line, flush=True)))
+    print_report(report)
+    if args.json is not None:
+        write_json(report, args.json)
+        print(f"written to {args.json}")
+    return 0
+
+
+def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
+    """Loads the model and measures the rows; gives the arguments of `make_report`."""
+    from mii.benchmark.limits import describe_machine, measure_limits
+    from mii.benchmark.report import memory_ledger
+    from mii.benchmark.roofline import Roofline
+    from mii.benchmark.rows import ROWS, Bench, first_token_row
+
+    engine, load_seconds = load(args)
+    runner = engine.runner
+    assert runner is not None
+    device, dtype = runner.device, runner.dtype
+    names = _row_names(args, device.type)
+    try:
+        limits = measure_limits(device, dtype)
+        bench = Bench(engine, Roofline.of(runner.spec, dtype, limits), args.repeats)
+        rows = []
+        for name in [name for name in names if name in ROWS]:
+            rows.append(ROWS[name](bench))
+            say(f"{name}: {rows[-1].value:,.4g} {rows[-1].unit}")
+        memory = memory_ledger(engine)
+    finally:
+        engine.destroy()
+    if "first-token" in names:
+        rows.append(first_token_row(str(_model_file(args.shape)), device.type))
+    model = {
+        "name": args.shape,
+        "layers": runner.spec.num_layers,
+        "dtype": str(dtype).removeprefix("torch."),
+        "options": dict(args.option),
+        "load_s": load_seconds,
+    }
+    return {"model": model, "machine": describe_machine(device), "limits": limits, "memory": memory, "rows": rows}
+
+
+def load(args: argparse.Namespace) -> tuple[Engine, float]:
+    """The engine, and the seconds from here until it could take requests (importing torch included)."""
+    begin = time.perf_counter()
+    from mii.config import ModelConfig
+    from mii.engine import build_engine
+
+    options: dict[str, Any] = {"device": args.device, "dtype": args.dtype, **dict(args.option)}
+    config = ModelConfig(model_name_or_path=args.shape, **options)
+    with _open(args, config.device) as checkpoint:
+        engine = build_engine(config, checkpoint)
+    return engine, time.perf_counter() - begin
+
+
+def _open(args: argparse.Namespace, device: str) -> Checkpoint:
+    if args.shape in SHAPES:
+        from mii.benchmark.random_checkpoint import RandomCheckpoint
+        from mii.engine.devices import choose_device
+
+        shape = dict(SHAPES[args.shape])
+        if args.layers is not None:
+            shape["num_hidden_layers"] = args.layers
+        return RandomCheckpoint(shape, choose_device(device), args.shape)
+    if args.layers is not None:
+        raise CheckpointNotFoundError("--layers cuts a named shape; a model from files has the layers that it has.")
+    if not Path(args.shape).exists():
+        raise CheckpointNotFoundError(
+            f"--shape is {args.shape!r}, which is neither a file or folder here nor one of {', '.join(SHAPES)}."
+        )
+    from mii.modeling.checkpoint import open_checkpoint
+
+    return open_checkpoint(args.shape)
+
+
+def _row_names(args: argparse.Namespace, device_type: str) -> list[str]:
+    from mii.benchmark.rows import CPU_ROWS, GPU_ROWS
+
+    if args.rows:
+        return list(dict.fromkeys(args.rows))
+    rows = list(GPU_ROWS if device_type == "cuda" else CPU_ROWS)
+    try:
+        _model_file(args.shape)
+    except CheckpointNotFoundError:
+        return rows
+    return [*rows, "first-token"]
+
+
+def _model_file(shape: str) -> Path:
+    """The file or folder that a process is timed on until its first token."""
+    from mii.modeling.checkpoint import find_default_model
+
+    if shape == "smollm2-135m":
+        return find_default_model()
+    if shape in SHAPES:
+        raise CheckpointNotFoundError(f"first-token is timed on a model from files, and {shape} is made up in memory.")
+    return Path(shape)

@@ -1,0 +1,121 @@
+"""What a benchmark leaves behind: a table for people and a JSON file for checks and for the README's numbers."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mii.benchmark.limits import MachineLimits
+from mii.benchmark.rows import Row
+from mii.engine import Engine
+from mii.modeling.decoder import Decoder
+from mii.modeling.parameters import Placement
+
+_PACKAGES = ("mii", "torch", "transformers", "tokenizers", "numpy")
+
+
+def memory_ledger(engine: Engine) -> dict[str, int]:
+    """Bytes by use: weights, KV cache, everything else at its peak, and what was in use at most.
+
+    "In use" is what torch allocated on a GPU, and the whole process's resident memory on a CPU.
+    """
+    runner = engine.runner
+    assert runner is not None
+    outline = Decoder(runner.spec, Placement(torch.device("meta"), runner.dtype)).parameters()
+    weights = sum(parameter.tensor.numel() for _, parameter in outline) * runner.dtype.itemsize
+    cache = engine.num_blocks * engine.block_size * runner.spec.kv_bytes_per_token(runner.dtype.itemsize)
+    if runner.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(runner.device)
+        return {"weights": weights, "kv_cache": cache, "other": peak - weights - cache, "peak": peak}
+    # untouched pages of the KV cache are not resident, so the rest cannot be told apart from it
+    return {"weights": weights, "kv_cache": cache, "peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+
+
+def versions() -> dict[str, str]:
+    """Of everything that has a share in the figures."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    commit = _commit()
+    return found | ({"commit": commit} if commit else {})
+
+
+def _commit() -> str:
+    """The commit of the checkout that this file lies in, marked where files differ from it; empty outside of one."""
+    folder = Path(__file__).resolve().parents[2]
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, text=True, capture_output=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+def make_report(
+    *,
+    model: Mapping[str, Any],
+    machine: Mapping[str, Any],
+    limits: MachineLimits,
+    memory: Mapping[str, int],
+    rows: list[Row],
+) -> dict[str, Any]:
+    """Everything that is needed to read the figures later, as plain JSON types."""
+    return {
+        "benchmark": "offline",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["mii", *sys.argv[1:]]),
+        "machine": dict(machine),
+        "versions": versions(),
+        "model": dict(model),
+        "limits": {"bandwidth_bytes_per_s": limits.bandwidth, "matmul_flop_per_s": limits.matmul, "how": limits.how},
+        "memory_bytes": dict(memory),
+        "rows": [row.as_dict() for row in rows],
+    }
+
+
+def write_json(report: Mapping[str, Any], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def print_report(report: Mapping[str, Any]) -> None:
+    """The table, for a terminal or a file."""
+    from rich.console import Console
+    from rich.table import Table
+
+    machine, model, limits = report["machine"], report["model"], report["limits"]
+    console = Console(highlight=False)
+    console.print(
+        f"{machine.get('gpu', machine['cpu'])}, {model['name']}, {model['dtype']}, ready in {model['load_s']:.2f} s"
+    )
+    console.print(
+        f"limits: {limits['bandwidth_bytes_per_s'] / 1e9:,.1f} GB/s, {limits['matmul_flop_per_s'] / 1e12:,.2f} TFLOP/s "
+        f"({limits['how']})"
+    )
+    console.print("memory: " + ", ".join(f"{use} {size / 1e9:.2f} GB" for use, size in report["memory_bytes"].items()))
+    table = Table("figure", "unit")
+    for title in ("measured", "limit", "share"):
+        table.add_column(title, justify="right")
+    for row in report["rows"]:
+        limit, share = row["limit"], row["share"]
+        shown = ("", "") if limit is None else (_number(limit), f"{share:.0%}")
+        table.add_row(row["name"], row["unit"], _number(row["value"]), *shown)
+    console.print(table)
+
+
+def _number(value: float) -> str:
+    """Three figures or whole thousands: more would be noise."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
