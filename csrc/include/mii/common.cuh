@@ -191,7 +191,9 @@ __device__ __forceinline__ void start_next() {
 
 // Brings the line of `address` into the L2 cache; reads nothing, so it is safe before wait_for_previous().
 __device__ __forceinline__ void prefetch_l2(const void* address) {
+#if defined(__CUDA_ARCH__)
   asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#endif
 }
 
 }  // namespace mii

@@ -1,0 +1,65 @@
+// Launcher of the norms: chooses how many packs a thread holds and whether a warp or a CTA takes a row.
+#include "launch.cuh"
+#include "mii/norm.cuh"
+
+namespace mii {
+namespace {
+
+template <typename T>
+bool vectorised(const MiiNorm& a) {
+  const bool strides = a.width % kPack<T> == 0 && a.x_stride % kPack<T> == 0 && a.out_stride % kPack<T> == 0;
+  const bool pointers = aligned(a.out, 16) && aligned(a.x, 16) && aligned(a.residual, 16) && aligned(a.weight, 16) &&
+                        aligned(a.bias, 16);
+  return strides && pointers && a.width / kPack<T> <= 8 * norm_threads(8, false);
+}
+
+template <typename T, int Packs>
+int32_t launch_cta_rows(const NormArgs<T>& args, int count, void* stream) {
+  const int threads = ceil_div(ceil_div(count, Packs), kWarp) * kWarp;
+  return launch("mii_norm", norm_rows<T, Packs, false>, Shape{dim3(args.rows), dim3(threads)}, stream, args);
+}
+
+template <typename T, int Packs>
+int32_t launch_warp_rows(const NormArgs<T>& args, void* stream) {
+  const int64_t blocks = ceil_div(args.rows, int64_t(kWarpRowThreads / kWarp));
+  return launch("mii_norm", norm_rows<T, Packs, true>, Shape{dim3(blocks), dim3(kWarpRowThreads)}, stream, args);
+}
+
+template <typename T>
+int32_t norm(const MiiNorm& a, void* stream) {
+  const NormArgs<T> args = {static_cast<T*>(a.out),
+                            static_cast<const T*>(a.x),
+                            static_cast<T*>(a.residual),
+                            static_cast<const T*>(a.weight),
+                            static_cast<const T*>(a.bias),
+                            a.rows,
+                            a.x_stride,
+                            a.out_stride,
+                            static_cast<int>(a.width),
+                            a.kind,
+                            a.eps};
+  if (!vectorised<T>(a)) {
+    return launch("mii_norm", norm_rows_any<T>, Shape{dim3(a.rows), dim3(256)}, stream, args);
+  }
+  const int count = static_cast<int>(a.width / kPack<T>);  // packs of a row
+  if (count <= kWarp) return launch_warp_rows<T, 1>(args, stream);
+  if (count <= 2 * kWarp) return launch_warp_rows<T, 2>(args, stream);
+  if (count <= 4 * kWarp) return launch_warp_rows<T, 4>(args, stream);
+  // Few rows leave most of the card idle: more threads on each shorten the wait. Many rows want loads in flight.
+  if (count <= 1024 && a.rows <= card().sms) return launch_cta_rows<T, 1>(args, count, stream);
+  if (count <= 1024) return launch_cta_rows<T, 2>(args, count, stream);
+  if (count <= 2048) return launch_cta_rows<T, 4>(args, count, stream);
+  return launch_cta_rows<T, 8>(args, count, stream);
+}
+
+}  // namespace
+}  // namespace mii
+
+extern "C" int32_t mii_norm(const MiiNorm* a, void* stream) {
+  using namespace mii;
+  MII_REQUIRE(a->rows >= 0 && a->rows <= INT32_MAX, MII_INVALID, "norm: %lld rows", (long long)a->rows);
+  MII_REQUIRE(a->width > 0 && a->width <= (1 << 24), MII_UNSUPPORTED, "norm: width %lld", (long long)a->width);
+  MII_REQUIRE(a->kind >= MII_RMS && a->kind <= MII_LAYER, MII_INVALID, "norm: kind %d", a->kind);
+  if (a->rows == 0) return MII_OK;
+  return dispatch_dtype(a->dtype, [&](auto tag) { return norm<decltype(tag)>(*a, stream); });
+}

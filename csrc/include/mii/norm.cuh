@@ -1,0 +1,169 @@
+// RMSNorm and LayerNorm with the residual addition in front: equations in abi.h (MiiNorm).
+//
+// A row stays in registers, as packs of T: with a residual what is normed is the sum rounded to T, without one it is x, so
+// nothing is lost by keeping T and half the registers are saved. Global memory is read once and written once.
+#pragma once
+#include "mii/abi.h"
+#include "mii/common.cuh"
+
+namespace mii {
+
+template <typename T>
+struct NormArgs {
+  T* out;
+  const T* x;
+  T* residual;  // or null
+  const T* weight;
+  const T* bias;
+  int64_t rows, x_stride, out_stride;
+  int width, kind;
+  float eps;
+};
+
+// Weight and bias applied to one normed value; see abi.h for where each kind rounds.
+template <typename T>
+__device__ __forceinline__ float norm_affine(float value, int kind, bool has_weight, float weight, float bias) {
+  if (kind == MII_RMS) value = rounded<T>(value);
+  if (has_weight) value *= kind == MII_RMS_PLUS1 ? 1.0f + weight : weight;
+  return value + bias;
+}
+
+constexpr int kWarpRowThreads = 128;  // four rows a CTA
+
+constexpr int norm_threads(int packs, bool warp_rows) { return warp_rows ? kWarpRowThreads : packs == 1 ? 1024 : 512; }
+
+// One row for each CTA, or with WarpRows one row for each warp. A thread holds Packs packs of 16 bytes, `threads` apart.
+template <typename T, int Packs, bool WarpRows>
+__global__ void __launch_bounds__(norm_threads(Packs, WarpRows)) norm_rows(const NormArgs<T> args) {
+  constexpr int N = kPack<T>;
+  __shared__ float scratch[kWarp];
+  const int threads = WarpRows ? kWarp : blockDim.x;
+  const int thread = WarpRows ? threadIdx.x % kWarp : threadIdx.x;
+  const int64_t row = WarpRows ? int64_t(blockIdx.x) * (blockDim.x / kWarp) + threadIdx.x / kWarp : blockIdx.x;
+  const int count = args.width / N;
+  if (blockIdx.x == 0 && args.weight != nullptr) {
+    // The weight was last used a whole step ago: fetch it while the kernel before this one ends.
+    for (int i = threadIdx.x; i * 128 < args.width * int(sizeof(T)); i += blockDim.x) {
+      prefetch_l2(reinterpret_cast<const char*>(args.weight) + i * 128);
+    }
+  }
+  wait_for_previous();
+  start_next();
+  if (WarpRows && row >= args.rows) return;  // whole warps; no CTA barrier follows
+
+  const auto sum_over_row = [&](float value) { return WarpRows ? warp_sum(value) : block_sum(value, scratch); };
+  Pack<T, N> v[Packs];
+#pragma unroll
+  for (int p = 0; p < Packs; ++p) {
+    const int i = thread + p * threads;
+    if (i < count) v[p] = load_pack<N>(args.x + row * args.x_stride + i * N);
+  }
+  if (args.residual != nullptr) {
+    T* residual = args.residual + row * args.width;
+    Pack<T, N> r[Packs];
+#pragma unroll
+    for (int p = 0; p < Packs; ++p) {
+      const int i = thread + p * threads;
+      if (i < count) r[p] = load_pack<N>(residual + i * N);
+    }
+#pragma unroll
+    for (int p = 0; p < Packs; ++p) {
+      const int i = thread + p * threads;
+      if (i >= count) continue;
+      float a[N], b[N];
+      unpack(a, v[p]);
+      unpack(b, r[p]);
+#pragma unroll
+      for (int e = 0; e < N; ++e) a[e] += b[e];
+      v[p] = make_pack<T>(a);
+      store_pack(residual + i * N, v[p]);
+    }
+  }
+  Pack<T, N> w[Packs];
+  if (args.weight != nullptr) {
+#pragma unroll
+    for (int p = 0; p < Packs; ++p) {
+      const int i = thread + p * threads;
+      if (i < count) w[p] = load_pack_const<N>(args.weight + i * N);
+    }
+  }
+
+  const float inverse_width = 1.0f / args.width;
+  float mean = 0.0f;
+  if (args.kind == MII_LAYER) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int p = 0; p < Packs; ++p) {
+      if (thread + p * threads >= count) continue;
+      float a[N];
+      unpack(a, v[p]);
+#pragma unroll
+      for (int e = 0; e < N; ++e) sum += a[e];
+    }
+    mean = sum_over_row(sum) * inverse_width;
+  }
+  float squares = 0.0f;
+#pragma unroll
+  for (int p = 0; p < Packs; ++p) {
+    if (thread + p * threads >= count) continue;
+    float a[N];
+    unpack(a, v[p]);
+#pragma unroll
+    for (int e = 0; e < N; ++e) squares += (a[e] - mean) * (a[e] - mean);
+  }
+  const float scale = rsqrtf(sum_over_row(squares) * inverse_width + args.eps);
+
+#pragma unroll
+  for (int p = 0; p < Packs; ++p) {
+    const int i = thread + p * threads;
+    if (i >= count) continue;
+    float a[N], weight[N] = {}, bias[N] = {};
+    unpack(a, v[p]);
+    if (args.weight != nullptr) unpack(weight, w[p]);
+    if (args.bias != nullptr) unpack(bias, load_pack_const<N>(args.bias + i * N));
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      a[e] = norm_affine<T>((a[e] - mean) * scale, args.kind, args.weight != nullptr, weight[e], bias[e]);
+    }
+    store_pack(args.out + row * args.out_stride + i * N, make_pack<T>(a));
+  }
+}
+
+// Any width and alignment, element by element, one row for each CTA. A thread reads back only what it wrote itself, so
+// out may be x here too.
+template <typename T>
+__global__ void __launch_bounds__(256) norm_rows_any(const NormArgs<T> args) {
+  __shared__ float scratch[kWarp];
+  wait_for_previous();
+  start_next();
+  const int64_t row = blockIdx.x;
+  const T* v = args.x + row * args.x_stride;
+  if (args.residual != nullptr) {
+    T* residual = args.residual + row * args.width;
+    for (int i = threadIdx.x; i < args.width; i += blockDim.x) {
+      residual[i] = from_float<T>(to_float(residual[i]) + to_float(v[i]));
+    }
+    v = residual;
+  }
+  float mean = 0.0f;
+  if (args.kind == MII_LAYER) {
+    float sum = 0.0f;
+    for (int i = threadIdx.x; i < args.width; i += blockDim.x) sum += to_float(v[i]);
+    mean = block_sum(sum, scratch) / args.width;
+  }
+  float squares = 0.0f;
+  for (int i = threadIdx.x; i < args.width; i += blockDim.x) {
+    const float value = to_float(v[i]) - mean;
+    squares += value * value;
+  }
+  const float scale = rsqrtf(block_sum(squares, scratch) / args.width + args.eps);
+  T* out = args.out + row * args.out_stride;
+  const bool has_weight = args.weight != nullptr;
+  for (int i = threadIdx.x; i < args.width; i += blockDim.x) {
+    const float weight = has_weight ? to_float(args.weight[i]) : 0.0f;
+    const float bias = args.bias != nullptr ? to_float(args.bias[i]) : 0.0f;
+    out[i] = from_float<T>(norm_affine<T>((to_float(v[i]) - mean) * scale, args.kind, has_weight, weight, bias));
+  }
+}
+
+}  // namespace mii
