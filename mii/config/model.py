@@ -24,7 +24,7 @@ from mii.constants import (
 )
 from mii.validation import ConfigModel, NonNegativeInt, Number, Port, PositiveInt, Seed
 
-__all__ = ["DEVICE_MAP_DEFAULT", "ModelConfig", "ReplicaConfig"]
+__all__ = ["DEVICE_MAP_DEFAULT", "ModelConfig", "ReplicaConfig", "world_size"]
 
 _DTYPES = {
     "bf16": "bf16",
@@ -48,8 +48,12 @@ class ReplicaConfig(ConfigModel):
     zmq_port: Port | None = Field(default=None, description="port on which its first process sends steps to the others")
 
 
-def _world_size() -> int:
-    """The launcher's process count, which is the default of `tensor_parallel`; 1 without a launcher."""
+def world_size() -> int:
+    """How many processes a launcher started, from ``WORLD_SIZE``; 1 without a launcher.
+
+    Raises:
+        ValueError: the variable holds something else than a number from 1 up.
+    """
     text = os.environ.get("WORLD_SIZE") or "1"
     if not text.isdigit() or int(text) < 1:
         raise ValueError(f"the environment variable WORLD_SIZE is {text!r}; it must be a number from 1 up, or be unset")
@@ -75,7 +79,7 @@ class ModelConfig(ConfigModel):
         default=TaskType.TEXT_GENERATION, description="'text-generation', the only task of this API"
     )
     tensor_parallel: PositiveInt = Field(
-        default_factory=_world_size, description="processes that share one copy of the model, one device each"
+        default_factory=world_size, description="processes that share one copy of the model, one device each"
     )
     quantization_mode: str | None = Field(default=None, description="None runs the checkpoint as it is")
     inference_engine_config: RaggedInferenceEngineConfig = Field(
