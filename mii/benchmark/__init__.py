@@ -8,6 +8,7 @@ limits.py            what this machine's memory and matrix units reach
 roofline.py          the least time that a workload can take within these limits
 workload.py          requests in, seconds out
 rows.py              the figures, each with how it is measured
+memory.py            where the memory went
 report.py            the table and the JSON file
 offline.py           the command
 """

@@ -31,6 +31,10 @@ class MachineLimits:
     matmul: float
     how: str
 
+    def as_dict(self) -> dict[str, float | str]:
+        """For a JSON file, with the units in the names."""
+        return {"bandwidth_bytes_per_s": self.bandwidth, "matmul_flop_per_s": self.matmul, "how": self.how}
+
 
 def measure_limits(device: torch.device, dtype: torch.dtype) -> MachineLimits:
     """Runs both measurements; takes a second or two and gives back the memory it used."""

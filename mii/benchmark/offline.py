@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -83,9 +82,11 @@ def run(args: argparse.Namespace) -> int:
         mii.errors.MIIError: The shape is unknown, or the model cannot be loaded.
         pydantic.ValidationError: An --option that ModelConfig does not take.
     """
-    if not args.verbose:
-        logging.getLogger("MII").setLevel(logging.WARNING)
     from mii.benchmark.report import make_report, print_report, write_json
+    from mii.logging import set_level
+
+    if not args.verbose:
+        set_level("warning")
 
     report = make_report(**measure(args, say=lambda line: print(line, flush=True)))
     print_report(report)
@@ -98,18 +99,19 @@ def run(args: argparse.Namespace) -> int:
 def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, Any]:
     """Loads the model and measures the rows; gives the arguments of `make_report`."""
     from mii.benchmark.limits import describe_machine, measure_limits
-    from mii.benchmark.report import memory_ledger
+    from mii.benchmark.memory import memory_ledger, reset_peak
     from mii.benchmark.roofline import Roofline
     from mii.benchmark.rows import ROWS, Bench, first_token_row
 
     engine, load_seconds = load(args)
     runner = engine.runner
     assert runner is not None
-    device, dtype = runner.device, runner.dtype
+    device, dtype, spec = runner.device, runner.dtype, runner.spec
     names = _row_names(args, device.type)
     try:
         limits = measure_limits(device, dtype)
-        bench = Bench(engine, Roofline.of(runner.spec, dtype, limits), args.repeats)
+        reset_peak(device)
+        bench = Bench(engine, Roofline.of(spec, dtype, limits), args.repeats)
         rows = []
         for name in [name for name in names if name in ROWS]:
             rows.append(ROWS[name](bench))
@@ -121,7 +123,7 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
         rows.append(first_token_row(str(_model_file(args.shape)), device.type))
     model = {
         "name": args.shape,
-        "layers": runner.spec.num_layers,
+        "layers": spec.num_layers,
         "dtype": str(dtype).removeprefix("torch."),
         "options": dict(args.option),
         "load_s": load_seconds,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import resource
 import shlex
 import subprocess
 import sys
@@ -14,32 +13,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mii.benchmark.limits import MachineLimits
 from mii.benchmark.rows import Row
-from mii.engine import Engine
-from mii.modeling.decoder import Decoder
-from mii.modeling.parameters import Placement
 
 _PACKAGES = ("mii", "torch", "transformers", "tokenizers", "numpy")
-
-
-def memory_ledger(engine: Engine) -> dict[str, int]:
-    """Bytes by use: weights, KV cache, everything else at its peak, and what was in use at most.
-
-    "In use" is what torch allocated on a GPU, and the whole process's resident memory on a CPU.
-    """
-    runner = engine.runner
-    assert runner is not None
-    outline = Decoder(runner.spec, Placement(torch.device("meta"), runner.dtype)).parameters()
-    weights = sum(parameter.tensor.numel() for _, parameter in outline) * runner.dtype.itemsize
-    cache = engine.num_blocks * engine.block_size * runner.spec.kv_bytes_per_token(runner.dtype.itemsize)
-    if runner.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(runner.device)
-        return {"weights": weights, "kv_cache": cache, "other": peak - weights - cache, "peak": peak}
-    # untouched pages of the KV cache are not resident, so the rest cannot be told apart from it
-    return {"weights": weights, "kv_cache": cache, "peak": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
 
 
 def versions() -> dict[str, str]:
@@ -80,7 +57,7 @@ def make_report(
         "machine": dict(machine),
         "versions": versions(),
         "model": dict(model),
-        "limits": {"bandwidth_bytes_per_s": limits.bandwidth, "matmul_flop_per_s": limits.matmul, "how": limits.how},
+        "limits": limits.as_dict(),
         "memory_bytes": dict(memory),
         "rows": [row.as_dict() for row in rows],
     }
