@@ -11,7 +11,10 @@ For sequence s of the step, its query tokens t in q_start[s] .. q_start[s+1]-1 a
     kv_slots[t]  = block_table[slot, positions[t] // block_size] * block_size + positions[t] % block_size
 
 after the block table took its updates, (slot, index, block) triples of which no two name the same entry. For sample i,
-with s = sample_seq[i]: sample_rows[i] = q_start[s+1] - 1, sample_slots[i] = seq_slot[s], sample_positions[i] = kv_len[s].
+with s = sample_seq[i],
+
+    sample_rows[i] = q_start[s+1] - 1,  sample_slots[i] = seq_slot[s],  sample_positions[i] = kv_len[s]
+
 Rows past the counts are padding: ids, positions, sample_rows and sample_positions 0, kv_slots and sample_slots -1.
 """
 

@@ -2,13 +2,13 @@
 
 A row of qkv is [q heads | k heads | v heads], each head_dim wide. For each q and k head x, in float and rounded once:
 
-    x = x * rsqrt(mean(x^2) + norm_eps) * weight     with q_norm / k_norm (abi.RMS_PLUS1: * (1 + weight); Qwen3, Gemma 3)
+    x = x * rsqrt(mean(x^2) + norm_eps) * weight    with q_norm / k_norm (abi.RMS_PLUS1: * (1 + weight); Qwen3, Gemma 3)
     x'[a] = x[a] cos - x[b] sin, x'[b] = x[b] cos + x[a] sin       for pairs (a, b) of the first rotary_dim dimensions
 
 with pairs (i, i + rotary_dim/2), or (2i, 2i+1) when interleaved, where cos = cos_sin[position, i] and
-sin = cos_sin[position, i + rotary_dim/2]. Dimensions past rotary_dim pass unchanged. q and k change in place; k and v go
-to cache[slot // block_size, head, slot % block_size]. A kv slot of -1 writes nothing to the cache. Positions are clamped
-to the table.
+sin = cos_sin[position, i + rotary_dim/2]. Dimensions past rotary_dim pass unchanged. q and k change in place; k and v
+go to cache[slot // block_size, head, slot % block_size]. A kv slot of -1 writes nothing to the cache. Positions are
+clamped to the table.
 Su et al., 2021 (RoFormer); half-split pairs as in GPT-NeoX and Llama's Hugging Face layout.
 """
 
