@@ -30,6 +30,12 @@ option values are `pydantic.ValidationError` (itself a `ValueError`), with messa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mii.batching.data_classes import Response
+
 __all__ = [
     "ArgumentConflictError",
     "ArgumentTypeError",
@@ -142,7 +148,14 @@ class PromptTooLongError(RequestError):
 
 
 class GenerationError(MIIError, RuntimeError):
-    """A request that was running ended with an error; its blocks are free again."""
+    """A request that was running ended with an error; its blocks are free again.
+
+    Args:
+        responses: The responses of the call's other prompts in their order, None for those that failed; None when the
+            call had no answers to give.
+    """
+
+    responses: Sequence[Response | None] | None = None
 
 
 class PipelineDestroyedError(MIIError, RuntimeError):

@@ -1,0 +1,192 @@
+"""`MIIPipeline`: prompts in, answers out, in this process."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from typing import Any
+
+from mii.batching.base import PipelineBase, stream_pieces
+from mii.batching.data_classes import Response, StreamedResponse
+from mii.batching.driver import Failure, Inbox
+from mii.batching.intake import PreparedRequest, name_prompt
+from mii.batching.tracker import RequestTracker, TextEvent
+from mii.errors import GenerationError, RequestError
+from mii.progress import progress_bar
+
+# Calls with more prompts than this show a progress bar.
+HANDFUL = 4
+
+Events = list[tuple[PreparedRequest, TextEvent]]
+
+
+class MIIPipeline(PipelineBase):
+    """Generates text for prompts. Made by `mii.pipeline`.
+
+    Calls of several threads share batches. When a call ends early, by Ctrl-C, an error or a stream that is closed, its
+    requests are aborted at once and the pipeline stays usable.
+
+    Example:
+        >>> import mii
+        >>> pipe = mii.pipeline("path-or-id")  # doctest: +SKIP
+        >>> pipe(["DeepSpeed is", "Seattle is"], max_new_tokens=128)  # doctest: +SKIP
+    """
+
+    def __call__(
+        self,
+        prompts: Any,
+        streaming_fn: Callable[[list[Response]], Any] | None = None,
+        *,
+        progress: bool | None = None,
+        **generate_kwargs: Any,
+    ) -> list[Response]:
+        """The answers to `prompts`, in their order.
+
+        Args:
+            prompts: A string, a list of strings, a list of token ids, or a list of such lists; arrays count as lists.
+            streaming_fn: Called with a list of one `StreamedResponse` as tokens come: the new text and the count of
+                tokens so far, then once with no text and the finish reason. Its `index` is the prompt's place.
+            progress: Show a progress bar. None: as the model's config says, for more than a handful of prompts.
+            **generate_kwargs: Options of `GenerateParamsConfig`, for every prompt of the call.
+
+        Raises:
+            pydantic.ValidationError: An option is unknown, of the wrong type or out of range.
+            RequestError: A prompt is refused. Nothing was run.
+            GenerationError: The engine gave up on a request; its `responses` has the answers to the other prompts.
+            PipelineDestroyedError: The pipeline was destroyed.
+        """
+        prepared = self._read(prompts, generate_kwargs)
+        answers = _Answers(prepared)
+        shown = self.is_rank_0 or self.all_rank_output
+        with self._bar(len(prepared), progress, streaming_fn is not None) as bar, closing(self._run(prepared)) as steps:
+            for events in steps:
+                bar.update(answers.add(events))
+                if not bar.disable:
+                    bar.set_postfix_str(answers.speed(), refresh=False)
+                if streaming_fn is not None and shown:
+                    for piece in _pieces(events):
+                        streaming_fn([piece])
+        responses = answers.responses()
+        return responses if shown else []
+
+    def stream(self, prompts: Any, **generate_kwargs: Any) -> Iterator[list[StreamedResponse]]:
+        """The answers as they come: for each step a list of the pieces of text that it gave.
+
+        A piece says with `index` whose it is. Each answer ends with a piece that has no text and the finish reason.
+        Prompts and options are checked now; generation begins with the first step that is asked for and stops when the
+        iterator is closed.
+
+        Args:
+            prompts: As for a call.
+            **generate_kwargs: As for a call; `return_full_text` has no effect.
+
+        Raises:
+            Exception: As a call does; `GenerationError` when all other answers have ended.
+
+        Example:
+            >>> for pieces in pipe.stream("DeepSpeed is"):  # doctest: +SKIP
+            ...     print("".join(piece.generated_text for piece in pieces), end="", flush=True)
+        """
+        return self._stream(self._read(prompts, generate_kwargs))
+
+    def _stream(self, prepared: list[PreparedRequest]) -> Iterator[list[StreamedResponse]]:
+        answers = _Answers(prepared)
+        with closing(self._run(prepared)) as steps:
+            for events in steps:
+                answers.add(events)
+                if self.is_rank_0 or self.all_rank_output:
+                    yield _pieces(events)
+        answers.responses()
+
+    def _read(self, prompts: Any, options: dict[str, Any]) -> list[PreparedRequest]:
+        self._driver.check_usable()
+        if options.pop("stream", False):
+            raise RequestError("stream=True is no option here; use pipe.stream(prompts), or give streaming_fn=")
+        return self._intake.read(prompts, options)
+
+    def _run(self, prepared: list[PreparedRequest]) -> Generator[Events, None, None]:
+        """Steps the engine until all requests have ended. Closing it aborts those that have not."""
+        tracker, inbox = RequestTracker(self._decoder), Inbox()
+        by_uid = {each.request.uid: each for each in prepared}
+        for each in prepared:
+            tracker.add(each.request, each.stops, context=each.context)
+        try:
+            if prepared:
+                self._driver.submit([each.request for each in prepared], inbox)
+            while len(tracker):
+                events: Events = []
+                for delivery in self._driver.take(inbox):
+                    if isinstance(delivery, Failure):
+                        raise _blame(delivery, by_uid)
+                    event = tracker.update(delivery)
+                    if event is not None:
+                        events.append((by_uid[event.uid], event))
+                ended = [event.uid for _, event in events if event.abort]
+                if ended:
+                    self._driver.abort(ended)
+                if events:
+                    yield events
+        finally:
+            self._driver.abort(by_uid)
+
+    def _bar(self, prompts: int, progress: bool | None, streams: bool) -> Any:
+        if progress is None:
+            progress = self.model_config.progress if prompts > HANDFUL and not streams else False
+        return progress_bar("prompts", prompts, unit="prompt", enabled=progress)
+
+
+class _Answers:
+    """The texts of a call in the making."""
+
+    def __init__(self, prepared: list[PreparedRequest]) -> None:
+        self._prepared = prepared
+        self._texts: list[list[str]] = [[each.text] if each.text else [] for each in prepared]
+        self._last: list[TextEvent | None] = [None] * len(prepared)
+        self._tokens = 0
+        self._start = time.perf_counter()
+
+    def add(self, events: Events) -> int:
+        """Takes a step's events; how many answers ended with it."""
+        for prepared, event in events:
+            self._texts[prepared.index].append(event.text)
+            self._last[prepared.index] = event
+            self._tokens += event.new_tokens
+        return sum(event.finished for _, event in events)
+
+    def speed(self) -> str:
+        return f"{self._tokens / (time.perf_counter() - self._start):.0f} tokens/s"
+
+    def responses(self) -> list[Response]:
+        """All answers.
+
+        Raises:
+            GenerationError: Some have none, because the engine gave up on them.
+        """
+        results = [self._response(index) for index in range(len(self._prepared))]
+        errors = {index: event.error for index, event in enumerate(self._last) if event is not None and event.error}
+        if errors:
+            index, reason = next(iter(errors.items()))
+            others = f" (and {len(errors) - 1} more prompts failed)" if len(errors) > 1 else ""
+            error = GenerationError(f"prompt {index} of {len(results)} (counted from 0): {reason}{others}")
+            error.responses = results
+            raise error
+        return [result for result in results if result is not None]
+
+    def _response(self, index: int) -> Response | None:
+        last = self._last[index]
+        if last is None or last.error is not None:
+            return None
+        text, prompt_length = "".join(self._texts[index]), self._prepared[index].prompt_length
+        return Response(text, prompt_length, last.generated_length, last.finish_reason)
+
+
+def _pieces(events: Events) -> list[StreamedResponse]:
+    return [piece for prepared, event in events for piece in stream_pieces(prepared, event)]
+
+
+def _blame(failure: Failure, by_uid: dict[int, PreparedRequest]) -> Exception:
+    """The error of a failure; where one of several prompts was refused, the message says which."""
+    if failure.refused is None or len(by_uid) == 1:
+        return failure.error
+    return name_prompt(failure.error, by_uid[failure.refused].index, len(by_uid))

@@ -1,0 +1,161 @@
+"""From an engine's tokens to text: for each request its detokenizer, its stop strings and its lengths.
+
+Plain data and plain calls, no thread and no clock, so that a pipeline, a server's event loop and a test use it alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+
+from mii.batching.data_classes import EngineRequest, GenerationFinishReason, TokenOutput
+from mii.batching.generation.detokenizer import Detokenizer, TokenDecoder
+from mii.batching.generation.stops import StopMatcher, StopStrings
+
+
+class TextEvent(msgspec.Struct, frozen=True):
+    """What a request's new tokens come to.
+
+    Args:
+        uid: The request.
+        text: Its new text, "" while a character or a possible stop string is incomplete.
+        new_tokens: Tokens that this event is about.
+        generated_length: Tokens of the answer so far, the one that ended it included.
+        finish_reason: NONE while it runs. After any other, no event of this request follows.
+        error: What went wrong, when the request ended with an error.
+        abort: The text ended, and the engine, which knows nothing of stop strings, must be told to abort.
+    """
+
+    uid: int
+    text: str
+    new_tokens: int
+    generated_length: int
+    finish_reason: GenerationFinishReason = GenerationFinishReason.NONE
+    error: str | None = None
+    abort: bool = False
+
+    @property
+    def finished(self) -> bool:
+        """Whether this is the request's last event."""
+        return self.error is not None or self.finish_reason is not GenerationFinishReason.NONE
+
+
+class _Answer:
+    """One request's text in the making."""
+
+    __slots__ = ("detokenizer", "length", "min_new_tokens", "stop_ids", "stops")
+
+    def __init__(self, request: EngineRequest, stops: StopStrings, detokenizer: Detokenizer) -> None:
+        self.detokenizer = detokenizer
+        self.stops = StopMatcher(stops)
+        self.stop_ids = frozenset(request.stop_ids)
+        self.min_new_tokens = request.min_new_tokens
+        self.length = 0
+
+    def push(self, token_id: int) -> str:
+        """Counts a token; its text, as far as it can be no part of a stop string."""
+        self.length += 1
+        armed = self.length > self.min_new_tokens
+        piece = self.detokenizer.push(token_id)
+        text = self.stops.feed(piece, armed) if piece else ""
+        if armed and self.detokenizer.draft:
+            return text + (self.stops.look_ahead(self.detokenizer.draft) or "")
+        return text
+
+    def end(self) -> str:
+        """What is left when no token follows."""
+        text = self.stops.feed(self.detokenizer.flush(), self.length > self.min_new_tokens)
+        return text + self.stops.flush()
+
+
+class RequestTracker:
+    """Turns `TokenOutput`s into `TextEvent`s.
+
+    Args:
+        decoder: The tokenizer's decoder.
+
+    A caller adds a request when the engine gets it, passes every output to `update`, and tells the engine to abort
+    where an event says so. What comes after a request's end is ignored, so an engine may run some steps ahead.
+    """
+
+    def __init__(self, decoder: TokenDecoder) -> None:
+        self._decoder = decoder
+        self._answers: dict[int, _Answer] = {}
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def __contains__(self, uid: int) -> bool:
+        return uid in self._answers
+
+    @property
+    def uids(self) -> list[int]:
+        """The requests that have not ended, oldest first."""
+        return list(self._answers)
+
+    def add(
+        self,
+        request: EngineRequest,
+        stops: StopStrings,
+        *,
+        skip_special_tokens: bool = False,
+        context: Sequence[int] = (),
+    ) -> None:
+        """Expects tokens of a request.
+
+        Args:
+            request: What the engine gets.
+            stops: Strings that end its text.
+            skip_special_tokens: Whether special tokens are left out of the text.
+            context: See `TokenDecoder.start`.
+        """
+        detokenizer = self._decoder.start(skip_special_tokens=skip_special_tokens, context=context)
+        self._answers[request.uid] = _Answer(request, stops, detokenizer)
+
+    def discard(self, uid: int) -> None:
+        """Forgets a request; one that is not there is fine."""
+        self._answers.pop(uid, None)
+
+    def update(self, output: TokenOutput) -> TextEvent | None:
+        """The text of new tokens; None if the request has ended or was never added."""
+        answer = self._answers.get(output.uid)
+        if answer is None:
+            return None
+        event = _event(answer, output)
+        if event.finished:
+            self.discard(output.uid)
+        return event
+
+
+def _event(answer: _Answer, output: TokenOutput) -> TextEvent:
+    before, text = answer.length, ""
+    shown = len(output.token_ids)
+    if output.finish_reason == "stop" and shown and output.token_ids[-1] in answer.stop_ids:
+        shown -= 1  # the end-of-text token is counted and not shown
+    for token_id in output.token_ids[:shown]:
+        text += answer.push(token_id)
+        if answer.stops.matched is not None:
+            return _ended_by_stop_string(answer, output, text, before)
+    if output.finish_reason is None:
+        return TextEvent(output.uid, text, answer.length - before, answer.length)
+    text += answer.end()
+    if answer.stops.matched is not None:
+        return _ended_by_stop_string(answer, output, text, before)
+    answer.length += len(output.token_ids) - shown
+    new, reason = answer.length - before, GenerationFinishReason.NONE
+    if output.finish_reason == "error":
+        error = output.error or "the engine gave no reason"
+        return TextEvent(output.uid, text, new, answer.length, reason, error)
+    return TextEvent(output.uid, text, new, answer.length, GenerationFinishReason(output.finish_reason))
+
+
+def _ended_by_stop_string(answer: _Answer, output: TokenOutput, text: str, before: int) -> TextEvent:
+    return TextEvent(
+        output.uid,
+        text,
+        answer.length - before,
+        answer.length,
+        GenerationFinishReason.STOP,
+        abort=output.finish_reason is None,
+    )
