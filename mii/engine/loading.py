@@ -68,8 +68,9 @@ def build_engine(config: ModelConfig, checkpoint: Checkpoint, progress: bool | N
         gc.collect()
         torch.cuda.empty_cache()
         raise OutOfMemoryError(
-            f"The GPU ran out of memory while loading: {free / _GIB:.1f} GiB were free, {free_memory(device) / _GIB:.1f} "
-            "GiB are free again now. Lower memory_fraction or max_length, or take a smaller model."
+            f"The GPU ran out of memory while loading: {free / _GIB:.1f} GiB were free, "
+            f"{free_memory(device) / _GIB:.1f} GiB"
+            " are free again now. Lower memory_fraction or max_length, or take a smaller model."
         ) from error
     engine = Engine(runner, stop_ids=ends, max_length=limits.max_length, prefix_caching=config.prefix_caching)
     _report(runner)
@@ -101,7 +102,7 @@ def _max_length(config: ModelConfig, manager: DSStateManagerConfig, spec: ModelS
         return longest
     if config.max_length > spec.max_positions:
         raise CheckpointError(
-            f"max_length={config.max_length} is more than the {spec.max_positions} positions that this model was made for."
+            f"max_length={config.max_length} is more than the {spec.max_positions} positions that this model has."
         )
     return min(longest, config.max_length)
 
@@ -111,8 +112,9 @@ def _check_weights_fit(spec: ModelSpec, device: torch.device, dtype: torch.dtype
     needed = sum(p.tensor.numel() for _, p in outline.parameters()) * dtype.itemsize
     if needed > free:
         raise OutOfMemoryError(
-            f"The weights take {needed / _GIB:.1f} GiB in {str(dtype).removeprefix('torch.')} and {free / _GIB:.1f} GiB are "
-            f"free on {device}. Free some, or take a smaller model or number format."
+            f"The weights take {needed / _GIB:.1f} GiB in {str(dtype).removeprefix('torch.')} and {free / _GIB:.1f} "
+            "GiB "
+            f"are free on {device}. Free some, or take a smaller model or number format."
         )
 
 
@@ -135,9 +137,11 @@ def _num_blocks(config: ModelConfig, runner: Runner, free_at_start: int) -> int:
     blocks = budget // runner.block_bytes
     if blocks < 1:
         raise OutOfMemoryError(
-            f"After the weights {free / _GIB:.2f} GiB are free on {runner.device}; of the {free_at_start / _GIB:.2f} GiB "
-            f"free at start memory_fraction={fraction} allows {fraction * free_at_start / _GIB:.2f}, which leaves no room "
-            f"for one KV block of {runner.block_bytes / (1 << 20):.1f} MiB. Raise memory_fraction or take a smaller model."
+            f"After the weights {free / _GIB:.2f} GiB are free on {runner.device}. memory_fraction={fraction} allows "
+            f"{fraction * free_at_start / _GIB:.2f} of the {free_at_start / _GIB:.2f} GiB that were free at start, "
+            "which "
+            f"leaves no room for a KV block of {runner.block_bytes / (1 << 20):.1f} MiB. Raise it or take a smaller "
+            "model."
         )
     return min(blocks, limits.max_slots * limits.max_blocks)
 

@@ -1,0 +1,84 @@
+"""transformers as the oracle: the same weights, the same format, greedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mii.batching.data_classes import EngineRequest
+from mii.config import ModelConfig
+from mii.engine import Engine, load_engine
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Oracle:
+    """A checkpoint in transformers, on one device."""
+
+    def __init__(self, folder: Path, dtype: str = "fp32", device: str = "cpu") -> None:
+        from transformers import AutoModelForCausalLM
+
+        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype]).to(device).eval()
+        self.device = device
+
+    @torch.inference_mode()
+    def greedy(self, prompt: list[int], new_tokens: int, **options: Any) -> list[int]:
+        """The answer's tokens; end-of-text is ignored unless `eos_token_id` is given."""
+        self.forget_long_contexts()
+        options = {"eos_token_id": None, **options}
+        ids = torch.tensor([prompt], device=self.device)
+        out = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            **options,
+        )
+        return out[0, len(prompt) :].tolist()
+
+    @torch.inference_mode()
+    def logits(self, prompt: list[int]) -> torch.Tensor:
+        """Logits of the last token, [vocab], in float32 on the CPU."""
+        self.forget_long_contexts()
+        return self.model(torch.tensor([prompt], device=self.device)).logits[0, -1].float().cpu()
+
+    def forget_long_contexts(self) -> None:
+        """A dynamically scaled rotation keeps the base of the longest context seen until a short one comes by."""
+        self.model(torch.tensor([[1]], device=self.device))
+
+
+def small_engine(folder: Path, **options: Any) -> Engine:
+    """An engine with little memory and small steps, so that short tests cross chunks and blocks."""
+    manager = {
+        "max_ragged_batch_size": options.pop("max_tokens", 32),
+        "max_ragged_sequence_count": options.pop("max_sequences", 16),
+        "max_tracked_sequences": 64,
+        "memory_config": {"mode": "allocate", "size": options.pop("blocks", 96)},
+    }
+    settings = {"device": "cpu", "dtype": "fp32", "block_size": 16, "progress": False, **options}
+    config = ModelConfig(model_name_or_path=str(folder), inference_engine_config={"state_manager": manager}, **settings)
+    return load_engine(config)
+
+
+def generate(engine: Engine, prompts: list[list[int]], new_tokens: int, **request: Any) -> list[list[int]]:
+    """Every prompt's answer in one batch."""
+    for uid, prompt in enumerate(prompts):
+        engine.add_request(EngineRequest(uid=uid, prompt_ids=prompt, max_new_tokens=new_tokens, **request))
+    return drain(engine, len(prompts))
+
+
+def drain(engine: Engine, count: int) -> list[list[int]]:
+    answers: list[list[int]] = [[] for _ in range(count)]
+    while engine.has_work:
+        for output in engine.step():
+            answers[output.uid] += output.token_ids
+    return answers
+
+
+def random_prompts(vocab: int, lengths: list[int], seed: int = 0) -> list[list[int]]:
+    """Prompts of random ids above the special ones."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, vocab, (length,), generator=generator).tolist() for length in lengths]
