@@ -21,13 +21,13 @@ def sequence(uid: int, prompt: list[int], generate: int) -> Sequence:
 
 
 def next_token(uid: int, position: int) -> int:
-    """What the stand-in for a model answers: it depends on nothing but the request and the position, as sampling does."""
+    """What the stand-in for a model answers: as with sampling, only the request and the position decide."""
     return (uid * 31 + position * 7) % 5
 
 
 @dataclass
 class Device:
-    """Stands in for the device: checks that what a plan reads was computed, and gives tokens back `depth` steps late."""
+    """Stands in for the device: checks that what a plan reads was computed, gives tokens back `depth` steps late."""
 
     scheduler: Scheduler
     depth: int
@@ -194,4 +194,4 @@ def test_the_newest_running_sequence_gives_way_and_comes_back_first() -> None:
     assert planned(plan) == [(0, 8, 1)]
     assert plan.preempted == [new]
     assert new.tokens == [2] * 7 + [6]
-    assert list(scheduler.waiting)[0] is new
+    assert scheduler.waiting[0] is new

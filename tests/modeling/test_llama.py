@@ -1,6 +1,7 @@
 """Llama and Mistral give transformers' logits and greedy tokens, with each option of their configs.
 
-In float32 the largest difference of a logit is held to 1e-4 of the largest logit: what two orders of summation differ by.
+In float32 the largest difference of a logit is held to 1e-4 of the largest logit: what two orders of summation differ
+by.
 """
 
 from __future__ import annotations
