@@ -177,22 +177,29 @@ template <class T> int64_t collect(const Row& row, float scale, int32_t threshol
 
 // ---- thresholds ---------------------------------------------------------------------------------------------------
 
-// The smallest distance up to which weights (or, where there are none, counts) reach the target; they do reach it.
-int32_t select(const int32_t* distance, const uint64_t* weight, int64_t n, uint64_t target) {
+// The smallest distance up to which weights (or, where there are none, counts) reach the target; they do reach it. Moves
+// what lies in the chosen bin to the front of its arrays, so that only the first digit looks at everything.
+int32_t select(int32_t* distance, uint64_t* weight, int64_t n, uint64_t target) {
   constexpr int kShift[] = {18, 9, 0}, kBins[] = {kLimit >> 18, 512, 512};
   uint64_t histogram[kLimit >> 18];
   int32_t prefix = 0;
-  for (int level = 0; level < 3; ++level) {
+  for (int level = 0;; ++level) {
+    const int shift = kShift[level];
     memset(histogram, 0, sizeof(uint64_t) * kBins[level]);
-    for (int64_t i = 0; i < n; ++i) {
-      const int32_t bin = (distance[i] >> kShift[level]) - prefix;
-      if (bin >= 0 && bin < kBins[level]) histogram[bin] += weight == nullptr ? 1 : weight[i];
-    }
+    for (int64_t i = 0; i < n; ++i) histogram[(distance[i] >> shift) - prefix] += weight == nullptr ? 1 : weight[i];
     int32_t bin = 0;
     while (histogram[bin] < target) target -= histogram[bin++];
-    prefix = level < 2 ? (prefix + bin) << 9 : prefix + bin;
+    prefix += bin;
+    if (level == 2) return prefix;
+    int64_t kept = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      distance[kept] = distance[i];
+      if (weight != nullptr) weight[kept] = weight[i];
+      kept += distance[i] >> shift == prefix;
+    }
+    n = kept;
+    prefix <<= 9;
   }
-  return prefix;
 }
 
 // The distance of the k-th best token. The k-th best block already bounds it, so few tokens have to be looked at.
