@@ -1,0 +1,52 @@
+"""The least times, against figures by hand for the Llama-3-8B shape on a chip of 3.02 TB/s and 807 TFLOP/s."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mii.benchmark.limits import MachineLimits, measure_limits
+from mii.benchmark.roofline import Roofline
+from mii.benchmark.shapes import SHAPES, Job, make_mix
+from mii.modeling.models import find_family
+
+
+@pytest.fixture(scope="module")
+def llama() -> Roofline:
+    config = SHAPES["llama3-8b"]
+    spec = find_family(config).read_spec(config)
+    return Roofline.of(spec, torch.bfloat16, MachineLimits(3.02e12, 807e12, "given"))
+
+
+def test_weights_are_counted_once_each(llama: Roofline) -> None:
+    # 32 layers of (6144 + 4096 + 28672) x 4096 and 4096 x 14336, and a head of 128256 x 4096
+    assert llama.body == 32 * ((6144 + 4096 + 28672) * 4096 + 4096 * 14336)
+    assert llama.head == 128256 * 4096
+    assert llama.kv_bytes == 131072
+
+
+@pytest.mark.parametrize(("batch", "milliseconds"), [(1, 4.98), (8, 5.06), (64, 5.72)])
+def test_a_decode_step_reads_the_weights_and_each_context(llama: Roofline, batch: int, milliseconds: float) -> None:
+    assert 1e3 * llama.decode_step(batch, 272) == pytest.approx(milliseconds, abs=0.01)
+
+
+def test_a_prompt_is_bound_by_arithmetic(llama: Roofline) -> None:
+    jobs = make_mix("prefill-2048", 128256)
+    assert 64 * 2048 / llama.workload(jobs) == pytest.approx(55_600, rel=0.01)
+
+
+def test_a_lone_request_pays_for_the_weights_at_every_step(llama: Roofline) -> None:
+    steps = llama.workload([Job([1], 100)]) / llama.decode_step(1, 50)
+    assert steps == pytest.approx(100, rel=0.01)
+
+
+def test_more_work_never_takes_less_time(llama: Roofline) -> None:
+    jobs = make_mix("chat", 128256)
+    times = [llama.workload(jobs[:count]) for count in (1, 10, 100, 768)]
+    assert times == sorted(times)
+
+
+def test_limits_of_this_machine_are_measured() -> None:
+    limits = measure_limits(torch.device("cpu"), torch.float32)
+    assert limits.bandwidth > 1e8
+    assert limits.matmul > 1e9
