@@ -68,7 +68,10 @@ _HOMES = dict.fromkeys(("client", "pipeline", "serve"), "mii.api") | dict.fromke
     ),
     "mii.legacy",
 )
-_SUBMODULES = ("api", "batching", "config", "constants", "engine", "errors", "legacy", "logging", "modeling", "ops")
+_SUBMODULES = (
+    *("api", "batching", "benchmark", "cli", "config", "constants", "engine", "errors", "legacy", "logging"),
+    *("modeling", "ops", "progress", "validation"),
+)
 _SERVING = ("backend", "entrypoints", "grpc_related", "launch")
 
 

@@ -8,9 +8,11 @@ Example:
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import ClassVar
+from urllib.parse import quote
 
 from pydantic import Field, field_validator
 
@@ -28,10 +30,12 @@ from mii.validation import ConfigModel, Port, PositiveInt
 
 __all__ = ["MIIConfig", "default_deployment_name"]
 
+_LONGEST_NAME = 240  # characters once percent-encoded, which the registry and routes do
+
 
 def default_deployment_name(model_name_or_path: str) -> str:
     """The name of a deployment that was not given one: the model's id, or the last part of its path."""
-    is_local = Path(model_name_or_path).exists()
+    is_local = os.path.exists(model_name_or_path)
     model = Path(model_name_or_path).resolve().name if is_local else model_name_or_path
     return f"{model}-{DEPLOYMENT_NAME_SUFFIX}"
 
@@ -80,6 +84,8 @@ class MIIConfig(ConfigModel):
     def check_together(self) -> None:
         if not self.deployment_name:
             self.__dict__["deployment_name"] = default_deployment_name(self.model_conf.model_name_or_path)
+        if len(quote(self.deployment_name, safe="")) > _LONGEST_NAME:
+            raise ValueError(f"deployment_name={self.deployment_name[:40]!r}... is too long for a file name; shorten it")
         if self.enable_restful_api and self.restful_api_port == self.port_number:
             raise ValueError(f"port_number and restful_api_port are both {self.port_number}; give them different ports")
 

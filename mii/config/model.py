@@ -127,6 +127,11 @@ class ModelConfig(ConfigModel):
         """Where the checkpoint comes from."""
         return ModelProvider.HUGGING_FACE
 
+    @field_validator("model_name_or_path", "tokenizer", mode="before")
+    @classmethod
+    def _paths_are_text(cls, value: Any) -> Any:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
     @field_validator("model_name_or_path")
     @classmethod
     def _model_is_named(cls, value: str) -> str:

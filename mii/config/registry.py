@@ -14,7 +14,7 @@ from urllib.parse import quote, unquote
 from pydantic import ValidationError
 
 from mii.config.deployment import MIIConfig, default_deployment_name
-from mii.constants import cache_path
+from mii.constants import CACHE_PATH_DEFAULT, cache_path
 from mii.errors import DeploymentNotFoundError, UnsupportedFeatureError
 from mii.validation import explain
 
@@ -35,8 +35,8 @@ def save_deployment(config: MIIConfig) -> Path:
             "a tokenizer given as an object cannot be passed to a deployment's processes; save it to a folder and give "
             "that folder as tokenizer="
         )
+    _make_folder()
     path = _path(config.deployment_name)
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     # mkstemp makes the file with mode 600, and the rename shows readers the old file or the new one, never half of one.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".")
     with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -52,7 +52,7 @@ def forget_deployment(deployment_name: str) -> None:
 
 def deployment_names() -> list[str]:
     """The registered deployments, sorted."""
-    files = _folder().glob(f"[!.]*{_SUFFIX}")
+    files = _folder().glob(f"*{_SUFFIX}")
     return sorted(unquote(file.name.removesuffix(_SUFFIX)) for file in files)
 
 
@@ -64,7 +64,7 @@ def get_mii_config(model_or_deployment_name: str) -> MIIConfig:
     """
     for name in (model_or_deployment_name, default_deployment_name(model_or_deployment_name)):
         path = _path(name)
-        if path.is_file():
+        if os.path.isfile(path):
             return _read(path, name)
     known = ", ".join(deployment_names()) or "none"
     raise DeploymentNotFoundError(
@@ -88,6 +88,17 @@ def _read(path: Path, name: str) -> MIIConfig:
 
 def _folder() -> Path:
     return cache_path() / f"deployments-{os.getuid()}"
+
+
+def _make_folder() -> None:
+    root, folder = cache_path(), _folder()
+    if not root.exists():
+        root.mkdir(parents=True, exist_ok=True)
+        if root == Path(CACHE_PATH_DEFAULT):
+            root.chmod(0o1777)  # like /tmp itself: every user of the machine has a folder in it
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to another user; set MII_CACHE_PATH to a folder of your own")
 
 
 def _path(deployment_name: str) -> Path:
