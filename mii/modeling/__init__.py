@@ -1,0 +1,1 @@
+"""Models: their checkpoints, tokenizers, layers and families."""
