@@ -22,6 +22,7 @@ from mii.constants import (
     ModelProvider,
     TaskType,
 )
+from mii.errors import PlacementError
 from mii.validation import ConfigModel, NonNegativeInt, Number, Port, PositiveInt, Seed
 
 __all__ = ["DEVICE_MAP_DEFAULT", "ModelConfig", "ReplicaConfig", "world_size"]
@@ -126,6 +127,24 @@ class ModelConfig(ConfigModel):
     def provider(self) -> ModelProvider:
         """Where the checkpoint comes from."""
         return ModelProvider.HUGGING_FACE
+
+    @property
+    def local_device(self) -> int:
+        """The GPU of this process: its entry in the first group of `device_map`, else its number on this host.
+
+        Raises:
+            PlacementError: the group has not one device for each process.
+        """
+        rank = int(os.environ.get("LOCAL_RANK") or 0)
+        if isinstance(self.device_map, str):
+            return rank
+        group = next(iter(self.device_map.values()))[0]
+        if len(group) != self.tensor_parallel or rank >= len(group):
+            raise PlacementError(
+                f"device_map gives the devices {group} and tensor_parallel is {self.tensor_parallel}; give one for each "
+                "process"
+            )
+        return group[rank]
 
     @field_validator("model_name_or_path", "tokenizer", mode="before")
     @classmethod

@@ -53,7 +53,7 @@ def load_engine(config: ModelConfig, progress: bool | None = None) -> Engine:
 
 def build_engine(config: ModelConfig, checkpoint: Checkpoint, progress: bool | None = None) -> Engine:
     """The engine of an opened checkpoint."""
-    device = choose_device(config.device)
+    device = choose_device(config.device, config.local_device)
     dtype = choose_dtype(config.dtype, checkpoint.config, device)
     spec = find_family(checkpoint.config).read_spec(checkpoint.config)
     limits = _limits(config, spec, device)

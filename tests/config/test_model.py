@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from mii.config import ModelConfig, RaggedInferenceEngineConfig
 from mii.constants import ModelProvider
+from mii.errors import PlacementError
 from mii.validation import explain
 
 
@@ -179,6 +180,24 @@ def test_an_assignment_is_checked_and_what_follows_from_it_follows() -> None:
     with pytest.raises(ValidationError):
         config.tensor_parallel = 0
     assert config.tensor_parallel == 4
+
+
+@pytest.mark.parametrize(
+    ("device_map", "tensor_parallel", "rank", "device"),
+    [("auto", 1, None, 0), ("auto", 4, "3", 3), (2, 1, "0", 2), ([4, 6], 2, "1", 6), ([[1], [2]], 1, None, 1)],
+)
+def test_a_process_takes_its_device_from_the_map_or_its_number(
+    monkeypatch: pytest.MonkeyPatch, device_map: Any, tensor_parallel: int, rank: str | None, device: int
+) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    assert make(device_map=device_map, tensor_parallel=tensor_parallel).local_device == device
+
+
+def test_a_map_without_a_device_for_each_process_is_refused() -> None:
+    with pytest.raises(PlacementError, match=r"devices \[0, 1\] and tensor_parallel is 1"):
+        _ = make(device_map=[0, 1]).local_device
 
 
 def test_a_config_survives_a_round_trip_through_json_and_dicts() -> None:
