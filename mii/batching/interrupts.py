@@ -23,9 +23,9 @@ class InterruptsDeferred:
             signal.signal(signal.SIGINT, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self._pending and callable(self._handler):
+        again, self._pending, self._frame = self._pending, not self._pending, frame
+        if again and callable(self._handler):
             self._handler(number, frame)
-        self._pending, self._frame = True, frame
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if callable(self._handler):
