@@ -13,14 +13,20 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 LEVEL_ENV = "MII_LOG_LEVEL"
 FORMAT = "[%(asctime)s] [%(levelname)s] [%(filename)s:%(lineno)d:%(funcName)s] %(message)s"
 LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
-class _StandardError(logging.StreamHandler[Any]):
+if TYPE_CHECKING:
+    _StreamHandler = logging.StreamHandler[TextIO]
+else:  # not subscriptable before Python 3.11
+    _StreamHandler = logging.StreamHandler
+
+
+class _StandardError(_StreamHandler):
     """Writes to whatever `sys.stderr` is at that moment, so a redirection after the import is followed."""
 
     def __init__(self) -> None:

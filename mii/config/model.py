@@ -141,8 +141,8 @@ class ModelConfig(ConfigModel):
         group = next(iter(self.device_map.values()))[0]
         if len(group) != self.tensor_parallel or rank >= len(group):
             raise PlacementError(
-                f"device_map gives the devices {group} and tensor_parallel is {self.tensor_parallel}; give one for each "
-                "process"
+                f"device_map gives the devices {group} and tensor_parallel is {self.tensor_parallel}; give one device "
+                "for each process"
             )
         return group[rank]
 
