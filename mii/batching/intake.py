@@ -110,11 +110,11 @@ class Intake:
             stops=StopStrings(params.stop),
             seeds=random.Random(seed),
             stop_ids=ends,
-            begin_id=getattr(getattr(self._tokenizer, "tokenizer", self._tokenizer), "bos_token_id", None),
+            begin_id=getattr(self._tokenizer, "bos_token_id", None),
         )
 
     def _prepare(self, prompt: Any, index: int, call: _Call) -> PreparedRequest:
-        ids = self._encode(prompt, call.begin_id) if isinstance(prompt, str) else self._checked_ids(prompt)
+        ids = self._encode(prompt) if isinstance(prompt, str) else self._checked_ids(prompt)
         request = call.params.engine_request(
             next(self._uids), ids, max_length=self._max_length, stop_ids=call.stop_ids, seeds=call.seeds
         )
@@ -123,7 +123,7 @@ class Intake:
             text = prompt if isinstance(prompt, str) else self._text_of(ids, call.begin_id)
         return PreparedRequest(request, index, text, call.stops)
 
-    def _encode(self, text: str, begin_id: int | None) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -131,9 +131,7 @@ class Intake:
                 f"the prompt is not valid Unicode: {text[error.start]!r} at character {error.start} is half of a "
                 "surrogate pair; decode the text from its bytes as UTF-8"
             ) from None
-        ids = list(_plain(self._tokenizer.encode(text)))
-        # A chat template writes the beginning-of-text token out, and the tokenizer adds it again.
-        return ids[1:] if begin_id is not None and ids[:2] == [begin_id, begin_id] else ids
+        return list(_plain(self._tokenizer.encode(text)))
 
     def _checked_ids(self, prompt: Any) -> list[int]:
         ids = _plain(prompt)

@@ -91,6 +91,11 @@ class HFTokenizer(MIITokenizerWrapper):
         """The id that begins a text, if there is one."""
         return getattr(self.tokenizer, "bos_token_id", None)
 
+    @property
+    def backend_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of the Rust library within; None where it is written in Python."""
+        return getattr(self.tokenizer, "backend_tokenizer", None)
+
     def encode(self, input: str, add_special_tokens: bool = True) -> list[int]:
         """The token ids of a text.
 
@@ -213,6 +218,10 @@ class GGUFTokenizer(HFTokenizer):
     @property
     def bos_token_id(self) -> int | None:
         return self._role("bos") if self._wrapped is None else super().bos_token_id
+
+    @property
+    def backend_tokenizer(self) -> Tokenizer | None:
+        return self._backend if self._wrapped is None else super().backend_tokenizer
 
     def _role(self, role: str) -> int | None:
         known = self._vocabulary.special(role) is not None

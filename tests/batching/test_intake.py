@@ -77,10 +77,6 @@ def test_an_empty_prompt_is_its_beginning_of_text_token_where_there_is_one() -> 
     assert intake(adds_begin=True).read("", {})[0].request.prompt_ids == [BEGIN]
 
 
-def test_a_beginning_of_text_token_that_the_text_has_already_is_not_doubled() -> None:
-    assert intake(adds_begin=True).read("<s>a", {})[0].request.prompt_ids == [BEGIN, 97]
-
-
 @pytest.mark.parametrize("options", [{"max_token": 5}, {"temperature": -1}, {"top_p": 2}, {"stop": [1]}, {"stop": ""}])
 def test_wrong_options_are_validation_errors(options: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):

@@ -25,6 +25,8 @@ from tokenizers import Tokenizer
 REPLACEMENT = "\ufffd"
 # Tokens of the prompt that are enough to stand before the first token of an answer.
 CONTEXT_TOKENS = 8
+# Tokens whose text tells whether a tokenizer does more to it than its decoder.
+_SAMPLE = 512
 _BYTE_TOKEN = re.compile("<0x([0-9a-fA-F]{2})>")
 
 
@@ -45,7 +47,7 @@ class TokenDecoder:
     """Makes a `Detokenizer` for each request; what all of them need of one tokenizer is read once.
 
     Args:
-        tokenizer: mii's tokenizer wrapper, a transformers tokenizer, a `tokenizers.Tokenizer`, or anything that has
+        tokenizer: mii's tokenizer wrapper, a tokenizer of transformers, a `tokenizers.Tokenizer`, or anything that has
             `decode(ids) -> str` (and `decode(ids, skip_special_tokens=True)` where special tokens shall be skipped).
 
     >>> from tokenizers import Tokenizer, models
@@ -93,12 +95,13 @@ class TokenDecoder:
 
 def _fast_tokenizer(tokenizer: Any) -> Tokenizer | None:
     """The Rust tokenizer within, where its decoder is all that `tokenizer.decode` does."""
-    if type(tokenizer).__module__ == "mii.modeling.tokenizers":
-        tokenizer = tokenizer.tokenizer
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return backend if isinstance(backend, Tokenizer) else None
+    if not isinstance(backend, Tokenizer):
+        return None
+    sample = list(range(min(_SAMPLE, backend.get_vocab_size())))
+    return backend if tokenizer.decode(sample) == backend.decode(sample, skip_special_tokens=False) else None
 
 
 def _decoder_kinds(tokenizer: Tokenizer) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from mii.batching.generation.detokenizer import Detokenizer, TokenDecoder, _WindowDetokenizer
+from mii.modeling.tokenizers import HFTokenizer, MIITokenizerWrapper, load_tokenizer
 from tests.batching.generation.vocabularies import KINDS
 
 
@@ -136,3 +138,34 @@ def test_work_per_token_does_not_grow_with_the_text(kind: str, name: str) -> Non
         decoded = 0
         assert "".join(pieces(counted, [token] * 3000)) == tokenizer.decode([token] * 3000, skip_special_tokens=False)
         assert decoded <= 20 * 3000
+
+
+class _Shouting:
+    """A tokenizer whose decode does more than its decoder."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.backend_tokenizer = tokenizer
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.backend_tokenizer.decode(ids, skip_special_tokens=False)).upper()
+
+
+def test_a_decode_of_the_users_own_is_what_counts() -> None:
+    tokenizer, _ = vocabulary("byte level")
+    ids = tokenizer.encode("the lazy dog").ids
+    assert "".join(pieces(TokenDecoder(_Shouting(tokenizer)).start(), ids)) == "THE LAZY DOG"
+
+
+@pytest.fixture(scope="module")
+def smollm2_tokenizer(smollm2: Path) -> MIITokenizerWrapper:
+    return load_tokenizer(str(smollm2))
+
+
+@given(ids=st.lists(st.integers(0, 49_151), max_size=60), skip=st.booleans())
+def test_pieces_of_smollm2s_tokens_joined_are_the_decoded_whole(
+    smollm2_tokenizer: MIITokenizerWrapper, ids: list[int], skip: bool
+) -> None:
+    assert isinstance(smollm2_tokenizer, HFTokenizer)
+    decoder = TokenDecoder(smollm2_tokenizer)
+    shown = pieces(decoder.start(skip_special_tokens=skip), ids)
+    assert "".join(shown) == smollm2_tokenizer.decode(ids, skip_special_tokens=skip)
