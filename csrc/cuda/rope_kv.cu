@@ -80,7 +80,7 @@ int32_t check(const MiiRopeKv& a) {
 
 extern "C" int32_t mii_rope_kv(const MiiRopeKv* a, void* stream) {
   using namespace mii;
+  if (a->tokens == 0) return MII_OK;  // the tensors of no tokens may have null addresses
   if (const int32_t code = check(*a); code != MII_OK) return code;
-  if (a->tokens == 0) return MII_OK;
   return dispatch_dtype(a->dtype, [&](auto tag) { return rope_kv<decltype(tag)>(*a, stream); });
 }

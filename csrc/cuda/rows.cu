@@ -69,10 +69,10 @@ extern "C" int32_t mii_gather(const MiiGather* a, void* stream) {
 extern "C" int32_t mii_embedding(const MiiEmbedding* a, void* stream) {
   using namespace mii;
   if (const int32_t code = check_rows("embedding", a->rows, a->width); code != MII_OK) return code;
+  if (a->rows == 0) return MII_OK;  // the tensors of no rows may have null addresses
   MII_REQUIRE(a->vocab > 0, MII_INVALID, "embedding: a table of %lld rows", (long long)a->vocab);
   MII_REQUIRE(a->position_table == nullptr || (a->positions != nullptr && a->max_positions > 0), MII_INVALID,
               "embedding: a position table needs positions and at least one row");
-  if (a->rows == 0) return MII_OK;
   return dispatch_dtype(a->dtype, [&](auto tag) {
     using T = decltype(tag);
     const bool pointers = aligned(a->out, 16) && aligned(a->table, 16) && aligned(a->position_table, 16);

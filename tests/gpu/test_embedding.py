@@ -1,0 +1,15 @@
+"""Embedding on the card, over the grid of tests/ops/test_embedding.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.kernel_checks import DTYPES
+from tests.ops.test_embedding import WIDTHS, check_kernel
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernel_equals_reference(dtype: torch.dtype, width: int) -> None:
+    check_kernel("cuda", dtype, width)
