@@ -22,7 +22,4 @@ struct WorkList {
   WorkItem item[1];
 };
 
-// Query rows (tokens times query heads of a group) that one item should have.
-int item_rows(const MiiAttention& a);
-
 }  // namespace mii::cpu

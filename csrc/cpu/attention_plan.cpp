@@ -10,7 +10,12 @@ int ceil_div(int a, int b) { return (a + b - 1) / b; }
 int smaller(int a, int b) { return a < b ? a : b; }
 int larger(int a, int b) { return a > b ? a : b; }
 
-int item_tokens(const MiiAttention& a) { return larger(1, item_rows(a) / (a.q_heads / a.kv_heads)); }
+// Query tokens of an item of a prompt. On AMX whole tiles of 16, and enough rows to repay the packing of the keys.
+int item_tokens(const MiiAttention& a) {
+  const int group = a.q_heads / a.kv_heads;
+  if (active_isa() == Isa::amx && a.dtype == MII_BF16) return larger(1, 192 / group / 16) * 16;
+  return larger(1, 48 / group);
+}
 
 int64_t max_items(const MiiAttention& a) {
   return a.kv_heads * (a.max_tokens / item_tokens(a) + a.max_seqs) + kMaxSplitItems * kMaxParts;
@@ -84,9 +89,6 @@ struct Plan {
 };
 
 }  // namespace
-
-int item_rows(const MiiAttention&) { return 48; }
-
 }  // namespace mii::cpu
 
 using namespace mii::cpu;

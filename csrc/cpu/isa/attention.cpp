@@ -2,38 +2,13 @@
 // Dao et al. 2022), in float. Query rows are (token, query head of the group), so a block of keys is read once for all query
 // heads that share it. The plan cuts a step into items that the threads take in turn; a long decode is cut along the keys
 // too and its parts are joined at the end.
-#include "../attention.h"
-
-#include "simd.h"
+#include "attention_item.h"
 
 namespace mii::cpu::MII_ISA {
 namespace {
 
 constexpr int kKeys = 64;      // keys of a block
 constexpr int kRowGroup = 6;   // query rows in registers at once
-constexpr float kNone = -INFINITY;
-
-template <class T> struct Item : WorkItem {
-  const MiiAttention& a;
-  int group, rows, position;  // query heads per KV head; rows of the item; position of its first token
-  const int32_t* table;
-
-  Item(const MiiAttention& args, const WorkItem& item) : WorkItem(item), a(args) {
-    group = a.q_heads / a.kv_heads;
-    rows = tokens * group;
-    const int q_len = a.q_start[seq + 1] - a.q_start[seq];
-    position = a.kv_len[seq] - q_len + token;
-    table = a.block_table + a.seq_slot[seq] * a.max_blocks;
-  }
-  int64_t offset(int key) const {
-    const int64_t block = table[key / a.block_size];
-    return ((block * a.kv_heads + head) * a.block_size + key % a.block_size) * a.head_dim;
-  }
-  int64_t step_row(int row) const { return a.q_start[seq] + token + row / group; }
-  int64_t column(int row) const { return static_cast<int64_t>(head * group + row % group) * a.head_dim; }
-  const T* q(int row) const { return (const T*)a.q + step_row(row) * a.q_stride + column(row); }
-  T* out(int row) const { return (T*)a.out + step_row(row) * a.out_stride + column(row); }
-};
 
 struct Buffers {  // of one item, in this thread's scratch memory
   float *q, *k, *scores, *sums, *max, *total;
@@ -277,6 +252,10 @@ template <class T> void join_parts(const Item<T>& item) {
 
 template <class T> void run_item(const MiiAttention& a, const WorkItem& work) {
   const Item<T> item(a, work);
+#if defined(__AMX_BF16__)
+  if constexpr (is_same<T, bf16>)
+    if (item.tokens > 1) return attend_amx(item);
+#endif
   const Buffers b(a.head_dim, item.rows);
   attend(item, b);
   item.parts > 1 ? write_part(item, b) : write_rows(item, b);

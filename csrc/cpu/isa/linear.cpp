@@ -156,7 +156,7 @@ int32_t linear_pack(const MiiLinearPack& a) {
 
 int32_t linear(const MiiLinear& a) {
   const int64_t count = panel_count(a.out_features);
-#if defined(__AMX_BF16__) && defined(MII_AMX_READY)
+#if defined(__AMX_BF16__)
   if (a.dtype == MII_BF16) return linear_amx(a);
 #endif
   with_dtype(a.dtype, [&](auto tag) {

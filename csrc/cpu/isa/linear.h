@@ -6,9 +6,6 @@ namespace mii::cpu::MII_ISA {
 
 constexpr int kPanel = 16;  // output features side by side
 
-template <class A, class B> constexpr bool is_same = false;
-template <class A> constexpr bool is_same<A, A> = true;
-
 MII_INLINE int64_t panel_count(int64_t out_features) { return (out_features + kPanel - 1) / kPanel; }
 
 // Input features as stored: bfloat16 goes up to a multiple of 32, the depth of an AMX tile.

@@ -21,6 +21,9 @@ namespace mii::cpu::MII_ISA {
 struct f16 { uint16_t bits; };
 struct bf16 { uint16_t bits; };
 
+template <class A, class B> constexpr bool is_same = false;
+template <class A> constexpr bool is_same<A, A> = true;
+
 #define MII_INLINE static inline __attribute__((always_inline))
 
 // ---- scalars ------------------------------------------------------------------------------------------------------

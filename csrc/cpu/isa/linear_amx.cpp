@@ -1,0 +1,221 @@
+// The bfloat16 matrix product on AMX tiles (and AVX512-BF16 dot products for a single row).
+//
+// A tile holds 16 rows of x by 32 input features as they lie in memory, a tile of the packed weight the same 32 features of
+// 16 output features (1 KiB, contiguous), so nothing is rearranged but the sums. Blocks of 2 x 2 tiles keep the tile unit
+// busy with four loads for four products; the two panels of weight stay in the first cache while the rows pass by from
+// the second, and the next two panels are fetched meanwhile.
+#include "amx.h"
+#include "linear.h"
+
+#if defined(__AMX_BF16__)
+
+namespace mii::cpu::MII_ISA {
+namespace {
+
+constexpr int kTileRows = 16, kTileDepth = 32;  // bfloat16 elements; a tile row is 64 bytes
+constexpr int64_t kPanelStep = kPanel * kTileDepth;  // elements of one weight tile
+
+// Tiles 0..3: sums (2 row tiles x 2 panels), 4 and 5: rows of x, 6 and 7: weights.
+struct Tiles {
+  TileState state;
+  int upper = 0, lower = 0;
+  void set(int new_upper, int new_lower) {
+    if (new_upper == upper && new_lower == lower) return;
+    upper = new_upper, lower = new_lower;
+    const int last = lower > 0 ? lower : 1;
+    state.set({upper, upper, last, last, upper, last, 16, 16});
+  }
+};
+
+struct Job {
+  const MiiLinear& a;
+  const bf16* x;      // the rows of this pass, row stride x_stride, readable up to a multiple of kTileDepth
+  int64_t x_stride, depth, first_row, rows;
+
+  const bf16* panel(int64_t p) const { return (const bf16*)a.weight + p * kPanel * depth; }
+};
+
+// Rounds, adds the bias and stores `rows` rows of sums [16][16] x panels at sums + p * 256.
+template <int P> MII_INLINE void store_sums(const Job& job, const float* sums, int64_t row, int rows, int64_t panel) {
+  const int64_t feature = panel * kPanel, left = job.a.out_features - feature;
+  const __mmask32 mask = left >= 32 ? 0xffffffffu : (1u << left) - 1;
+  __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+  if (job.a.bias != nullptr)
+    for (int p = 0; p < P; ++p) {
+      const int64_t n = left - p * kPanel;
+      bias[p] = load_n((const bf16*)job.a.bias + feature + p * kPanel, static_cast<int>(n < kPanel ? n : kPanel)).r;
+    }
+  bf16* out = (bf16*)job.a.out + (job.first_row + row) * job.a.out_stride + feature;
+  for (int r = 0; r < rows; ++r, out += job.a.out_stride) {
+    const __m512 low = _mm512_add_ps(_mm512_load_ps(sums + r * kPanel), bias[0]);
+    if constexpr (P == 2) {
+      const __m512 high = _mm512_add_ps(_mm512_load_ps(sums + 256 + r * kPanel), bias[1]);
+      _mm512_mask_storeu_epi16(out, mask, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    } else {
+      _mm256_mask_storeu_epi16(out, static_cast<__mmask16>(mask), (__m256i)_mm512_cvtneps_pbh(low));
+    }
+  }
+}
+
+// 17 to 32 rows by two panels. `next` is fetched meanwhile, 64 bytes at a time, `next_lines` in all.
+MII_INLINE void block_2x2(const Job& job, int64_t row, int rows, int64_t panel, const char* next, int next_lines) {
+  alignas(64) float sums[4 * 256];
+  const bf16 *x0 = job.x + row * job.x_stride, *x1 = x0 + kTileRows * job.x_stride;
+  const bf16 *w0 = job.panel(panel), *w1 = job.panel(panel + 1);
+  const int64_t stride = job.x_stride * 2;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t k = 0; k < job.depth; k += kTileDepth) {
+    _tile_stream_loadd(4, x0 + k, stride);
+    _tile_loadd(6, w0 + k * kPanel, 64);
+    _tile_loadd(7, w1 + k * kPanel, 64);
+    _tile_stream_loadd(5, x1 + k, stride);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+    for (int line = 0; line < 2 && next_lines > 0; ++line, --next_lines, next += 64) _mm_prefetch(next, _MM_HINT_T1);
+  }
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + 256, 64);
+  _tile_stored(2, sums + 512, 64);
+  _tile_stored(3, sums + 768, 64);
+  store_sums<2>(job, sums, row, kTileRows, panel);
+  store_sums<2>(job, sums + 512, row + kTileRows, rows - kTileRows, panel);
+}
+
+// 17 to 32 rows by one panel.
+MII_INLINE void block_2x1(const Job& job, int64_t row, int rows, int64_t panel) {
+  alignas(64) float sums[2 * 256];
+  const bf16 *x0 = job.x + row * job.x_stride, *x1 = x0 + kTileRows * job.x_stride, *w = job.panel(panel);
+  const int64_t stride = job.x_stride * 2;
+  _tile_zero(0);
+  _tile_zero(2);
+  for (int64_t k = 0; k < job.depth; k += kTileDepth) {
+    _tile_loadd(4, x0 + k, stride);
+    _tile_loadd(5, x1 + k, stride);
+    _tile_loadd(6, w + k * kPanel, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(2, 5, 6);
+  }
+  _tile_stored(0, sums, 64);
+  _tile_stored(2, sums + 256, 64);
+  store_sums<1>(job, sums, row, kTileRows, panel);
+  store_sums<1>(job, sums + 256, row + kTileRows, rows - kTileRows, panel);
+}
+
+// Up to 16 rows by P panels (1 or 2).
+template <int P> MII_INLINE void block_1(const Job& job, int64_t row, int rows, int64_t panel) {
+  alignas(64) float sums[2 * 256];
+  const bf16 *x = job.x + row * job.x_stride, *w0 = job.panel(panel), *w1 = job.panel(panel + (P == 2));
+  const int64_t stride = job.x_stride * 2;
+  _tile_zero(0);
+  if constexpr (P == 2) _tile_zero(1);
+  for (int64_t k = 0; k < job.depth; k += kTileDepth) {
+    _tile_loadd(4, x + k, stride);
+    _tile_loadd(6, w0 + k * kPanel, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (P == 2) {
+      _tile_loadd(7, w1 + k * kPanel, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+  }
+  _tile_stored(0, sums, 64);
+  if constexpr (P == 2) _tile_stored(1, sums + 256, 64);
+  store_sums<P>(job, sums, row, rows, panel);
+}
+
+// All rows of the job by panels [begin, end).
+void multiply(const Job& job, int64_t begin, int64_t end) {
+  Tiles tiles;
+  const int blocks = static_cast<int>((job.rows + 31) / 32);
+  const int lines = static_cast<int>(job.depth);  // 64-byte lines of two panels: 2 * 16 * depth * 2 / 64
+  const int lines_per_block = (lines + blocks - 1) / blocks;
+  int64_t panel = begin;
+  for (; panel < end; panel += 2) {
+    const bool pair = panel + 1 < end;
+    for (int b = 0; b < blocks; ++b) {
+      const int64_t row = b * 32;
+      const int rows = static_cast<int>(job.rows - row < 32 ? job.rows - row : 32);
+      tiles.set(rows < 16 ? rows : 16, rows - 16);
+      const int first = b * lines_per_block;
+      const int fetch = panel + 3 < end ? (first + lines_per_block < lines ? lines_per_block : lines - first) : 0;
+      const char* next = (const char*)job.panel(panel + 2) + first * 64;
+      if (rows > 16) pair ? block_2x2(job, row, rows, panel, next, fetch) : block_2x1(job, row, rows, panel);
+      else pair ? block_1<2>(job, row, rows, panel) : block_1<1>(job, row, rows, panel);
+    }
+  }
+}
+
+// ---- one row ------------------------------------------------------------------------------------------------------
+
+// R rows by one panel: 16 output features a vector, two input features an instruction.
+template <int R> MII_INLINE void dot_panel(const Job& job, int64_t panel) {
+  constexpr int kChains = R == 1 ? 4 : 2;
+  __m512 sums[R][kChains];
+  for (int r = 0; r < R; ++r)
+    for (int c = 0; c < kChains; ++c) sums[r][c] = _mm512_setzero_ps();
+  const char* w = (const char*)job.panel(panel);
+  for (int64_t pair = 0; pair < job.depth / 2; pair += kChains, w += 64 * kChains)
+    for (int c = 0; c < kChains; ++c) {
+      _mm_prefetch(w + 64 * c + 2048, _MM_HINT_T1);
+      const __m512bh weights = (__m512bh)_mm512_loadu_si512(w + 64 * c);
+      for (int r = 0; r < R; ++r) {
+        int32_t two;
+        memcpy(&two, job.x + r * job.x_stride + 2 * (pair + c), 4);
+        sums[r][c] = _mm512_dpbf16_ps(sums[r][c], weights, (__m512bh)_mm512_set1_epi32(two));
+      }
+    }
+  alignas(64) float total[R * 16];
+  for (int r = 0; r < R; ++r) {
+    for (int c = 1; c < kChains; ++c) sums[r][0] = _mm512_add_ps(sums[r][0], sums[r][c]);
+    _mm512_store_ps(total + 16 * r, sums[r][0]);
+  }
+  store_sums<1>(job, total, 0, R, panel);
+}
+
+void multiply_row(const Job& job, int64_t begin, int64_t end) {
+  for (int64_t panel = begin; panel < end; ++panel) dot_panel<1>(job, panel);
+}
+
+// Rows whose copy in the second cache leaves room for the weights that pass by.
+int64_t rows_per_pass(int64_t depth) {
+  const int64_t rows = (5 << 18) / (2 * depth) / 32 * 32;
+  return rows < 128 ? 128 : rows;
+}
+
+// x copied to a multiple of kTileDepth, padding zeros.
+const bf16* padded_rows(const MiiLinear& a, int64_t first, int64_t rows, int64_t depth) {
+  bf16* copy = (bf16*)scratch(rows * depth * sizeof(bf16));
+  for (int64_t r = 0; r < rows; ++r) {
+    memcpy((void*)(copy + r * depth), (const bf16*)a.x + (first + r) * a.x_stride, a.in_features * sizeof(bf16));
+    memset((void*)(copy + r * depth + a.in_features), 0, (depth - a.in_features) * sizeof(bf16));
+  }
+  return copy;
+}
+
+void run(const MiiLinear& a, int64_t begin, int64_t end) {
+  const int64_t depth = padded_depth(MII_BF16, a.in_features), step = rows_per_pass(depth);
+  for (int64_t first = 0; first < a.rows; first += step) {
+    const int64_t rows = a.rows - first < step ? a.rows - first : step;
+    Job job = {a, (const bf16*)a.x + first * a.x_stride, a.x_stride, depth, first, rows};
+    if (depth != a.in_features) job.x = padded_rows(a, first, rows, depth), job.x_stride = depth;
+    rows == 1 ? multiply_row(job, begin, end) : multiply(job, begin, end);
+  }
+}
+
+}  // namespace
+
+int32_t linear_amx(const MiiLinear& a) {
+  const int64_t pairs = (panel_count(a.out_features) + 1) / 2, count = panel_count(a.out_features);
+  parallel(pairs, a.rows * a.in_features * kPanel, [&](int64_t begin, int64_t end) {
+    run(a, 2 * begin, 2 * end < count ? 2 * end : count);
+  });
+  return MII_OK;
+}
+
+}  // namespace mii::cpu::MII_ISA
+
+#endif
