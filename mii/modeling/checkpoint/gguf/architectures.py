@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,8 @@ def _key_rows(config: Config) -> torch.Tensor:
 
 def _falcon_rows(config: Config) -> torch.Tensor:
     """Falcon keeps each group's queries, key and value together; GGUF has all queries, all keys, all values."""
-    groups, heads, width = config["num_kv_heads"], config["num_attention_heads"], config["head_dim"]
+    groups, heads = config["num_kv_heads"], config["num_attention_heads"]
+    width = config["hidden_size"] // heads
     rows = torch.arange((heads + 2 * groups) * width).view(-1, width)
     queries = rows[:heads].view(groups, -1, width)
     keys, values = rows[heads : heads + groups, None], rows[heads + groups :, None]
@@ -242,6 +243,8 @@ def _named(
     target: str, match: re.Match[str], tensor: GGUFTensor, rows: torch.Tensor | None, offset: float
 ) -> dict[str, Source]:
     ending = "." + match["kind"]
+    if match["stem"] == "ffn_gate_inp_shexp" and len(tensor.shape) == 1:  # a matrix of one row, stored as a vector
+        tensor = replace(tensor, shape=(1, *tensor.shape))
     if "{expert}" not in target:
         return {target.format(layer=match["layer"]) + ending: Source(tensor, rows=rows, offset=offset)}
     return {

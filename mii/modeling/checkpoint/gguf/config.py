@@ -121,7 +121,10 @@ def build_config(architecture: Architecture, metadata: Metadata) -> dict[str, An
     if metadata.get("attention.sliding_window"):
         config["sliding_window"] = metadata.integer("attention.sliding_window")
     config |= _rope(metadata, head_dim)
-    return config | _specific(architecture, metadata, config)
+    config |= _specific(architecture, metadata, config)
+    if architecture.model_type == "falcon":
+        del config["head_dim"]  # Falcon's config derives it and takes no other
+    return config
 
 
 def build_generation_config(metadata: Metadata) -> dict[str, Any]:
@@ -277,10 +280,12 @@ def _gemma(kind: str, metadata: Metadata, head_dim: int) -> dict[str, Any]:
 
 def _falcon(metadata: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     heads_kv = config["num_key_value_heads"]
+    two_norms = "blk.0.attn_norm_2.weight" in metadata.tensors
     return {
         "num_kv_heads": heads_kv,
         "multi_query": heads_kv == 1,
-        "new_decoder_architecture": "blk.0.attn_norm_2.weight" in metadata.tensors,
+        "new_decoder_architecture": two_norms or heads_kv > 1,
+        "num_ln_in_parallel_attn": 2 if two_norms else 1,
         "parallel_attn": True,
         "bias": False,
         "alibi": False,

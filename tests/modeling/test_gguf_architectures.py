@@ -1,0 +1,323 @@
+"""Models written as GGUF come back as they were: names, row orders, configs. Judged by transformers' logits."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from mii.errors import CheckpointError
+from mii.modeling.checkpoint import Checkpoint, open_checkpoint
+from mii.modeling.checkpoint.gguf.architectures import ARCHITECTURES
+from tests.checkpoints import write_checkpoint
+from tests.modeling.gguf_files import convert
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def rms(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+
+
+def layer_norm(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    writer.add_layer_norm_eps(config.get("layer_norm_eps") or config["layer_norm_epsilon"])
+
+
+def window(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    rms(writer, config)
+    writer.add_sliding_window(config["sliding_window"])
+
+
+def experts(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    rms(writer, config)
+    writer.add_expert_count(config.get("num_local_experts") or config["num_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    if "moe_intermediate_size" in config:
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+        writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+
+
+def soft_caps(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    window(writer, config)
+    writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+    writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+
+
+MOE = {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16, "num_experts_per_tok": 2}
+# row of the table: (model_type, GGUF architecture, keys, config fields)
+CASES: dict[str, tuple[str, str, Callable[[gguf.GGUFWriter, Mapping[str, Any]], None], dict[str, Any]]] = {
+    "llama": ("llama", "llama", rms, {"rms_norm_eps": 1e-4}),
+    "llama, tied, biased, wide heads": (
+        "llama",
+        "llama",
+        rms,
+        {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "head_dim": 12},
+    ),
+    "llama+sliding": ("mistral", "llama", window, {"sliding_window": 8}),
+    "llama+experts": ("mixtral", "llama", experts, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2": ("qwen2", "qwen2", rms, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
+    "qwen2moe": ("qwen2_moe", "qwen2moe", experts, MOE),
+    "qwen3": ("qwen3", "qwen3", rms, {"head_dim": 16}),
+    "phi3": ("phi3", "phi3", window, {"sliding_window": 16}),
+    "phi2": ("phi", "phi2", layer_norm, {}),
+    "gemma": ("gemma", "gemma", rms, {"head_dim": 16}),
+    "gemma2": ("gemma2", "gemma2", soft_caps, {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
+    "falcon": ("falcon", "falcon", layer_norm, {"multi_query": True, "new_decoder_architecture": False}),
+    "falcon+two norms": ("falcon", "falcon", layer_norm, {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon, one norm, groups": (
+        "falcon",
+        "falcon",
+        layer_norm,
+        {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1},
+    ),
+}
+
+
+def make(tmp_path: Path, case: str) -> tuple[Path, Checkpoint]:
+    model_type, architecture, keys, fields = CASES[case]
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    write_checkpoint(folder, model_type, tokenizer=False, **{**SHAPE, **fields})
+    return folder, open_checkpoint(convert(folder, tmp_path / "model.gguf", architecture, keys))
+
+
+def logits(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        return model(torch.arange(3, 30)[None]).logits
+
+
+def as_folder(checkpoint: Checkpoint, folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(checkpoint.config))
+    tensors = {name: checkpoint.get(name).contiguous().clone() for name in checkpoint.names()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_every_row_of_the_table_has_a_case() -> None:
+    assert set(ARCHITECTURES) <= set(CASES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tensors_and_config_come_back_as_they_were(tmp_path: Path, case: str) -> None:
+    folder, checkpoint = make(tmp_path, case)
+    with checkpoint, open_checkpoint(folder) as original:
+        assert sorted(checkpoint.names()) == sorted(original.names())
+        for name in original.names():
+            assert checkpoint.shape(name) == original.shape(name)
+            # norms that were stored with one added come back with a rounding error
+            torch.testing.assert_close(checkpoint.get(name), original.get(name), rtol=0, atol=1e-6)
+        assert checkpoint.config["architectures"] == original.config["architectures"]
+        assert bool(checkpoint.config["tie_word_embeddings"]) == ("lm_head.weight" not in original.names())
+        again = as_folder(checkpoint, tmp_path / "again")
+    torch.testing.assert_close(logits(again), logits(folder), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["llama", "falcon+two norms", "qwen2moe", "gemma"])
+def test_slices_are_slices_of_the_whole(tmp_path: Path, case: str) -> None:
+    _, checkpoint = make(tmp_path, case)
+    with checkpoint:
+        for name in checkpoint.names():
+            whole = checkpoint.get(name)
+            for index in ((slice(1, 7),), (slice(0, 0),), (slice(2, None), slice(3, 11))):
+                if len(index) <= whole.dim():
+                    assert torch.equal(checkpoint.get(name, torch.float64, index), whole[index].double()), (name, index)
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "beta_fast": 24.0,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.1, 1.5, 2.0],
+        "long_factor": [1.0, 2.0, 3.0, 4.5], "original_max_position_embeddings": 16}  # fmt: skip
+
+
+def scaled(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    rms(writer, config)
+    rope = config["rope_parameters"]
+    writer.add_rope_scaling_type(gguf.RopeScalingType(rope["rope_type"]))
+    writer.add_rope_scaling_factor(rope["factor"])
+    if "original_max_position_embeddings" in rope:
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if "beta_fast" in rope:
+        writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+
+
+def long_rope(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    rms(writer, config)
+    writer.add_rope_scaling_orig_ctx_len(config["rope_parameters"]["original_max_position_embeddings"])
+    writer.add_sliding_window(64)
+
+
+def llama3_divisors(head_dim: int) -> np.ndarray:
+    """As the converter computes them."""
+    frequencies = 1.0 / LLAMA3["rope_theta"] ** (np.arange(0, head_dim, 2) / head_dim)
+    divisors = []
+    for wavelength in 2 * np.pi / frequencies:
+        if wavelength < 8192 / 4.0:
+            divisors.append(1.0)
+        elif wavelength > 8192 / 1.0:
+            divisors.append(8.0)
+        else:
+            smooth = (8192 / wavelength - 1.0) / (4.0 - 1.0)
+            divisors.append(1 / ((1 - smooth) / 8.0 + smooth))
+    return np.array(divisors, dtype=np.float32)
+
+
+ROPES: dict[str, tuple[str, Callable[..., None], dict[str, Any], dict[str, Any]]] = {
+    "linear": ("llama", scaled, LINEAR, {}),
+    "yarn": ("llama", scaled, YARN, {}),
+    "llama3": ("llama", rms, LLAMA3, {"rope_freqs__weight": llama3_divisors(64)}),
+    "longrope": (
+        "phi3",
+        long_rope,
+        LONG,
+        {"rope_factors_long__weight": LONG["long_factor"], "rope_factors_short__weight": LONG["short_factor"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_rope_scaling_is_understood(tmp_path: Path, kind: str) -> None:
+    architecture, keys, rope, extra = copy.deepcopy(ROPES[kind])  # transformers adds to it
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    fields = {"head_dim": 64} if kind == "llama3" else {}
+    if kind == "longrope":
+        fields = {"original_max_position_embeddings": 16, "sliding_window": 64}
+    write_checkpoint(folder, architecture, tokenizer=False, **{**SHAPE, **fields, "rope_parameters": rope})
+    with open_checkpoint(convert(folder, tmp_path / "m.gguf", architecture, keys, **extra)) as checkpoint:
+        parameters = checkpoint.config["rope_parameters"]
+        for name, value in ROPES[kind][2].items():
+            assert parameters[name] == pytest.approx(value), name
+        again = as_folder(checkpoint, tmp_path / "again")
+    torch.testing.assert_close(logits(again), logits(folder), rtol=1e-4, atol=1e-4)
+
+
+def test_rope_divisors_that_are_not_llama_3s_keep_their_values(tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    write_checkpoint(folder, "llama", tokenizer=False, **SHAPE)
+    path = convert(folder, tmp_path / "m.gguf", "llama", rms, rope_freqs__weight=[1.0, 3.0, 2.0, 5.0])
+    config = open_checkpoint(path).config
+    assert config["rope_parameters"]["rope_type"] == "longrope"
+    assert config["rope_parameters"]["short_factor"] == [1.0, 3.0, 2.0, 5.0]
+    AutoConfig.for_model(**config)
+
+
+def with_tokens(kinds: dict[str, int], **ids: int) -> Callable[[gguf.GGUFWriter, Mapping[str, Any]], None]:
+    def write(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+        writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+        names = [*kinds, *(f"t{number}" for number in range(96 - len(kinds)))]
+        writer.add_token_list(names)
+        writer.add_token_types([*kinds.values(), *[1] * (96 - len(kinds))])
+        for role, token in ids.items():
+            writer.add_uint32(f"tokenizer.ggml.{role}_token_id", token)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("kinds", "ids", "ends"),
+    [
+        ({"<s>": 3, "</s>": 3}, {"eos": 1}, 1),
+        ({"<|end_of_text|>": 3, "<|eot_id|>": 3, "<|eom_id|>": 3}, {"eos": 0, "eot": 1, "eom": 2}, [0, 1, 2]),
+        ({"<|end_of_text|>": 3, "a": 1, "<|eot_id|>": 3}, {"eos": 0}, [0, 2]),
+        ({"<|endoftext|>": 3, "<|im_start|>": 3, "<|im_end|>": 3}, {"eos": 2, "unknown": 0}, 2),
+        ({"<|endoftext|>": 3, "<|im_start|>": 3, "<|im_end|>": 3}, {"eos": 2, "bos": 0}, [2, 0]),
+        ({"<|im_end|>": 1}, {}, None),  # ordinary text that looks like it
+        ({"a": 1}, {"eos": 4_000_000_000}, None),
+    ],
+)
+def test_every_end_of_text_id_is_in_the_generation_config(
+    tmp_path: Path, kinds: dict[str, int], ids: dict[str, int], ends: Any
+) -> None:
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    write_checkpoint(folder, "llama", tokenizer=False, **SHAPE)
+    with open_checkpoint(convert(folder, tmp_path / "m.gguf", "llama", with_tokens(kinds, **ids))) as checkpoint:
+        assert checkpoint.generation_config.get("eos_token_id") == ends
+
+
+def test_a_split_file_is_opened_by_any_of_its_parts(tmp_path: Path) -> None:
+    folder, whole = make(tmp_path, "llama")
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    writer = gguf.GGUFWriter(parts / "m.gguf", "llama", split_max_tensors=8)
+    _copy(tmp_path / "model.gguf", writer)
+    for path in sorted(parts.glob("*.gguf"))[:2]:
+        with open_checkpoint(path) as checkpoint:
+            assert sorted(checkpoint.names()) == sorted(whole.names())
+            for name in whole.names():
+                assert torch.equal(checkpoint.get(name), whole.get(name))
+    shutil.rmtree(parts)
+
+
+def _copy(path: Path, writer: gguf.GGUFWriter) -> None:
+    reader = gguf.GGUFReader(path)
+    for name, field in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            writer.add_key_value(name, field.contents(), field.types[0])
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def without(key: str) -> Callable[[gguf.GGUFWriter, Mapping[str, Any]], None]:
+    def write(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+        for keys in writer.kv_data:
+            keys.pop(key, None)
+
+    return write
+
+
+@pytest.mark.parametrize("key", ["llama.block_count", "llama.embedding_length", "llama.attention.head_count"])
+def test_a_missing_size_is_named(tmp_path: Path, key: str) -> None:
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    write_checkpoint(folder, "llama", tokenizer=False, **SHAPE)
+    with pytest.raises(CheckpointError, match=f"lacks the metadata key {key}"):
+        open_checkpoint(convert(folder, tmp_path / "m.gguf", "llama", without(key)))
+
+
+def test_a_tensor_that_the_architecture_does_not_have_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    write_checkpoint(folder, "llama", tokenizer=False, **SHAPE)
+    path = convert(folder, tmp_path / "m.gguf", "llama", rms, blk__0__ssm_conv__weight=[1.0, 2.0])
+    with pytest.raises(CheckpointError, match=r"no place for tensor blk\.0\.ssm_conv\.weight"):
+        open_checkpoint(path)
