@@ -17,6 +17,7 @@ import torch
 from mii.batching.data_classes import EngineRequest, TokenOutput
 from mii.batching.scheduler import Scheduler, SchedulerLimits
 from mii.engine.kv_cache import BlockPool
+from mii.engine.profile import StepProfile
 from mii.engine.ragged import RaggedInterface
 from mii.engine.runner import LaunchedStep, Runner
 from mii.engine.sequence import Sequence
@@ -45,6 +46,7 @@ class Engine(RaggedInterface):
         max_length: Prompt plus answer at most, in tokens.
         prefix_caching: Reuse the KV blocks of a common beginning.
         reserve_blocks: Free blocks kept for running sequences when a new one is admitted.
+        profile: Times the steps, where the config asks for it.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Engine(RaggedInterface):
         max_length: int,
         prefix_caching: bool = True,
         reserve_blocks: int | None = None,
+        profile: StepProfile | None = None,
     ) -> None:
         limits = runner.limits
         self.runner = runner
@@ -66,6 +69,7 @@ class Engine(RaggedInterface):
         self._prefix_caching = prefix_caching
         reserve = runner.num_blocks // 100 if reserve_blocks is None else reserve_blocks
         self._scheduler_limits = SchedulerLimits(limits.max_tokens, limits.max_sequences, limits.max_slots, reserve)
+        self._profile = profile or StepProfile(runner.device, average=False, synchronise=False)
         self._overlapped = runner.device.type == "cuda"
         self._sequences = {}
         self._start_empty()
@@ -138,14 +142,17 @@ class Engine(RaggedInterface):
         """Launches the next step and returns what the one before (on a CPU: this one) gave."""
         if self.runner is None:
             raise PipelineDestroyedError("The engine was destroyed; make a new one.")
+        self._profile.begin()
         try:
             before, self._pending = self._pending, self._launch()
             if not self._overlapped and before is None:
                 before, self._pending = self._pending, None
-            return self._collect(before) if before is not None else []
+            outputs = self._collect(before) if before is not None else []
         except BaseException:
             self._recover()
             raise
+        self._profile.end(len(outputs))
+        return outputs
 
     def _launch(self) -> LaunchedStep | None:
         assert self.runner is not None

@@ -10,6 +10,7 @@ import torch
 from mii.config import DSStateManagerConfig, ModelConfig
 from mii.engine.devices import choose_device, choose_dtype, free_memory
 from mii.engine.engine import Engine
+from mii.engine.profile import StepProfile
 from mii.engine.runner import Runner, RunnerLimits
 from mii.errors import CheckpointError, OutOfMemoryError
 from mii.logging import logger
@@ -72,7 +73,13 @@ def build_engine(config: ModelConfig, checkpoint: Checkpoint, progress: bool | N
             f"{free_memory(device) / _GIB:.1f} GiB"
             " are free again now. Lower memory_fraction or max_length, or take a smaller model."
         ) from error
-    engine = Engine(runner, stop_ids=ends, max_length=limits.max_length, prefix_caching=config.prefix_caching)
+    engine = Engine(
+        runner,
+        stop_ids=ends,
+        max_length=limits.max_length,
+        prefix_caching=config.prefix_caching,
+        profile=StepProfile(device, average=config.profile_model_time, synchronise=config.sync_debug),
+    )
     _report(runner)
     return engine
 
