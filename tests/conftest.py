@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 
-# Before anything imports torch or transformers: no network, and no more threads than a small test can use.
+# Before anything imports torch or transformers: no network, no more threads than a small test can use, and none that
+# spins while it waits: on a busy machine that costs more than the test itself.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OMP_NUM_THREADS", str(min(4, len(os.sched_getaffinity(0)))))
 
 import importlib.util
