@@ -20,7 +20,8 @@ struct Card {
 };
 const Card& card();
 
-// Whether launches may overlap the kernel before them: compute capability 9.0 or more, not switched off by MII_NO_PDL=1.
+// Whether launches may overlap the kernel before them: on compute capability 9.0, not switched off by MII_NO_PDL=1. Newer
+// cards run the code of sm_80, which is compiled without the waiting that an overlap needs.
 bool overlap_allowed();
 
 #define MII_REQUIRE(condition, code, ...)                     \

@@ -48,7 +48,7 @@ bool overlap_allowed() {
     const char* value = std::getenv("MII_NO_PDL");
     return value != nullptr && *value != '\0' && std::strcmp(value, "0") != 0;
   }();
-  return !off && card().major >= 9;
+  return !off && card().major == 9;
 }
 
 }  // namespace mii
