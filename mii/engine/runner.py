@@ -228,7 +228,7 @@ class Runner:
         self.model.forward(forward)
 
     def _send_suppressed(self, plan: Plan) -> None:
-        """Flags the sampled rows that may not end yet. A graph always reads the flags, so they are cleared again too."""
+        """Flags the sampled rows that may not end yet. A graph always reads the flags, so they are cleared too."""
         if not len(self._suppress_ids):
             return
         flags = [chunk.start + chunk.size < chunk.sequence.min_length for chunk in plan.chunks if chunk.samples]
@@ -301,7 +301,7 @@ class Runner:
         return samples
 
     def _write_table(self, updates: list[tuple[int, int, int]]) -> None:
-        """Block table entries that did not fit into the step's buffer: long reused prefixes of many sequences at once."""
+        """Block table entries that did not fit into the step's buffer: long reused prefixes of many sequences."""
         slots, index, blocks = torch.tensor(updates, device=self.device).unbind(1)
         self.step.block_table[slots, index] = blocks.to(torch.int32)
 
