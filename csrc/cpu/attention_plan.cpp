@@ -1,7 +1,7 @@
 // Cuts a step's attention into items (see attention.h). Plain integer work, no instruction set matters.
 #include "attention.h"
 
-#include <omp.h>
+#include "threads.h"
 
 namespace mii::cpu {
 namespace {
@@ -112,7 +112,7 @@ int32_t mii_attention_plan(const MiiAttention* args, void*) {
   list.cost = 0;
   Plan plan{*args, list};
   const int seqs = args->counts[MII_NUM_SEQS];
-  plan.add_decodes(seqs, omp_get_max_threads());
+  plan.add_decodes(seqs, max_threads());
   plan.add_prompts(seqs);
   return MII_OK;
 }

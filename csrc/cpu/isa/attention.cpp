@@ -263,22 +263,15 @@ template <class T> void run_item(const MiiAttention& a, const WorkItem& work) {
 
 template <class T> void run(const MiiAttention& a) {
   const WorkList& list = *(const WorkList*)a.work;
-  const int threads = list.items < max_threads() ? list.items : max_threads();
-  if (threads <= 1 || list.cost < 1 << 14) {
-    for (int i = 0; i < list.items; ++i) run_item<T>(a, list.item[i]);
-    for (int i = 0; i < list.joins; ++i) join_parts<T>(Item<T>(a, list.item[i]));
+  const auto item = [&](int64_t i) { run_item<T>(a, list.item[i]); };
+  const auto join = [&](int64_t i) { join_parts<T>(Item<T>(a, list.item[i])); };
+  if (list.cost < 1 << 13) {
+    for (int i = 0; i < list.items; ++i) item(i);
+    for (int i = 0; i < list.joins; ++i) join(i);
     return;
   }
-  int next = 0;
-#pragma omp parallel num_threads(threads) shared(next)
-  {
-    for (int i; (i = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < list.items;) run_item<T>(a, list.item[i]);
-    if (list.joins > 0) {
-#pragma omp barrier
-#pragma omp for schedule(static, 1) nowait
-      for (int i = 0; i < list.joins; ++i) join_parts<T>(Item<T>(a, list.item[i]));
-    }
-  }
+  each_part(list.items, item);
+  if (list.joins > 0) each_part(list.joins, join);
 }
 
 }  // namespace

@@ -2,7 +2,6 @@
 // float32, float16 and bfloat16, and the functions that softmax and activations need. Everything else is written on V once.
 #pragma once
 #include <math.h>
-#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -15,6 +14,7 @@
 #endif
 
 #include "../cpu.h"
+#include "../threads.h"
 
 namespace mii::cpu::MII_ISA {
 
@@ -273,19 +273,24 @@ MII_INLINE V erf(V x) {
 
 // ---- threads ------------------------------------------------------------------------------------------------------
 
-MII_INLINE int max_threads() { return omp_get_max_threads(); }
+// Calls body(part) for each part in [0, parts).
+template <class Body> MII_INLINE void each_part(int64_t parts, const Body& body) {
+  run_parts(parts, [](void* context, int64_t part) { (*static_cast<const Body*>(context))(part); }, (void*)&body);
+}
 
 // Calls body(begin, end) over parts of [0, items); in this thread alone when the work (items * cost, in elements touched)
-// would not repay waking the others.
+// would not repay handing it out.
 template <class Body> MII_INLINE void parallel(int64_t items, int64_t cost, const Body& body) {
-  constexpr int64_t kAlone = 1 << 14;
-  const int64_t threads = items * cost < kAlone ? 1 : (items < max_threads() ? items : max_threads());
-  if (threads <= 1) {
+  constexpr int64_t kAlone = 1 << 13, kPart = 1 << 16;  // a part worth claiming is some ten microseconds of work
+  const int64_t work = items * cost, threads = work < kAlone ? 1 : max_threads();
+  if (threads <= 1 || items <= 1) {
     if (items > 0) body(int64_t{0}, items);
     return;
   }
-#pragma omp parallel for num_threads(static_cast<int>(threads)) schedule(static, 1)
-  for (int64_t part = 0; part < threads; ++part) body(items * part / threads, items * (part + 1) / threads);
+  int64_t parts = work / kPart / threads * threads;
+  parts = parts < threads ? threads : (parts > 4 * threads ? 4 * threads : parts);
+  if (parts > items) parts = items;
+  each_part(parts, [&](int64_t part) { body(items * part / parts, items * (part + 1) / parts); });
 }
 
 // Runs body(T{}) with the C++ type of a MiiDtype.
