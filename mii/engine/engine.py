@@ -215,4 +215,5 @@ class Engine(RaggedInterface):
         runner.destroy()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+            torch._C._cuda_clearCublasWorkspaces()  # 32 MiB a stream, made again when needed
             torch.cuda.empty_cache()
