@@ -59,6 +59,7 @@ class GenerationFinishReason(_Name):
 
 
 # Ports. Replica i uses the next TENSOR_PARALLEL gRPC ports after the load balancer's, zmq + i and torch + i * stride.
+HOST_DEFAULT = "127.0.0.1"
 PORT_NUMBER_DEFAULT = 50050
 RESTFUL_API_PORT_DEFAULT = 28080
 TORCH_DIST_PORT_DEFAULT = 29500

@@ -20,13 +20,15 @@ from mii.config.model import ModelConfig
 from mii.config.placement import available_slots, check_ports, make_replica_configs, place_replicas
 from mii.constants import (
     DEPLOYMENT_NAME_SUFFIX,
+    HOST_DEFAULT,
     HOSTFILE_DEFAULT,
     PORT_NUMBER_DEFAULT,
     RESTFUL_API_PORT_DEFAULT,
     RESTFUL_PROCESSES_DEFAULT,
+    SERVER_STOP_GRACE_SECONDS,
     DeploymentType,
 )
-from mii.validation import ConfigModel, Port, PositiveInt
+from mii.validation import ConfigModel, NonNegativeInt, Number, Port, PositiveInt
 
 __all__ = ["MIIConfig", "default_deployment_name"]
 
@@ -57,6 +59,11 @@ class MIIConfig(ConfigModel):
     port_number: Port = Field(
         default=PORT_NUMBER_DEFAULT, description="gRPC port of the load balancer; replicas use those after it"
     )
+    host: str = Field(
+        default=HOST_DEFAULT,
+        min_length=1,
+        description="address that gRPC listens on; '0.0.0.0': every one of the machine",
+    )
     enable_restful_api: bool = Field(default=False, description="also answer HTTP")
     restful_api_host: str = Field(default="localhost", description="address that the HTTP gateway listens on")
     restful_api_port: Port = Field(
@@ -68,6 +75,17 @@ class MIIConfig(ConfigModel):
     hostfile: str | None = Field(
         default=HOSTFILE_DEFAULT,
         description="file with lines 'host slots=N'; None, or the default where absent: this machine",
+    )
+    drain_seconds: Number = Field(
+        default=SERVER_STOP_GRACE_SECONDS,
+        ge=0,
+        description="how long what runs may still take once the end is asked for",
+    )
+    start_seconds: Number | None = Field(
+        default=None, gt=0, description="longest time that the start may take; None: any, downloads included"
+    )
+    max_restarts: NonNegativeInt = Field(
+        default=5, description="times in a row that a process which died is started again before all is ended"
     )
     version: PositiveInt = Field(default=1, description="of an Azure ML deployment; not used")
     instance_type: str = Field(default="Standard_NC12s_v3", description="of an Azure ML deployment; not used")
@@ -85,7 +103,9 @@ class MIIConfig(ConfigModel):
         if not self.deployment_name:
             self.__dict__["deployment_name"] = default_deployment_name(self.model_conf.model_name_or_path)
         if len(quote(self.deployment_name, safe="")) > _LONGEST_NAME:
-            raise ValueError(f"deployment_name={self.deployment_name[:40]!r}... is too long for a file name; shorten it")
+            raise ValueError(
+                f"deployment_name={self.deployment_name[:40]!r}... is too long for a file name; shorten it"
+            )
         if self.enable_restful_api and self.restful_api_port == self.port_number:
             raise ValueError(f"port_number and restful_api_port are both {self.port_number}; give them different ports")
 

@@ -1,7 +1,7 @@
-"""Which deployments run on this machine: one JSON file for each, readable by its owner only.
+"""Which deployments run on this machine: a folder with a JSON file for each, readable by its owner only.
 
-The files lie under ``MII_CACHE_PATH`` (by default ``/tmp/mii_cache``), in a folder for each user. They are data:
-nothing in them is ever run.
+The folders lie under ``MII_CACHE_PATH`` (by default ``/tmp/mii_cache``), in a folder for each user. What is in them is
+data: nothing of it is ever run.
 """
 
 from __future__ import annotations
@@ -16,11 +16,23 @@ from pydantic import ValidationError
 from mii.config.deployment import MIIConfig, default_deployment_name
 from mii.constants import CACHE_PATH_DEFAULT, cache_path
 from mii.errors import DeploymentNotFoundError, UnsupportedFeatureError
+from mii.launch.folder import DeploymentFolder
 from mii.validation import explain
 
-__all__ = ["deployment_names", "forget_deployment", "get_mii_config", "save_deployment"]
+__all__ = [
+    "deployment_folder",
+    "deployment_names",
+    "forget_deployment",
+    "get_mii_config",
+    "make_registry_folder",
+    "registry_folder",
+    "save_deployment",
+]
 
-_SUFFIX = ".json"
+
+def deployment_folder(deployment_name: str) -> DeploymentFolder:
+    """Where the files of a deployment lie, or would."""
+    return DeploymentFolder(registry_folder() / _quote(deployment_name))
 
 
 def save_deployment(config: MIIConfig) -> Path:
@@ -35,8 +47,9 @@ def save_deployment(config: MIIConfig) -> Path:
             "a tokenizer given as an object cannot be passed to a deployment's processes; save it to a folder and give "
             "that folder as tokenizer="
         )
-    _make_folder()
-    path = _path(config.deployment_name)
+    make_registry_folder()
+    path = deployment_folder(config.deployment_name).config_file
+    path.parent.mkdir(mode=0o700, exist_ok=True)
     # mkstemp makes the file with mode 600, and the rename shows readers the old file or the new one, never half of one.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".")
     with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -47,13 +60,12 @@ def save_deployment(config: MIIConfig) -> Path:
 
 def forget_deployment(deployment_name: str) -> None:
     """Takes a deployment out of the registry; one that is not in it is fine."""
-    _path(deployment_name).unlink(missing_ok=True)
+    deployment_folder(deployment_name).remove()
 
 
 def deployment_names() -> list[str]:
     """The registered deployments, sorted."""
-    files = _folder().glob(f"*{_SUFFIX}")
-    return sorted(unquote(file.name.removesuffix(_SUFFIX)) for file in files)
+    return sorted(unquote(file.parent.name) for file in registry_folder().glob("*/deployment.json"))
 
 
 def get_mii_config(model_or_deployment_name: str) -> MIIConfig:
@@ -63,7 +75,7 @@ def get_mii_config(model_or_deployment_name: str) -> MIIConfig:
         DeploymentNotFoundError: no such deployment, or its file is not this user's or is damaged.
     """
     for name in (model_or_deployment_name, default_deployment_name(model_or_deployment_name)):
-        path = _path(name)
+        path = deployment_folder(name).config_file
         if os.path.isfile(path):
             return _read(path, name)
     known = ", ".join(deployment_names()) or "none"
@@ -86,12 +98,18 @@ def _read(path: Path, name: str) -> MIIConfig:
         raise DeploymentNotFoundError(f"{path} of deployment {name!r} is damaged: {explain(error)}") from error
 
 
-def _folder() -> Path:
+def registry_folder() -> Path:
+    """The folder of this user's deployments; it need not exist."""
     return cache_path() / f"deployments-{os.getuid()}"
 
 
-def _make_folder() -> None:
-    root, folder = cache_path(), _folder()
+def make_registry_folder() -> None:
+    """Makes the folder, readable by this user only.
+
+    Raises:
+        PermissionError: another user has made it.
+    """
+    root, folder = cache_path(), registry_folder()
     if not root.exists():
         root.mkdir(parents=True, exist_ok=True)
         if root == Path(CACHE_PATH_DEFAULT):
@@ -101,6 +119,7 @@ def _make_folder() -> None:
         raise PermissionError(f"{folder} belongs to another user; set MII_CACHE_PATH to a folder of your own")
 
 
-def _path(deployment_name: str) -> Path:
-    """Names may hold spaces and slashes, so the file name is the percent-encoded name."""
-    return _folder() / (quote(deployment_name, safe="") + _SUFFIX)
+def _quote(deployment_name: str) -> str:
+    """Names may hold spaces and slashes, so folders have percent-encoded names; ``.`` and ``..`` would be no names."""
+    name = quote(deployment_name, safe="")
+    return f"%2E{name[1:]}" if name.startswith(".") else name

@@ -22,11 +22,13 @@ def config(name: str = "", model: str = "some/model") -> MIIConfig:
     return MIIConfig(deployment_name=name, model_config={"model_name_or_path": model, "replica_num": 2})
 
 
-@pytest.mark.parametrize("name", ["plain", "with space", "org/model", "../up", ".hidden", "ümlaut", "a%2Fb", "x" * 100])
+@pytest.mark.parametrize(
+    "name", ["plain", "with space", "org/model", "../up", ".hidden", "ümlaut", ".", "..", "a%2Fb", "x" * 100]
+)
 def test_a_saved_deployment_is_found_under_any_name_and_stays_in_the_folder(folder: Path, name: str) -> None:
     path = save_deployment(config(name))
     assert get_mii_config(name) == config(name)
-    assert path.resolve().parent.parent == folder.resolve()
+    assert path.resolve().parent.parent.parent == folder.resolve()
     assert deployment_names() == [name]
     forget_deployment(name)
     forget_deployment(name)
@@ -47,6 +49,7 @@ def test_the_later_one_of_a_name_counts() -> None:
 
 def test_only_the_owner_can_read_a_file_and_nothing_else_is_left(folder: Path) -> None:
     path = save_deployment(config("a"))
+    assert stat.S_IMODE(path.parent.parent.stat().st_mode) == 0o700
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
     assert list(path.parent.iterdir()) == [path]
@@ -71,7 +74,7 @@ def test_a_damaged_file_is_reported_as_such(text: str) -> None:
 def test_a_file_of_another_user_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     path = save_deployment(config("a"))
     monkeypatch.setattr(registry.os, "getuid", lambda: path.stat().st_uid + 1)
-    monkeypatch.setattr(registry, "_folder", lambda: path.parent)
+    monkeypatch.setattr(registry, "registry_folder", lambda: path.parent.parent)
     with pytest.raises(DeploymentNotFoundError, match="belongs to another user"):
         get_mii_config("a")
 
@@ -87,12 +90,12 @@ def test_a_name_that_no_file_can_have_is_refused_or_not_found() -> None:
 def test_the_default_folder_has_room_for_other_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "CACHE_PATH_DEFAULT", str(tmp_path / "cache"))
     path = save_deployment(config("a"))
-    assert stat.S_IMODE(path.parent.parent.stat().st_mode) == 0o1777
+    assert stat.S_IMODE(path.parent.parent.parent.stat().st_mode) == 0o1777
 
 
 def test_a_folder_of_another_user_is_not_written_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = save_deployment(config("a")).parent
-    monkeypatch.setattr(registry, "_folder", lambda: folder)
+    folder = save_deployment(config("a")).parent.parent
+    monkeypatch.setattr(registry, "registry_folder", lambda: folder)
     monkeypatch.setattr(registry.os, "getuid", lambda: folder.stat().st_uid + 1)
     with pytest.raises(PermissionError, match="belongs to another user; set MII_CACHE_PATH"):
         save_deployment(config("b"))

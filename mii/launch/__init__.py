@@ -1,0 +1,1 @@
+"""The entry points of a deployment's processes: ``python -m mii.launch.<what> <folder of the deployment> <role>``."""

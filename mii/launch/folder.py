@@ -1,0 +1,95 @@
+"""The folder of one deployment: what lies in it and under which names.
+
+    deployment.json     the config, as `mii.client` reads it         state.json   what runs, written by the supervisor
+    token               what `Terminate` asks for                    logs/        <role>.log, one for each process
+    run/                unix sockets; a link to a folder under /tmp where the path would be too long for one
+
+Everything is readable by its owner only.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["DeploymentFolder"]
+
+# A unix socket's address has room for 107 bytes (man 7 unix); the rest is for the longest file name in run/.
+_LONGEST_RUN_FOLDER = 107 - len("/replica-999-engine-999.sock")
+
+
+@dataclass(frozen=True)
+class DeploymentFolder:
+    """Paths of one deployment.
+
+    Args:
+        path: the folder itself.
+    """
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        return self.path / "deployment.json"
+
+    @property
+    def state_file(self) -> Path:
+        return self.path / "state.json"
+
+    @property
+    def run(self) -> Path:
+        """Where sockets lie, as a path short enough for them."""
+        link = self.path / "run"
+        return Path(os.readlink(link)) if link.is_symlink() else link
+
+    def log(self, role: str) -> Path:
+        """Everything that a process of this role prints."""
+        return self.path / "logs" / f"{role}.log"
+
+    def socket(self, name: str) -> str:
+        """A ZeroMQ address within this folder, ``ipc://.../<name>.sock``."""
+        return f"ipc://{self.run / name}.sock"
+
+    def engine_address(self, replica: int) -> str:
+        """Where the engine process of a replica (the first rank) listens for its front."""
+        return self.socket(f"engine-{replica}")
+
+    def read_token(self) -> str:
+        """The deployment's secret; a caller shows it as gRPC metadata ``mii-token`` to end the deployment."""
+        return (self.path / "token").read_text(encoding="ascii").strip()
+
+    def create(self) -> None:
+        """Makes the folders and a new token. A run folder that was there is emptied; logs are started anew."""
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.clear()
+        (self.path / "logs").mkdir(mode=0o700)
+        self._make_run_folder()
+        with open(os.open(self.path / "token", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(16))
+
+    def clear(self) -> None:
+        """Removes everything but deployment.json."""
+        run = self.path / "run"
+        if run.is_symlink():
+            shutil.rmtree(os.readlink(run), ignore_errors=True)
+            run.unlink()
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.rmtree(self.path / "logs", ignore_errors=True)
+        for name in ("token", "state.json"):
+            (self.path / name).unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Removes the whole folder; one that is not there is fine."""
+        self.clear()
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _make_run_folder(self) -> None:
+        run = self.path / "run"
+        if len(os.fsencode(run.absolute())) <= _LONGEST_RUN_FOLDER:
+            run.mkdir(mode=0o700)
+        else:
+            run.symlink_to(tempfile.mkdtemp(prefix="mii-", dir="/tmp"))  # mode 700
