@@ -271,7 +271,7 @@ def test_every_end_of_text_id_is_in_the_generation_config(
 
 
 def test_a_split_file_is_opened_by_any_of_its_parts(tmp_path: Path) -> None:
-    folder, whole = make(tmp_path, "llama")
+    _, whole = make(tmp_path, "llama")
     parts = tmp_path / "parts"
     parts.mkdir()
     writer = gguf.GGUFWriter(parts / "m.gguf", "llama", split_max_tensors=8)

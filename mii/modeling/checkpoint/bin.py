@@ -31,7 +31,9 @@ def load_state_dict(path: Path) -> dict[str, torch.Tensor]:
         loaded = _load(path)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refused(path, error)) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a broken pickle may fail in any way
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(
             f"{path} is truncated, corrupt or no PyTorch checkpoint: {reason}. Copy or download it again."

@@ -20,6 +20,8 @@ _HUB_FILE = re.compile(rf"(?P<repo>{_PART}/{_PART})/(?P<file>.+\.gguf)")
 # Configs, tokenizers of every kind, chat templates.
 _SMALL_FILES = (".json", ".model", ".txt", ".jinja", ".tiktoken")
 _WEIGHT_INDEX = ".index.json"
+# What a cached model must have to be tried without the hub; what else it lacks shows when it is opened.
+_LEAST = ["config.json"]
 
 _Result = TypeVar("_Result")
 
@@ -63,7 +65,7 @@ def download(name: str, *, revision: str | None, token: str | None, weights: boo
         name,
         revision,
         lambda: huggingface_hub.snapshot_download(
-            name, revision=revision, token=token, allow_patterns=wanted, local_files_only=wanted is None
+            name, revision=revision, token=token, allow_patterns=wanted or _LEAST, local_files_only=wanted is None
         ),
     )
     return Path(folder)
@@ -77,11 +79,12 @@ def _wanted(name: str, revision: str | None, token: str | None, weights: bool, c
     if constants.HF_HUB_OFFLINE:
         return None
     try:
-        listed = _explained(
-            name, revision, lambda: huggingface_hub.HfApi(token=token).list_repo_files(name, revision=revision)
+        info = _explained(
+            name, revision, lambda: huggingface_hub.HfApi(token=token).model_info(name, revision=revision)
         )
     except _UnreachableError:
         return None
+    listed = [sibling.rfilename for sibling in info.siblings or ()]
     top = [file for file in listed if "/" not in file]
     small = [file for file in top if file.endswith(_SMALL_FILES) and not file.endswith(_WEIGHT_INDEX)]
     if code:
@@ -123,13 +126,8 @@ def _explained(name: str, revision: str | None, call: Callable[[], _Result]) -> 
         if status is not None and status < 500:
             raise CheckpointError(f"The hub refused the download of {name} (HTTP {status}).") from error
         raise _UnreachableError(f"The hub failed at {name} (HTTP {status}). Try again later.") from error
-    except (OSError, errors.OfflineModeIsEnabled) as error:
+    except Exception as error:  # the HTTP library below the hub's client changes, and its exceptions with it
         raise _unreachable(name, error) from error
-    except Exception as error:
-        # The HTTP library below the hub's client changed between its versions, and so did its exceptions.
-        if type(error).__module__.partition(".")[0] in ("httpx", "httpcore", "requests", "urllib3"):
-            raise _unreachable(name, error) from error
-        raise
 
 
 def _unreachable(name: str, error: Exception) -> _UnreachableError:

@@ -107,7 +107,7 @@ def _entry(file: MappedFile, data_start: int, name: str, value: Any) -> Entry:
         sizes_are_whole = False
     if not sizes_are_whole:
         raise CheckpointError(f"{file.path} is corrupt: tensor {name} is described as {describe(value)}.")
-    dtype = _DTYPES.get(kind)
+    dtype = _DTYPES.get(kind) if isinstance(kind, str) else None
     if dtype is None:
         known = ", ".join(_DTYPES)
         raise CheckpointError(f"{file.path}: tensor {name} has dtype {describe(kind)}; mii reads {known}.")
