@@ -130,8 +130,8 @@ def test_rows_of_three_dimensions_are_the_same_rows() -> None:
 
 class TestRefusals:
     def plan(self, **changes: object) -> AttentionPlan:
-        arguments = dict(q_heads=4, kv_heads=2, head_dim=64, block_size=16, max_seqs=8, max_tokens=64, max_blocks=4)
-        others = {"dtype": torch.float32, "device": "cpu", **changes}
+        arguments = {"q_heads": 4, "kv_heads": 2, "head_dim": 64, "block_size": 16, "max_seqs": 8, "max_tokens": 64}
+        others = {"max_blocks": 4, "dtype": torch.float32, "device": "cpu", **changes}
         return AttentionPlan(**(arguments | others))  # type: ignore[arg-type]
 
     def test_heads_that_do_not_divide(self) -> None:
