@@ -1,32 +1,15 @@
 // mii_sample of libmii_cuda.so.
 #include "mii/sampler.cuh"
 
-#include <atomic>
-
 #include "launch.cuh"
 
 namespace mii::sampler {
 namespace {
 
-// Whether the code that runs on this card was compiled for clusters (a newer card may run the code for sm_80).
-template <typename T>
-bool knows_clusters() {
-  constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];  // 0: not asked yet, 1: no, 2: yes
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || device < 0 || device >= kDevices) return false;
-  int answer = known[device].load(std::memory_order_relaxed);
-  if (answer == 0) {
-    cudaFuncAttributes attributes = {};
-    const bool asked = cudaFuncGetAttributes(&attributes, sample_kernel<T>) == cudaSuccess;
-    answer = asked && attributes.ptxVersion >= 90 ? 2 : 1;
-    known[device].store(answer, std::memory_order_relaxed);
-  }
-  return answer == 2;
-}
-
-// CTAs for a row: few rows are spread wide, many rows keep about 16 thousand tokens for each CTA.
+// CTAs for a row: few rows are spread wide, many rows keep about 16 thousand tokens for each CTA. Cards newer than
+// Hopper run the code of sm_80, which knows no clusters.
 int cluster_size_for(const MiiSample& a) {
+  if (card().major != 9) return 1;
   const int64_t share = a.rows <= 16 ? 4096 : 16384;
   int size = 1;
   while (size < kMaxCluster && size * share < a.vocab) size *= 2;
@@ -35,7 +18,7 @@ int cluster_size_for(const MiiSample& a) {
 
 template <typename T>
 int32_t launch_rows(const MiiSample& a, void* stream) {
-  const int size = knows_clusters<T>() ? cluster_size_for(a) : 1;
+  const int size = cluster_size_for(a);
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(static_cast<unsigned>(a.rows * size));
   config.blockDim = dim3(kThreads);

@@ -5,10 +5,10 @@
 // digit first: the CTAs of a cluster each add up a slice of the bins over all of them. All sums are integers, so neither
 // the cluster's size nor the order of the atomics can change a token.
 #pragma once
-#include "abi.h"
-#include "cluster.cuh"
-#include "common.cuh"
-#include "sampling.h"
+#include "mii/abi.h"
+#include "mii/cluster.cuh"
+#include "mii/common.cuh"
+#include "mii/sampling.h"
 
 namespace mii::sampler {
 
@@ -310,19 +310,13 @@ __device__ __forceinline__ int select(
     cluster_barrier();
     merge_slice(sh, slice);
     cluster_barrier();
-    uint64_t totals[kMaxCluster], total = 0;
-#pragma unroll
-    for (int q = 0; q < kMaxCluster; ++q) total += totals[q] = q < cluster_size() ? *remote(&sh.slice_total, q) : 0;
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    const uint64_t own = lane < cluster_size() ? *remote(&sh.slice_total, lane) : 0, running = warp_running(own);
+    const uint64_t total = __shfl_sync(kFullMask, running, kWarp - 1);
     if (Weighted && lead) target = nucleus_weight(total, top_p);
     if (total < target) break;
-    int rank = 0;
-#pragma unroll
-    for (int q = 0; q < kMaxCluster; ++q) {
-      if (q == rank && totals[q] < target) {
-        target -= totals[q];
-        ++rank;
-      }
-    }
+    const int rank = __popc(__ballot_sync(kFullMask, running < target));  // slices that end before the target
+    target -= rank == 0 ? 0 : __shfl_sync(kFullMask, running, rank - 1);
     find_bin(sh, rank, slice, target);
     target -= sh.before;
     prefix += sh.bin;
@@ -371,12 +365,11 @@ __device__ __forceinline__ int draw(const Row<T>& row, float scale, int threshol
   bool passed = false;
   visit<1>(row, [&](int element, const float(&logits)[kPack<T>]) {
     if (passed) return;
-    uint64_t weights[kPack<T>], sum = 0;
+    uint64_t sum = 0;
 #pragma unroll
     for (int j = 0; j < kPack<T>; ++j) {
       const int x = distance(row.best, logits[j], scale);
-      weights[j] = x <= threshold ? weight(x) : 0;
-      sum += weights[j];
+      if (x <= threshold) sum += weight(x);
     }
     const uint64_t running = warp_running(sum), tile = __shfl_sync(kFullMask, running, kWarp - 1);
     passed = point < tile;
@@ -386,7 +379,8 @@ __device__ __forceinline__ int draw(const Row<T>& row, float scale, int threshol
       uint64_t before = running - sum;
 #pragma unroll
       for (int j = 0; j < kPack<T>; ++j) {
-        before += weights[j];
+        const int x = distance(row.best, logits[j], scale);
+        if (x <= threshold) before += weight(x);
         if (token < 0 && point < before) token = element + j - row.offset;
       }
     }

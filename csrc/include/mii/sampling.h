@@ -8,7 +8,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "philox.h"
+#include "mii/philox.h"
 
 namespace mii {
 
