@@ -16,6 +16,7 @@ namespace mii::cpu::MII_ISA {
 namespace {
 
 constexpr int kKeys = 64, kRows = 16, kTile = 512;  // a tile of bfloat16: 16 rows of 32 elements
+constexpr float kLog2e = 1.44269504f;
 
 struct Amx {
   const Item<bf16>& item;
@@ -28,7 +29,7 @@ struct Amx {
     tiles_per_head = (item.tokens + kRows - 1) / kRows;
     row_tiles = tiles_per_head * item.group;
     const int64_t rows = row_tiles * kRows;
-    char* next = (char*)scratch(rows * depth * 6 + kKeys * depth * 4 + kRows * kKeys * 6 + rows * 17 * 4 + 64);
+    char* next = (char*)scratch(rows * depth * 6 + kKeys * depth * 4 + kRows * kKeys * 10 + rows * 17 * 4 + 64);
     const auto take = [&next](int64_t bytes) {
       char* at = next;
       next += (bytes + 63) / 64 * 64;
@@ -38,7 +39,7 @@ struct Amx {
     sums = (float*)take(rows * depth * 4);
     k = (bf16*)take(kKeys * depth * 2);
     v = (bf16*)take(kKeys * depth * 2);
-    scores = (float*)take(kRows * kKeys * 4);
+    scores = (float*)take(2 * kRows * kKeys * 4);
     p = (bf16*)take(kRows * kKeys * 2);
     totals = (float*)take(rows * kRows * 4);
     max = (float*)take(rows * 4);
@@ -143,15 +144,19 @@ void pack_values(const Amx& m, int first, int count) {
 
 // ---- one row tile by one block of keys --------------------------------------------------------------------------------
 
+// Where the scores of a row tile lie: two buffers take turns, so that the next scores are made during a softmax.
+MII_INLINE float* scores_of(const Amx& m, int tile) { return m.scores + tile % 2 * kRows * kKeys; }
+
 MII_INLINE void score_tile(const Amx& m, int tile) {
   const int steps = m.depth / 32;
+  const bf16 *q = m.q + tile * steps * kTile, *k = m.k;
+  float* scores = scores_of(m, tile);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int s = 0; s < steps; ++s) {
-    const bf16* k = m.k + s * 4 * kTile;
-    _tile_loadd(4, m.q + (tile * steps + s) * kTile, 64);
+  for (int s = 0; s < steps; ++s, q += kTile, k += 4 * kTile) {
+    _tile_loadd(4, q, 64);
     _tile_loadd(5, k, 64);
     _tile_dpbf16ps(0, 4, 5);
     _tile_loadd(6, k + kTile, 64);
@@ -161,13 +166,13 @@ MII_INLINE void score_tile(const Amx& m, int tile) {
     _tile_loadd(5, k + 3 * kTile, 64);
     _tile_dpbf16ps(3, 4, 5);
   }
-  _tile_stored(0, m.scores, kKeys * 4);
-  _tile_stored(1, m.scores + 16, kKeys * 4);
-  _tile_stored(2, m.scores + 32, kKeys * 4);
-  _tile_stored(3, m.scores + 48, kKeys * 4);
+  _tile_stored(0, scores, kKeys * 4);
+  _tile_stored(1, scores + 16, kKeys * 4);
+  _tile_stored(2, scores + 32, kKeys * 4);
+  _tile_stored(3, scores + 48, kKeys * 4);
 }
 
-// Keys of the block that row `token` of the item sees: [from, to).
+// Keys of the block that token `token` of the item sees: [from, to).
 struct Seen {
   int from, to;
 };
@@ -178,93 +183,128 @@ MII_INLINE Seen seen_keys(const Item<bf16>& item, int token, int first, int coun
   return {from > 0 ? from : 0, to < 0 ? 0 : (to < count ? to : count)};
 }
 
-// Soft-cap and alibi, which ask for scaled scores; then the mask. Scores leave in units of log2 e.
-MII_INLINE void shape_row(const Amx& m, int tile, int row, int first, Seen seen, __m512 (&s)[4]) {
+// Soft-cap and alibi of one row of scores: they ask for scaled scores, and leave them in units of log2 e.
+void shape_row(const Amx& m, float* scores, int head, float position) {
   const MiiAttention& a = m.item.a;
-  const float unit = 1.44269504f;
-  if (a.softcap > 0.0f || a.alibi_slopes != nullptr) {
-    const float position = static_cast<float>(m.item.position + m.first_token(tile) + row - first);
-    const float slope = a.alibi_slopes == nullptr ? 0.0f : a.alibi_slopes[m.item.head * m.item.group + m.head(tile)];
-    const __m512 lanes = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    for (int i = 0; i < 4; ++i) {
-      V x = V{s[i]} * set1(a.scale);
-      if (a.softcap > 0.0f) x = tanh(x * set1(1.0f / a.softcap)) * set1(a.softcap);
-      const V distance = V{lanes} + set1(static_cast<float>(16 * i) - position);
-      s[i] = (fma(distance, set1(slope), x) * set1(unit)).r;
-    }
-  } else {
-    for (int i = 0; i < 4; ++i) s[i] = _mm512_mul_ps(s[i], _mm512_set1_ps(a.scale * unit));
+  const float slope = a.alibi_slopes == nullptr ? 0.0f : a.alibi_slopes[m.item.head * m.item.group + head];
+  const V lanes = {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)};
+  for (int i = 0; i < kKeys; i += 16) {
+    V x = load(scores + i) * set1(a.scale);
+    if (a.softcap > 0.0f) x = tanh(x * set1(1.0f / a.softcap)) * set1(a.softcap);
+    const V distance = lanes + set1(static_cast<float>(i) - position);
+    store(scores + i, fma(distance, set1(slope), x) * set1(kLog2e));
   }
-  if (seen.from == 0 && seen.to == kKeys) return;
-  const uint64_t below = seen.to >= 64 ? ~uint64_t{0} : (uint64_t{1} << seen.to) - 1;
-  const uint64_t bits = seen.from >= 64 ? 0 : below & (~uint64_t{0} << seen.from);
-  for (int i = 0; i < 4; ++i)
-    s[i] = _mm512_mask_blend_ps(static_cast<__mmask16>(bits >> (16 * i)), _mm512_set1_ps(kNone), s[i]);
 }
 
-// 2^x for x <= 0, to 2^-14 (Taylor): the result is rounded to bfloat16.
+void mask_row(float* scores, Seen seen) {
+  const uint64_t below = seen.to >= 64 ? ~uint64_t{0} : (uint64_t{1} << seen.to) - 1;
+  const uint64_t bits = seen.from >= 64 ? 0 : below & (~uint64_t{0} << seen.from);
+  for (int i = 0; i < kKeys; i += 16)
+    _mm512_mask_storeu_ps(scores + i, static_cast<__mmask16>(~(bits >> i)), _mm512_set1_ps(kNone));
+}
+
+// What most blocks need not: soft-cap, alibi, and the mask where not every row sees every key of the block.
+MII_INLINE void shape_tile(const Amx& m, int tile, int first, int count) {
+  const MiiAttention& a = m.item.a;
+  const int token = m.first_token(tile), rows = m.tokens(tile);
+  float* scores = scores_of(m, tile);
+  if (a.softcap > 0.0f || a.alibi_slopes != nullptr)
+    for (int r = 0; r < rows; ++r)
+      shape_row(m, scores + r * kKeys, m.head(tile), static_cast<float>(m.item.position + token + r - first));
+  const bool full = seen_keys(m.item, token, first, count).to == kKeys &&
+                    seen_keys(m.item, token + rows - 1, first, count).from == 0;
+  for (int r = 0; r < rows && !full; ++r) mask_row(scores + r * kKeys, seen_keys(m.item, token + r, first, count));
+}
+
+// 2^x for x <= 0 to 2^-13 (least maximum error, degree 3): the result is rounded to bfloat16.
 MII_INLINE __m512 exp2_fast(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-140.0f));
+  x = _mm512_max_ps(x, _mm512_set1_ps(-120.0f));  // masked: a result below the normal numbers would take 100 cycles
   const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm512_sub_ps(x, n);
-  __m512 y = _mm512_fmadd_ps(_mm512_set1_ps(9.6181291e-3f), f, _mm512_set1_ps(5.5504109e-2f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(2.4022651e-1f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.9314718e-1f));
-  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0f));
+  __m512 y = _mm512_fmadd_ps(_mm512_set1_ps(5.517166e-2f), f, _mm512_set1_ps(2.4261112e-1f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(6.9326099e-1f));
+  y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(9.9992807e-1f));
   return _mm512_scalef_ps(y, n);
 }
 
-// Scores -> probabilities against the running maximum. Writes the factor for what was summed before; true if any is not 1.
-bool softmax_tile(const Amx& m, int tile, int first, int count, float* factors) {
-  bool rescale = false;
-  const int rows = m.tokens(tile);
-  float* max = m.max + tile * kRows;
-  for (int r = 0; r < rows; ++r) {
-    __m512 s[4];
-    for (int i = 0; i < 4; ++i) s[i] = _mm512_load_ps(m.scores + r * kKeys + 16 * i);
-    shape_row(m, tile, r, first, seen_keys(m.item, m.first_token(tile) + r, first, count), s);
-    const float block = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(s[0], s[1]), _mm512_max_ps(s[2], s[3])));
-    const float before = max[r], now = block > before ? block : before;
-    factors[r] = 1.0f;
-    if (now != before) {
-      max[r] = now;
-      factors[r] = before == kNone ? 0.0f : exp2f(before - now);
-      rescale = true;
-    }
-    const __m512 shift = _mm512_set1_ps(now == kNone ? 0.0f : now);
-    for (int i = 0; i < 4; ++i) s[i] = exp2_fast(_mm512_sub_ps(s[i], shift));
-    float* total = m.totals + (tile * kRows + r) * 16;
-    const __m512 sum = _mm512_add_ps(_mm512_add_ps(s[0], s[1]), _mm512_add_ps(s[2], s[3]));
-    _mm512_store_ps(total, _mm512_fmadd_ps(_mm512_load_ps(total), _mm512_set1_ps(factors[r]), sum));
-    _mm512_store_si512(m.p + r * kKeys, (__m512i)_mm512_cvtne2ps_pbh(s[1], s[0]));
-    _mm512_store_si512(m.p + r * kKeys + 32, (__m512i)_mm512_cvtne2ps_pbh(s[3], s[2]));
+// The maxima of 16 vectors as one vector.
+MII_INLINE __m512 maxima(const __m512 (&r)[16]) {
+  __m512 a[8], b[4], c[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    a[i] = _mm512_max_ps(_mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]), _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const __m512d x = _mm512_castps_pd(a[2 * i]), y = _mm512_castps_pd(a[2 * i + 1]);
+    b[i] = _mm512_max_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)));
   }
-  return rescale;
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    c[i] = _mm512_max_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88), _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
+  return _mm512_max_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
 }
 
-void rescale_tile(const Amx& m, int tile, const float* factors) {
-  float* sums = m.sums + tile * kRows * m.depth;
-  for (int c = 0; c < m.depth / 16; ++c)
-    for (int r = 0; r < m.tokens(tile); ++r) {
-      float* row = sums + c * 256 + r * 16;
-      _mm512_store_ps(row, _mm512_mul_ps(_mm512_load_ps(row), _mm512_set1_ps(factors[r])));
-    }
+void rescale_tile(float* sums, int columns, const float* factors) {
+  for (int c = 0; c < columns; ++c)
+    for (int r = 0; r < kRows; ++r, sums += 16)
+      _mm512_store_ps(sums, _mm512_mul_ps(_mm512_load_ps(sums), _mm512_set1_ps(factors[r])));
 }
 
+// Scores -> probabilities against the running maximum, as bfloat16 rows in m.p; what was summed before is rescaled where
+// the maximum grew. Rows of padding run along with zeros for scores.
+void softmax_tile(const Amx& m, int tile) {
+  const float* scores = scores_of(m, tile);
+  const bool shaped = m.item.a.softcap > 0.0f || m.item.a.alibi_slopes != nullptr;
+  const __m512 unit = _mm512_set1_ps(shaped ? 1.0f : m.item.a.scale * kLog2e);
+  float *max = m.max + tile * kRows, *total = m.totals + tile * kRows * 16;
+  __m512 tops[16];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+    const float* s = scores + r * kKeys;
+    tops[r] = _mm512_max_ps(_mm512_max_ps(_mm512_load_ps(s), _mm512_load_ps(s + 16)),
+                            _mm512_max_ps(_mm512_load_ps(s + 32), _mm512_load_ps(s + 48)));
+  }
+  const __m512 before = _mm512_load_ps(max), now = _mm512_max_ps(before, _mm512_mul_ps(maxima(tops), unit));
+  alignas(64) float shifts[16], factors[16];
+  const __mmask16 none = _mm512_cmp_ps_mask(now, _mm512_set1_ps(kNone), _CMP_EQ_OQ);
+  _mm512_store_ps(shifts, _mm512_mask_blend_ps(none, now, _mm512_setzero_ps()));
+  _mm512_store_ps(max, now);
+  if (_mm512_cmp_ps_mask(now, before, _CMP_NEQ_UQ) != 0) {
+    // Nothing seen before: -inf - now gives a tiny factor for sums that are zero.
+    _mm512_store_ps(factors, exp2_fast(_mm512_sub_ps(before, _mm512_mask_blend_ps(none, now, _mm512_setzero_ps()))));
+    rescale_tile(m.sums + tile * kRows * m.depth, m.depth / 16, factors);
+    rescale_tile(total, 1, factors);
+  }
+  bf16* p = m.p;
+#pragma GCC unroll 2
+  for (int r = 0; r < kRows; ++r, scores += kKeys, total += 16, p += kKeys) {
+    const __m512 shift = _mm512_set1_ps(shifts[r]);
+    __m512 s[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) s[i] = exp2_fast(_mm512_fmsub_ps(_mm512_load_ps(scores + 16 * i), unit, shift));
+    const __m512 sum = _mm512_add_ps(_mm512_add_ps(s[0], s[1]), _mm512_add_ps(s[2], s[3]));
+    _mm512_store_ps(total, _mm512_add_ps(_mm512_load_ps(total), sum));
+    _mm512_store_si512(p, (__m512i)_mm512_cvtne2ps_pbh(s[1], s[0]));
+    _mm512_store_si512(p + 32, (__m512i)_mm512_cvtne2ps_pbh(s[3], s[2]));
+  }
+}
+
+// Two columns of 16 dimensions: sums += P V.
 MII_INLINE void value_tile(const Amx& m, int tile) {
-  float* sums = m.sums + tile * kRows * m.depth;
   const int columns = m.depth / 16;
+  float* sums = m.sums + tile * kRows * m.depth;
+  const bf16 *v = m.v, *lower = m.v + columns * kTile;
   _tile_loadd(4, m.p, kKeys * 2);
   _tile_loadd(5, m.p + 32, kKeys * 2);
-  for (int c = 0; c < columns; c += 2, sums += 512) {
+  for (int c = 0; c < columns; c += 2, sums += 512, v += 2 * kTile, lower += 2 * kTile) {
     _tile_loadd(0, sums, 64);
-    _tile_loadd(1, sums + 256, 64);
-    _tile_loadd(6, m.v + c * kTile, 64);
+    _tile_loadd(6, v, 64);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, m.v + (c + 1) * kTile, 64);
+    _tile_loadd(1, sums + 256, 64);
+    _tile_loadd(7, v + kTile, 64);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(6, m.v + (columns + c) * kTile, 64);
+    _tile_loadd(6, lower, 64);
     _tile_dpbf16ps(0, 5, 6);
-    _tile_loadd(7, m.v + (columns + c + 1) * kTile, 64);
+    _tile_loadd(7, lower + kTile, 64);
     _tile_dpbf16ps(1, 5, 7);
     _tile_stored(0, sums, 64);
     _tile_stored(1, sums + 256, 64);
@@ -290,6 +330,16 @@ void write_rows(const Amx& m) {
     }
 }
 
+// The first row tile from `tile` on that sees a key of the block.
+MII_INLINE int next_tile(const Amx& m, int tile, int first, int count) {
+  for (; tile < m.row_tiles; ++tile) {
+    const int token = m.first_token(tile);
+    const bool future = seen_keys(m.item, token + m.tokens(tile) - 1, first, count).to == 0;
+    if (!future && seen_keys(m.item, token, first, count).from < count) break;
+  }
+  return tile;
+}
+
 }  // namespace
 
 void attend_amx(const Item<bf16>& item) {
@@ -297,18 +347,20 @@ void attend_amx(const Item<bf16>& item) {
   TileState tiles;
   tiles.set({16, 16, 16, 16, 16, 16, 16, 16});
   load_queries(m);
-  alignas(64) float factors[kRows];
   for (int first = item.key_begin; first < item.key_end; first += kKeys) {
     const int count = item.key_end - first < kKeys ? item.key_end - first : kKeys;
     pack_keys(m, first, count);
     pack_values(m, first, count);
-    for (int tile = 0; tile < m.row_tiles; ++tile) {
-      const int token = m.first_token(tile);
-      const Seen last = seen_keys(item, token + m.tokens(tile) - 1, first, count), top = seen_keys(item, token, first, count);
-      if (last.to == 0 || top.from >= count) continue;  // all in the future of the last row, or too old for the first
-      score_tile(m, tile);
-      if (softmax_tile(m, tile, first, count, factors)) rescale_tile(m, tile, factors);
+    int tile = next_tile(m, 0, first, count);
+    if (tile < m.row_tiles) score_tile(m, tile);
+    while (tile < m.row_tiles) {
+      int next = next_tile(m, tile + 1, first, count);
+      if (next < m.row_tiles && next % 2 != tile % 2) score_tile(m, next);  // runs while the softmax does
+      shape_tile(m, tile, first, count);
+      softmax_tile(m, tile);
       value_tile(m, tile);
+      if (next < m.row_tiles && next % 2 == tile % 2) score_tile(m, next);
+      tile = next;
     }
   }
   write_rows(m);
