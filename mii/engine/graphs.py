@@ -2,7 +2,8 @@
 
 Every kernel of a step takes its work from lists in device memory, so a graph captured for a bucket of (tokens,
 sequences) serves every step that fits in it. A bucket runs eagerly the first time (kernels load, cuBLAS picks its
-algorithms), is captured the second time and replayed from then on. All graphs share one memory pool.
+algorithms), is captured the second time and replayed from then on. All graphs share one memory pool. Steps of more than `MOST_TOKENS`
+tokens keep the device busy for longer than their launches take, so they are launched one kernel at a time.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+
+MOST_TOKENS = 1024
 
 
 def decode_bucket(sequences: int, limit: int) -> int:
@@ -28,7 +31,7 @@ def token_bucket(tokens: int, limit: int) -> int:
 
 def sample_bucket(sequences: int, limit: int) -> int:
     """Sequences of the graph for a mixed step; few sizes, since each multiplies the number of graphs."""
-    return min(limit, next((size for size in (8, 32, 64, 128, 256, 512) if sequences <= size), limit))
+    return min(limit, next((size for size in (8, 32, 64, 128, 256, 384, 512, 768) if sequences <= size), limit))
 
 
 class StepGraphs:

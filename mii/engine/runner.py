@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from mii.batching.scheduler import Chunk, Plan
-from mii.engine.graphs import StepGraphs, decode_bucket, sample_bucket, token_bucket
+from mii.engine.graphs import MOST_TOKENS, StepGraphs, decode_bucket, sample_bucket, token_bucket
 from mii.engine.sequence import Sequence
 from mii.modeling.decoder import Decoder
 from mii.modeling.layers import ActivationArena, Forward
@@ -176,7 +176,7 @@ class Runner:
         tokens = self.sampled.on_device
         if self.graphs is None:
             self._execute(forward, tokens[:samples])
-        elif forward.cos_sin is not self._cos_sin:
+        elif forward.cos_sin is not self._cos_sin or forward.positions.shape[0] > MOST_TOKENS:
             self._execute(forward, tokens[: len(forward.sample_rows)])
         else:
             bucket = (forward.positions.shape[0], len(forward.sample_rows))
