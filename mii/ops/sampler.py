@@ -43,7 +43,7 @@ _POLYNOMIAL = (  # 2^-f on [0, 1], highest power first; the constant is exactly 
     -0.6931437253952026,
     1.0,
 )
-_BLOCK = 16  # rows that the reference handles at once: bounds its memory
+_BLOCK = 1 << 21  # logits that the reference handles at once: bounds its memory
 
 
 class SamplingChoice(Protocol):
@@ -244,8 +244,9 @@ def sample_reference(
     active = slots >= 0
     if counts is not None:
         active &= torch.arange(rows, device=logits.device) < counts[abi.NUM_SAMPLES]
-    for start in range(0, rows, _BLOCK):
-        block = start + torch.nonzero(active[start : start + _BLOCK]).flatten()
+    step = max(1, _BLOCK // logits.shape[1])
+    for start in range(0, rows, step):
+        block = start + torch.nonzero(active[start : start + step]).flatten()
         masked, fallback = _masked(logits, block, suppress, suppress_ids)
         slot = slots[block].long()
         drawn = _draw(masked, fallback, params, slot, positions[block])
