@@ -69,10 +69,9 @@ _HOMES = dict.fromkeys(("client", "pipeline", "serve"), "mii.api") | dict.fromke
     "mii.legacy",
 )
 _SUBMODULES = (
-    *("api", "batching", "benchmark", "cli", "config", "constants", "engine", "errors", "legacy", "logging"),
-    *("modeling", "ops", "progress", "validation"),
+    *("api", "backend", "batching", "benchmark", "cli", "config", "constants", "engine", "entrypoints", "errors"),
+    *("grpc_related", "launch", "legacy", "logging", "modeling", "ops", "progress", "validation"),
 )
-_SERVING = ("backend", "entrypoints", "grpc_related", "launch")
 
 
 def __getattr__(name: str) -> Any:
@@ -83,8 +82,6 @@ def __getattr__(name: str) -> Any:
         value = importlib.import_module(f"mii.{name}")
     elif name == "__version__":
         value = _version()
-    elif name in _SERVING:
-        raise AttributeError(f"this version of mii does not serve yet, so there is no mii.{name}; use mii.pipeline")
     else:
         raise AttributeError(f"module 'mii' has no attribute {name!r}; public names: {', '.join(__all__)}")
     globals()[name] = value

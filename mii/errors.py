@@ -9,9 +9,12 @@ option values are `pydantic.ValidationError` (itself a `ValueError`), with messa
     ├── ArgumentTypeError                     (AssertionError, AttributeError) a config dict that is no dict
     ├── LauncherError                         (AssertionError, RuntimeError) tensor parallelism without its processes
     ├── PlacementError                        (ValueError) devices, hosts or ports that do not fit the deployment
+    │   └── PortTakenError                    a port that was asked for is in use; says by whom
     ├── HostfileError                         (ValueError, AssertionError) a hostfile that cannot be read
     ├── UnsupportedFeatureError               (NotImplementedError) known to the API, not done by this version
     ├── DeploymentNotFoundError               no deployment of that name on this machine
+    ├── DeploymentExistsError                 (ValueError) one of that name is running already
+    ├── DeploymentError                       (RuntimeError) a deployment did not start; says which part failed and why
     ├── LoadError                             a model could not be made ready
     │   ├── CheckpointError                   (ValueError) files missing, truncated, corrupt or misshapen
     │   │   └── CheckpointNotFoundError       (FileNotFoundError) no such folder, file or hub repository
@@ -41,6 +44,8 @@ __all__ = [
     "ArgumentTypeError",
     "CheckpointError",
     "CheckpointNotFoundError",
+    "DeploymentError",
+    "DeploymentExistsError",
     "DeploymentNotFoundError",
     "EmptyPromptError",
     "GenerationError",
@@ -51,6 +56,7 @@ __all__ = [
     "OutOfMemoryError",
     "PipelineDestroyedError",
     "PlacementError",
+    "PortTakenError",
     "PromptEncodingError",
     "PromptTooLongError",
     "PromptTypeError",
@@ -87,6 +93,10 @@ class PlacementError(MIIError, ValueError):
     """Replicas cannot be laid out on the given hosts, devices and ports."""
 
 
+class PortTakenError(PlacementError):
+    """A port that was asked for is in use; the message names the port and, where it can be known, the process."""
+
+
 class HostfileError(MIIError, ValueError, AssertionError):
     """A hostfile is missing, empty or has a line that is not `host slots=N`."""
 
@@ -97,6 +107,16 @@ class UnsupportedFeatureError(MIIError, NotImplementedError):
 
 class DeploymentNotFoundError(MIIError):
     """No deployment with this name is registered on this machine."""
+
+
+class DeploymentExistsError(MIIError, ValueError):
+    """A deployment of this name is running already."""
+
+
+class DeploymentError(MIIError, RuntimeError):
+    """A deployment did not start or has ended: the message says in its first line which part failed and why, and goes
+    on with the end of that part's log. Nothing of the deployment is left running.
+    """
 
 
 class LoadError(MIIError):

@@ -59,7 +59,9 @@ def test_every_public_name_resolves_and_stays_the_same_object() -> None:
         assert name in dir(mii)
 
 
-@pytest.mark.parametrize("name", ["api", "batching", "config", "constants", "errors", "legacy", "logging", "modeling"])
+@pytest.mark.parametrize(
+    "name", ["api", "backend", "batching", "config", "errors", "launch", "legacy", "logging", "modeling"]
+)
 def test_submodules_are_attributes(name: str) -> None:
     assert getattr(mii, name) is sys.modules[f"mii.{name}"]
 
@@ -67,11 +69,6 @@ def test_submodules_are_attributes(name: str) -> None:
 def test_a_name_that_does_not_exist_is_an_attribute_error_that_lists_those_that_do() -> None:
     with pytest.raises(AttributeError, match=r"no attribute 'pipelin'.*pipeline"):
         _ = mii.pipelin
-
-
-def test_the_serving_modules_say_that_they_are_not_there_yet() -> None:
-    with pytest.raises(AttributeError, match=r"does not serve yet.*mii\.pipeline"):
-        _ = mii.backend
 
 
 def test_the_version_is_text_with_numbers() -> None:
