@@ -154,6 +154,8 @@ class EngineDriver:
             self._run_commands()
             if self._engine.has_work:
                 outputs = self._engine.step()
+            elif self._owners:
+                raise RuntimeError("it has nothing to do, and these requests have not ended")
         except BaseException as error:
             self._fail_all(error)
             if not isinstance(error, Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any
@@ -91,13 +92,9 @@ class Intake:
         call = self._begin_call(options)
         given = _as_list(prompts)
         read = []
-        for index, prompt in enumerate(given):
-            try:
-                read.append(self._prepare(prompt, index, call))
-            except RequestError as error:
-                if len(given) == 1:
-                    raise
-                raise name_prompt(error, index, len(given)) from error
+        for index, (prompt, ids) in enumerate(zip(given, self._all_ids(given), strict=True)):
+            with _naming_prompt(index, len(given)):
+                read.append(self._prepare(prompt, ids, index, call))
         return read
 
     def _begin_call(self, options: Mapping[str, Any]) -> _Call:
@@ -113,8 +110,20 @@ class Intake:
             begin_id=getattr(self._tokenizer, "bos_token_id", None),
         )
 
-    def _prepare(self, prompt: Any, index: int, call: _Call) -> PreparedRequest:
-        ids = self._encode(prompt) if isinstance(prompt, str) else self._checked_ids(prompt)
+    def _all_ids(self, prompts: list[Any]) -> list[list[int]]:
+        """The tokens of each prompt, texts encoded together where the tokenizer can."""
+        given = []
+        for index, prompt in enumerate(prompts):
+            with _naming_prompt(index, len(prompts)):
+                given.append(_checked_text(prompt) if isinstance(prompt, str) else self._checked_ids(prompt))
+        texts = [prompt for prompt in given if isinstance(prompt, str)]
+        if len(texts) > 1 and hasattr(self._tokenizer, "encode_batch"):
+            encoded = iter(self._tokenizer.encode_batch(texts))
+        else:
+            encoded = (list(_plain(self._tokenizer.encode(text))) for text in texts)
+        return [next(encoded) if isinstance(prompt, str) else prompt for prompt in given]
+
+    def _prepare(self, prompt: Any, ids: list[int], index: int, call: _Call) -> PreparedRequest:
         request = call.params.engine_request(
             next(self._uids), ids, max_length=self._max_length, stop_ids=call.stop_ids, seeds=call.seeds
         )
@@ -122,16 +131,6 @@ class Intake:
         if call.params.return_full_text:
             text = prompt if isinstance(prompt, str) else self._text_of(ids, call.begin_id)
         return PreparedRequest(request, index, text, call.stops)
-
-    def _encode(self, text: str) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise PromptEncodingError(
-                f"the prompt is not valid Unicode: {text[error.start]!r} at character {error.start} is half of a "
-                "surrogate pair; decode the text from its bytes as UTF-8"
-            ) from None
-        return list(_plain(self._tokenizer.encode(text)))
 
     def _checked_ids(self, prompt: Any) -> list[int]:
         ids = _plain(prompt)
@@ -158,6 +157,28 @@ class Intake:
 def name_prompt(error: Exception, index: int, count: int) -> Exception:
     """An error about one of a call's prompts, with its place in the message."""
     return type(error)(f"prompt {index} of {count} (counted from 0): {error}")
+
+
+@contextmanager
+def _naming_prompt(index: int, count: int) -> Iterator[None]:
+    """Errors of the request inside say which of several prompts they are about."""
+    try:
+        yield
+    except RequestError as error:
+        if count == 1:
+            raise
+        raise name_prompt(error, index, count) from error
+
+
+def _checked_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptEncodingError(
+            f"the prompt is not valid Unicode: {text[error.start]!r} at character {error.start} is half of a "
+            "surrogate pair; decode the text from its bytes as UTF-8"
+        ) from None
+    return text
 
 
 def _as_list(prompts: Any) -> list[Any]:

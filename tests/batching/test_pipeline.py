@@ -192,6 +192,12 @@ def test_a_step_that_fails_ends_the_call_and_the_next_one_works(make_pipeline: M
     assert str(pipe("a")[0]) == "fine"
 
 
+def test_an_engine_that_loses_a_request_is_an_error_and_no_hang(make_pipeline: Make) -> None:
+    pipe, engine = make_pipeline(on_step=lambda step: engine.requests.popitem() if step == 2 else None)
+    with pytest.raises(GenerationError, match="these requests have not ended"):
+        pipe(["a", "b"], max_new_tokens=20)
+
+
 def test_a_callback_that_raises_ends_the_call_and_the_next_one_works(make_pipeline: Make) -> None:
     pipe, engine = make_pipeline(answers=saying("fine"))
     with pytest.raises(ZeroDivisionError):

@@ -49,6 +49,11 @@ def test_token_ids_give_what_their_text_gives(pipe: MIIPipeline) -> None:
     assert pipe(ids, **OPTIONS) == pipe(PROMPTS, **OPTIONS) == pipe([np.array(each) for each in ids], **OPTIONS)
 
 
+def test_texts_encoded_together_are_what_each_is_alone(pipe: MIIPipeline) -> None:
+    texts = [*PROMPTS, "<s>a", "<s><s>a"]
+    assert pipe.tokenizer.encode_batch(texts) == [pipe.tokenizer.encode(text) for text in texts]
+
+
 def test_a_stream_joined_is_the_call(pipe: MIIPipeline) -> None:
     texts = [""] * len(PROMPTS)
     for pieces in pipe.stream(PROMPTS, **OPTIONS):
