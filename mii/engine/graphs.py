@@ -2,8 +2,9 @@
 
 Every kernel of a step takes its work from lists in device memory, so a graph captured for a bucket of (tokens,
 sequences) serves every step that fits in it. A bucket runs eagerly the first time (kernels load, cuBLAS picks its
-algorithms), is captured the second time and replayed from then on. All graphs share one memory pool. Steps of more than `MOST_TOKENS`
-tokens keep the device busy for longer than their launches take, so they are launched one kernel at a time.
+algorithms), is captured the second time and replayed from then on. All graphs share one memory pool. Steps of more
+than `MOST_TOKENS` tokens keep the device busy for longer than their launches take, so they are launched one kernel at
+a time.
 """
 
 from __future__ import annotations
