@@ -20,9 +20,8 @@ bool packs_fit(const RopeKvArgs<T>& a, int n) {
 template <typename T, int N>
 int32_t launch_packs(RopeKvArgs<T> args, int64_t tokens, void* stream) {
   const int lanes = ceil_div(args.head_dim / N, 2);
-  args.group = 1;
-  while (args.group < lanes) args.group *= 2;
-  const int64_t wanted = int64_t(args.heads) * args.group;
+  while ((1 << args.group_bits) < lanes) ++args.group_bits;
+  const int64_t wanted = int64_t(args.heads) << args.group_bits;
   const int64_t trips = ceil_div(wanted, int64_t(kRopeThreads));
   const int64_t threads = ceil_div(ceil_div(wanted, trips), int64_t(kWarp)) * kWarp;
   const Shape shape = {dim3(tokens), dim3(threads)};
@@ -42,7 +41,7 @@ int32_t rope_kv(const MiiRopeKv& a, void* stream) {
                               static_cast<const T*>(a.q_norm),
                               static_cast<const T*>(a.k_norm),
                               a.qkv_stride,
-                              a.max_positions,
+                              static_cast<int>(a.max_positions),
                               a.q_heads,
                               a.kv_heads,
                               a.head_dim,
@@ -51,6 +50,7 @@ int32_t rope_kv(const MiiRopeKv& a, void* stream) {
                               a.q_heads + (cached ? 2 : 1) * a.kv_heads,
                               0,
                               a.interleaved != 0,
+                              1.0f / static_cast<float>(a.head_dim),
                               a.norm_eps,
                               a.norm_kind == MII_RMS_PLUS1 ? 1.0f : 0.0f};
   if (packs_fit(args, kPack<T>)) return launch_packs<T, kPack<T>>(args, a.tokens, stream);
@@ -66,8 +66,10 @@ int32_t check(const MiiRopeKv& a) {
   const bool rotates = a.cos_sin != nullptr;
   MII_REQUIRE(!rotates || (a.rotary_dim > 0 && a.rotary_dim % 2 == 0 && a.rotary_dim <= a.head_dim), MII_INVALID,
               "rope_kv: rotary dimension %d of a head of %d", a.rotary_dim, a.head_dim);
-  MII_REQUIRE(!rotates || (a.positions != nullptr && a.max_positions > 0), MII_INVALID,
-              "rope_kv: a rotation needs positions and a table");
+  MII_REQUIRE(!rotates || (a.positions != nullptr && a.max_positions > 0 && a.max_positions <= INT32_MAX), MII_INVALID,
+              "rope_kv: a rotation needs positions and a table of at least one row");
+  MII_REQUIRE(int64_t(a.q_heads + 2 * int64_t(a.kv_heads)) * a.head_dim <= INT32_MAX, MII_UNSUPPORTED,
+              "rope_kv: %d query and %d KV heads of %d", a.q_heads, a.kv_heads, a.head_dim);
   MII_REQUIRE((a.k_cache == nullptr) == (a.v_cache == nullptr), MII_INVALID, "rope_kv: one of the two caches is missing");
   MII_REQUIRE(a.k_cache == nullptr || (a.kv_slots != nullptr && a.block_size > 0), MII_INVALID,
               "rope_kv: a cache needs kv_slots and a block size above 0, given %d", a.block_size);

@@ -17,7 +17,7 @@ struct NormArgs {
   const T* bias;
   int64_t rows, x_stride, out_stride;
   int width, kind;
-  float eps;
+  float inverse_width, eps;
 };
 
 // Weight and bias applied to one normed value; see abi.h for where each kind rounds.
@@ -88,7 +88,6 @@ __global__ void __launch_bounds__(norm_threads(Packs, WarpRows)) norm_rows(const
     }
   }
 
-  const float inverse_width = 1.0f / args.width;
   float mean = 0.0f;
   if (args.kind == MII_LAYER) {
     float sum = 0.0f;
@@ -100,7 +99,7 @@ __global__ void __launch_bounds__(norm_threads(Packs, WarpRows)) norm_rows(const
 #pragma unroll
       for (int e = 0; e < N; ++e) sum += a[e];
     }
-    mean = sum_over_row(sum) * inverse_width;
+    mean = sum_over_row(sum) * args.inverse_width;
   }
   float squares = 0.0f;
 #pragma unroll
@@ -111,7 +110,7 @@ __global__ void __launch_bounds__(norm_threads(Packs, WarpRows)) norm_rows(const
 #pragma unroll
     for (int e = 0; e < N; ++e) squares += (a[e] - mean) * (a[e] - mean);
   }
-  const float scale = rsqrtf(sum_over_row(squares) * inverse_width + args.eps);
+  const float scale = rsqrtf(sum_over_row(squares) * args.inverse_width + args.eps);
 
 #pragma unroll
   for (int p = 0; p < Packs; ++p) {
@@ -149,14 +148,14 @@ __global__ void __launch_bounds__(256) norm_rows_any(const NormArgs<T> args) {
   if (args.kind == MII_LAYER) {
     float sum = 0.0f;
     for (int i = threadIdx.x; i < args.width; i += blockDim.x) sum += to_float(v[i]);
-    mean = block_sum(sum, scratch) / args.width;
+    mean = block_sum(sum, scratch) * args.inverse_width;
   }
   float squares = 0.0f;
   for (int i = threadIdx.x; i < args.width; i += blockDim.x) {
     const float value = to_float(v[i]) - mean;
     squares += value * value;
   }
-  const float scale = rsqrtf(block_sum(squares, scratch) / args.width + args.eps);
+  const float scale = rsqrtf(block_sum(squares, scratch) * args.inverse_width + args.eps);
   T* out = args.out + row * args.out_stride;
   const bool has_weight = args.weight != nullptr;
   for (int i = threadIdx.x; i < args.width; i += blockDim.x) {

@@ -10,15 +10,21 @@ namespace mii {
 
 constexpr int kPrepareTokens = 4;  // tokens of one thread whose searches and loads overlap
 
-// The last s of `seqs` with start[s] <= token: empty sequences are passed over. Every thread takes the same steps.
-__device__ __forceinline__ int find_sequence(const int32_t* start, int seqs, int token) {
-  int at = 0;
+// For each token the last s of `seqs` with start[s] <= token: empty sequences are passed over. Every thread takes the same
+// number of steps, and the searches of its tokens go on side by side.
+__device__ __forceinline__ void find_sequences(int (&at)[kPrepareTokens], const int32_t* start, int seqs, int first,
+                                               int apart) {
+#pragma unroll
+  for (int k = 0; k < kPrepareTokens; ++k) at[k] = 0;
   for (int left = seqs; left > 1;) {
     const int half = left / 2;
-    if (start[at + half] <= token) at += half;
+    int middle[kPrepareTokens];
+#pragma unroll
+    for (int k = 0; k < kPrepareTokens; ++k) middle[k] = start[at[k] + half];
+#pragma unroll
+    for (int k = 0; k < kPrepareTokens; ++k) at[k] += middle[k] <= first + k * apart ? half : 0;
     left -= half;
   }
-  return at;
 }
 
 // InShared: q_start, kv_len and seq_slot are copied to dynamic shared memory of (3 max_seqs + 1) * 4 bytes first.
@@ -55,15 +61,15 @@ __global__ void __launch_bounds__(1024) prepare_step(const MiiPrepare args) {
   __syncthreads();
 
   for (int first = thread; first < max_tokens; first += kPrepareTokens * threads) {
-    int slot[kPrepareTokens], position[kPrepareTokens], block[kPrepareTokens], id[kPrepareTokens];
+    int s[kPrepareTokens], slot[kPrepareTokens], position[kPrepareTokens], block[kPrepareTokens], id[kPrepareTokens];
+    find_sequences(s, start, seqs, first, threads);
 #pragma unroll
     for (int k = 0; k < kPrepareTokens; ++k) {
       const int token = first + k * threads;
       if (token >= tokens) continue;
-      const int s = find_sequence(start, seqs, token);
-      slot[k] = seq_slot[s];
-      position[k] = kv_len[s] - start[s + 1] + token;
       id[k] = args.host_ids[token];
+      slot[k] = seq_slot[s[k]];
+      position[k] = kv_len[s[k]] - start[s[k] + 1] + token;
       block[k] = args.block_table[slot[k] * args.max_blocks + position[k] / args.block_size];
     }
 #pragma unroll

@@ -22,28 +22,26 @@ struct RopeKvArgs {
   const int32_t* kv_slots;
   const T* q_norm;
   const T* k_norm;
-  int64_t qkv_stride, max_positions;
-  int q_heads, kv_heads, head_dim, rotary_dim, block_size;
-  int heads;  // those to visit: q and k, and v when there is a cache
-  int group;  // lanes of a head, a power of two up to 32
+  int64_t qkv_stride;
+  int max_positions, q_heads, kv_heads, head_dim, rotary_dim, block_size;
+  int heads;       // those to visit: q and k, and v when there is a cache
+  int group_bits;  // 2^group_bits lanes to a head, up to 32
   bool interleaved;
-  float norm_eps, norm_plus;  // norm_plus: 1 for MII_RMS_PLUS1, else 0
+  float inverse_head_dim, norm_eps;
+  float norm_plus;  // 1 for MII_RMS_PLUS1, else 0
 };
 
-// Where a token's k and v go, or null for padding.
+// Where a slot's first head lies in either cache; the next head follows block_size * head_dim further on.
 template <typename T>
-__device__ __forceinline__ T* cache_row(T* cache, const RopeKvArgs<T>& args, int slot, int kv_head) {
-  const int64_t block = slot / args.block_size;
-  const int offset = slot % args.block_size;
-  return cache + ((block * args.kv_heads + kv_head) * args.block_size + offset) * args.head_dim;
+__device__ __forceinline__ int64_t cache_offset(const RopeKvArgs<T>& args, int slot) {
+  const unsigned block = unsigned(slot) / unsigned(args.block_size);
+  const unsigned offset = unsigned(slot) % unsigned(args.block_size);
+  return (int64_t(block) * args.kv_heads * args.block_size + offset) * args.head_dim;
 }
 
-// The token's row of the table; reads nothing when there is no rotation.
 template <typename T>
-__device__ __forceinline__ const float* table_row(const RopeKvArgs<T>& args, int64_t token) {
-  if (args.cos_sin == nullptr) return nullptr;
-  const int64_t position = args.positions[token];
-  return args.cos_sin + max(int64_t(0), min(position, args.max_positions - 1)) * args.rotary_dim;
+__device__ __forceinline__ const float* table_row(const RopeKvArgs<T>& args, int position) {
+  return args.cos_sin + int64_t(max(0, min(position, args.max_positions - 1))) * args.rotary_dim;
 }
 
 template <typename T>
@@ -106,40 +104,43 @@ __device__ __forceinline__ void scale_pack(float (&x)[N], float scale, const T* 
 }
 
 // At most 64 packs a head. cos and sin hold the angles of pack a and b: of both at once for half-split pairs, N/2 each for
-// interleaved ones. They serve every head of the token.
+// interleaved ones. They serve every head of the token. All loads of a first head are issued before anything waits.
 template <typename T, int N, bool Interleaved>
 __global__ void __launch_bounds__(kRopeThreads) rope_kv_packs(const RopeKvArgs<T> args) {
-  const int item = threadIdx.x % args.group;
-  const int group = threadIdx.x / args.group;
-  const int groups = blockDim.x / args.group;
+  const int item = threadIdx.x & ((1 << args.group_bits) - 1);
+  const int group = threadIdx.x >> args.group_bits;
+  const int groups = blockDim.x >> args.group_bits;
   const int packs = args.head_dim / N;
   const int rotated = args.rotary_dim / N;          // packs that rotate
   const int pairs = Interleaved ? 0 : rotated / 2;  // lanes whose two packs are partners: they hold packs 0 .. 2 pairs
   const bool partners = item < pairs;
   const int a = partners ? item : 2 * item;
   const int b = partners ? item + pairs : a + 1;
+  const bool rotate_a = Interleaved ? a < rotated : partners;
+  const bool rotate_b = Interleaved ? b < rotated : partners;
   wait_for_previous();
   start_next();
   const int64_t token = blockIdx.x;
-  const int slot = args.k_cache == nullptr ? -1 : args.kv_slots[token];
-  const float* table = table_row(args, token);
-  const bool rotate_a = Interleaved ? a < rotated : partners;
-  const bool rotate_b = Interleaved ? b < rotated : partners;
-  float cos[N], sin[N];
   T* row = args.qkv + token * args.qkv_stride;
   const bool norms = args.q_norm != nullptr || args.k_norm != nullptr;
-  for (int before = 0; before < args.heads; before += groups) {  // the same trips for every lane: group_sum needs them all
-    const int head = before + group;
+
+  int head = group;
+  Pack<T, N> pack_a, pack_b;
+  if (head < args.heads && a < packs) pack_a = load_pack<N>(row + head * args.head_dim + a * N);
+  if (head < args.heads && b < packs) pack_b = load_pack<N>(row + head * args.head_dim + b * N);
+  __syncwarp();  // keeps the compiler from letting the loads above wait for the table's address, which needs the position
+  const int slot = args.k_cache == nullptr ? -1 : args.kv_slots[token];
+  const int position = args.cos_sin == nullptr ? 0 : args.positions[token];
+  float cos[N], sin[N];
+  load_angles<N, Interleaved>(cos, sin, table_row(args, position), a, rotate_a, rotate_b, args.rotary_dim / 2);
+  const int64_t cache_base = cache_offset(args, slot);
+
+  for (int trips = (args.heads + groups - 1) / groups; trips > 0; --trips) {  // as many for every lane: see group_sum
     const bool has_a = head < args.heads && a < packs;
     const bool has_b = head < args.heads && b < packs;
-    T* x = row + int64_t(head) * args.head_dim;
-    Pack<T, N> pack_a, pack_b;
-    if (has_a) pack_a = load_pack<N>(x + a * N);
-    if (has_b) pack_b = load_pack<N>(x + b * N);
-    // Only now, so that the first head is already under way while the table's address waits for the position.
-    if (before == 0) load_angles<N, Interleaved>(cos, sin, table, a, rotate_a, rotate_b, args.rotary_dim / 2);
     const bool is_v = head >= args.q_heads + args.kv_heads;
     const T* weight = head_norm(args, head);
+    T* x = row + head * args.head_dim;
     float va[N] = {}, vb[N] = {};
     if (has_a) unpack(va, pack_a);
     if (has_b) unpack(vb, pack_b);
@@ -147,8 +148,8 @@ __global__ void __launch_bounds__(kRopeThreads) rope_kv_packs(const RopeKvArgs<T
       float squares = 0.0f;
 #pragma unroll
       for (int e = 0; e < N; ++e) squares += va[e] * va[e] + vb[e] * vb[e];
-      squares = group_sum(squares, args.group);
-      const float scale = rsqrtf(squares / args.head_dim + args.norm_eps);
+      squares = group_sum(squares, 1 << args.group_bits);
+      const float scale = rsqrtf(squares * args.inverse_head_dim + args.norm_eps);
       if (weight != nullptr && has_a) scale_pack(va, scale, weight + a * N, args.norm_plus);
       if (weight != nullptr && has_b) scale_pack(vb, scale, weight + b * N, args.norm_plus);
     }
@@ -167,12 +168,15 @@ __global__ void __launch_bounds__(kRopeThreads) rope_kv_packs(const RopeKvArgs<T
       if (has_a && (weight != nullptr || rotate_a)) store_pack(x + a * N, pack_a = make_pack<T>(va));
       if (has_b && (weight != nullptr || rotate_b)) store_pack(x + b * N, pack_b = make_pack<T>(vb));
     }
-    if (head >= args.q_heads && head < args.heads && slot >= 0) {
+    if (head >= args.q_heads && slot >= 0) {
       const int kv_head = head - args.q_heads - (is_v ? args.kv_heads : 0);
-      T* to = cache_row(is_v ? args.v_cache : args.k_cache, args, slot, kv_head);
+      T* to = (is_v ? args.v_cache : args.k_cache) + cache_base + kv_head * args.block_size * args.head_dim;
       if (has_a) store_pack(to + a * N, pack_a);
       if (has_b) store_pack(to + b * N, pack_b);
     }
+    head += groups;
+    if (head < args.heads && a < packs) pack_a = load_pack<N>(row + head * args.head_dim + a * N);
+    if (head < args.heads && b < packs) pack_b = load_pack<N>(row + head * args.head_dim + b * N);
   }
 }
 
@@ -184,7 +188,8 @@ __global__ void __launch_bounds__(256) rope_kv_any(const RopeKvArgs<T> args) {
   const int lane = threadIdx.x % kWarp;
   const int64_t token = blockIdx.x;
   const int slot = args.k_cache == nullptr ? -1 : args.kv_slots[token];
-  const float* table = table_row(args, token);
+  const int64_t cache_base = cache_offset(args, slot);
+  const float* table = args.cos_sin == nullptr ? nullptr : table_row(args, args.positions[token]);
   const int half = args.rotary_dim / 2;
   for (int head = threadIdx.x / kWarp; head < args.heads; head += blockDim.x / kWarp) {
     T* x = args.qkv + token * args.qkv_stride + int64_t(head) * args.head_dim;
@@ -194,7 +199,7 @@ __global__ void __launch_bounds__(256) rope_kv_any(const RopeKvArgs<T> args) {
     if (weight != nullptr) {
       float squares = 0.0f;
       for (int i = lane; i < args.head_dim; i += kWarp) squares += to_float(x[i]) * to_float(x[i]);
-      scale = rsqrtf(warp_sum(squares) / args.head_dim + args.norm_eps);
+      scale = rsqrtf(warp_sum(squares) * args.inverse_head_dim + args.norm_eps);
     }
     const auto normed = [&](int i) {
       return weight == nullptr ? to_float(x[i]) : to_float(x[i]) * (scale * (to_float(weight[i]) + args.norm_plus));
@@ -202,7 +207,7 @@ __global__ void __launch_bounds__(256) rope_kv_any(const RopeKvArgs<T> args) {
     T* to = nullptr;
     if (head >= args.q_heads && slot >= 0) {
       const int kv_head = head - args.q_heads - (is_v ? args.kv_heads : 0);
-      to = cache_row(is_v ? args.v_cache : args.k_cache, args, slot, kv_head);
+      to = (is_v ? args.v_cache : args.k_cache) + cache_base + kv_head * args.block_size * args.head_dim;
     }
     const auto write = [&](int i, float value) {
       const T result = from_float<T>(value);
