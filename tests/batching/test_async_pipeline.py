@@ -227,11 +227,17 @@ def test_shutdown_tells_those_who_wait_and_frees_the_engine(make_async: Make) ->
             use()
 
 
-def test_the_loop_sleeps_while_there_is_nothing_to_do(make_async: Make) -> None:
-    """Processor time of the whole process, while the loop has nothing to do for half a second."""
-    pipe, _ = make_async(answers=saying("fine"))
+def test_the_loop_sleeps_while_there_is_nothing_to_do(make_async: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, _ = make_async(start=False, answers=saying("fine"))
+    turns: list[int] = []
+    take = pipe._driver.take
+    monkeypatch.setattr(pipe._driver, "take", lambda inbox: (turns.append(1), take(inbox))[1])
+    pipe.start()
     pipe.put_request("a")
     pipe.get_response(10)
-    before = time.process_time()
-    time.sleep(0.5)
-    assert time.process_time() - before < 0.25
+    time.sleep(0.05)
+    before = len(turns)
+    time.sleep(0.2)
+    assert len(turns) == before
+    pipe.put_request("a")
+    assert str(pipe.get_response(10)[1]) == "fine"
