@@ -82,10 +82,21 @@ __device__ __forceinline__ Pack<T, N> load_pack_const(const T* address) {
   return pack;
 }
 
+// To global memory; `address` must be aligned to the pack.
 template <int N, typename T>
 __device__ __forceinline__ void store_pack(T* address, const Pack<T, N>& pack) {
   using Bits = typename Pack<T, N>::Bits;
-  *reinterpret_cast<Bits*>(address) = *reinterpret_cast<const Bits*>(&pack);
+  const Bits bits = *reinterpret_cast<const Bits*>(&pack);
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(Bits) == 16) {
+    // As a plain assignment this may come out as one store for each converted pair.
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(bits.x), "r"(bits.y), "r"(bits.z),
+                 "r"(bits.w)
+                 : "memory");
+    return;
+  }
+#endif
+  *reinterpret_cast<Bits*>(address) = bits;
 }
 
 template <int N>
