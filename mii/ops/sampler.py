@@ -167,7 +167,7 @@ def sample(
         args.tokens, args.logits = tokens.data_ptr(), logits.data_ptr()
         args.slots, args.positions = slots.data_ptr(), positions.data_ptr()
         args.counts, args.last_token = native.pointer(counts), native.pointer(last_token)
-        args.logprobs, args.workspace = native.pointer(logprobs), workspace.data_ptr()
+        args.logprobs, args.workspace = native.pointer(logprobs), native.pointer(workspace)
         if suppress is not None and suppress_ids is not None:
             args.suppress, args.suppress_ids = suppress.data_ptr(), suppress_ids.data_ptr()
             args.num_suppress = suppress_ids.numel()
@@ -212,8 +212,9 @@ def _arguments(logits: torch.Tensor, params: SamplingTable) -> ctypes.Structure:
     )
 
 
-def _allocate_workspace(library: native.Library, args: ctypes.Structure, device: torch.device) -> torch.Tensor:
-    return torch.zeros(max(library.bytes("mii_sample_workspace_bytes", args), 1), dtype=torch.uint8, device=device)
+def _allocate_workspace(library: native.Library, args: ctypes.Structure, device: torch.device) -> torch.Tensor | None:
+    size = library.bytes("mii_sample_workspace_bytes", args)
+    return torch.zeros(size, dtype=torch.uint8, device=device) if size else None
 
 
 def sample_workspace(rows: int, vocab: int, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor | None:
