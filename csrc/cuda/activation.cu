@@ -12,15 +12,11 @@ int32_t activation(const MiiActivation& a, void* stream) {
   const int64_t count = a.width / N;
   const int64_t chunks = ceil_div(count, int64_t(kThreads * kActivationPacks));
   const int64_t threads = ceil_div(ceil_div(count, chunks * kActivationPacks), int64_t(kWarp)) * kWarp;
-  const ActivationArgs<T> args = {static_cast<T*>(a.out),
-                                  static_cast<const T*>(a.x),
-                                  static_cast<const T*>(a.bias),
-                                  a.x_stride,
-                                  a.out_stride,
-                                  static_cast<int>(count),
-                                  static_cast<int>(chunks),
-                                  a.kind};
-  return launch("mii_activation", activation_rows<T, N, Gated>, Shape{dim3(a.rows * chunks), dim3(threads)}, stream, args);
+  const ActivationArgs<T> args = {
+      static_cast<T*>(a.out), static_cast<const T*>(a.x), static_cast<const T*>(a.bias), a.x_stride,
+      a.out_stride,           static_cast<int>(count),    static_cast<int>(chunks),      a.kind};
+  return launch("mii_activation", activation_rows<T, N, Gated>, Shape{dim3(a.rows * chunks), dim3(threads)}, stream,
+                args);
 }
 
 template <typename T>

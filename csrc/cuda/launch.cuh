@@ -20,23 +20,27 @@ struct Card {
 };
 const Card& card();
 
-// Whether launches may overlap the kernel before them: on compute capability 9.0, not switched off by MII_NO_PDL=1. Newer
-// cards run the code of sm_80, which is compiled without the waiting that an overlap needs.
+// Whether launches may overlap the kernel before them: on compute capability 9.0, not switched off by MII_NO_PDL=1.
+// Newer cards run the code of sm_80, which is compiled without the waiting that an overlap needs.
 bool overlap_allowed();
 
-#define MII_REQUIRE(condition, code, ...)                     \
-  do {                                                        \
-    if (!(condition)) return ::mii::fail(code, __VA_ARGS__);  \
+#define MII_REQUIRE(condition, code, ...)                    \
+  do {                                                       \
+    if (!(condition)) return ::mii::fail(code, __VA_ARGS__); \
   } while (0)
 
 // Calls body with a value of the element type: dispatch_dtype(d, [&](auto tag) { using T = decltype(tag); ... }).
 template <typename Body>
 int32_t dispatch_dtype(int32_t dtype, Body&& body) {
   switch (dtype) {
-    case MII_F32: return body(float{});
-    case MII_F16: return body(__half{});
-    case MII_BF16: return body(__nv_bfloat16{});
-    default: return fail(MII_UNSUPPORTED, "dtype code %d is none of 0 (f32), 1 (f16), 2 (bf16)", dtype);
+    case MII_F32:
+      return body(float{});
+    case MII_F16:
+      return body(__half{});
+    case MII_BF16:
+      return body(__nv_bfloat16{});
+    default:
+      return fail(MII_UNSUPPORTED, "dtype code %d is none of 0 (f32), 1 (f16), 2 (bf16)", dtype);
   }
 }
 

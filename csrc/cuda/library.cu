@@ -71,10 +71,10 @@ int64_t mii_struct_size(const char* name) {
     int64_t size;
   };
   static const Entry entries[] = {
-      {"MiiPrepare", sizeof(MiiPrepare)},       {"MiiEmbedding", sizeof(MiiEmbedding)},
-      {"MiiNorm", sizeof(MiiNorm)},             {"MiiRopeKv", sizeof(MiiRopeKv)},
-      {"MiiAttention", sizeof(MiiAttention)},   {"MiiActivation", sizeof(MiiActivation)},
-      {"MiiGather", sizeof(MiiGather)},         {"MiiSample", sizeof(MiiSample)},
+      {"MiiPrepare", sizeof(MiiPrepare)},     {"MiiEmbedding", sizeof(MiiEmbedding)},
+      {"MiiNorm", sizeof(MiiNorm)},           {"MiiRopeKv", sizeof(MiiRopeKv)},
+      {"MiiAttention", sizeof(MiiAttention)}, {"MiiActivation", sizeof(MiiActivation)},
+      {"MiiGather", sizeof(MiiGather)},       {"MiiSample", sizeof(MiiSample)},
       {"MiiLinear", sizeof(MiiLinear)},
   };
   for (const Entry& entry : entries) {

@@ -8,8 +8,8 @@ namespace {
 template <typename T>
 bool vectorised(const MiiNorm& a) {
   const bool strides = a.width % kPack<T> == 0 && a.x_stride % kPack<T> == 0 && a.out_stride % kPack<T> == 0;
-  const bool pointers = aligned(a.out, 16) && aligned(a.x, 16) && aligned(a.residual, 16) && aligned(a.weight, 16) &&
-                        aligned(a.bias, 16);
+  const bool pointers =
+      aligned(a.out, 16) && aligned(a.x, 16) && aligned(a.residual, 16) && aligned(a.weight, 16) && aligned(a.bias, 16);
   return strides && pointers && a.width / kPack<T> <= 8 * norm_threads(8, false);
 }
 

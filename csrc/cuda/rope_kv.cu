@@ -61,8 +61,8 @@ int32_t rope_kv(const MiiRopeKv& a, void* stream) {
 
 int32_t check(const MiiRopeKv& a) {
   MII_REQUIRE(a.tokens >= 0 && a.tokens <= INT32_MAX, MII_INVALID, "rope_kv: %lld tokens", (long long)a.tokens);
-  MII_REQUIRE(a.q_heads > 0 && a.kv_heads >= 0 && a.head_dim > 0, MII_INVALID, "rope_kv: %d query and %d KV heads of %d",
-              a.q_heads, a.kv_heads, a.head_dim);
+  MII_REQUIRE(a.q_heads > 0 && a.kv_heads >= 0 && a.head_dim > 0, MII_INVALID,
+              "rope_kv: %d query and %d KV heads of %d", a.q_heads, a.kv_heads, a.head_dim);
   const bool rotates = a.cos_sin != nullptr;
   MII_REQUIRE(!rotates || (a.rotary_dim > 0 && a.rotary_dim % 2 == 0 && a.rotary_dim <= a.head_dim), MII_INVALID,
               "rope_kv: rotary dimension %d of a head of %d", a.rotary_dim, a.head_dim);
@@ -70,10 +70,12 @@ int32_t check(const MiiRopeKv& a) {
               "rope_kv: a rotation needs positions and a table of at least one row");
   MII_REQUIRE(int64_t(a.q_heads + 2 * int64_t(a.kv_heads)) * a.head_dim <= INT32_MAX, MII_UNSUPPORTED,
               "rope_kv: %d query and %d KV heads of %d", a.q_heads, a.kv_heads, a.head_dim);
-  MII_REQUIRE((a.k_cache == nullptr) == (a.v_cache == nullptr), MII_INVALID, "rope_kv: one of the two caches is missing");
+  MII_REQUIRE((a.k_cache == nullptr) == (a.v_cache == nullptr), MII_INVALID,
+              "rope_kv: one of the two caches is missing");
   MII_REQUIRE(a.k_cache == nullptr || (a.kv_slots != nullptr && a.block_size > 0), MII_INVALID,
               "rope_kv: a cache needs kv_slots and a block size above 0, given %d", a.block_size);
-  MII_REQUIRE(a.norm_kind == MII_RMS || a.norm_kind == MII_RMS_PLUS1, MII_INVALID, "rope_kv: norm kind %d", a.norm_kind);
+  MII_REQUIRE(a.norm_kind == MII_RMS || a.norm_kind == MII_RMS_PLUS1, MII_INVALID, "rope_kv: norm kind %d",
+              a.norm_kind);
   return MII_OK;
 }
 

@@ -71,15 +71,14 @@ class Staging:
         self._pinned: list[torch.Tensor] = []
         if device.type == "cuda":
             self._pinned = [torch.zeros(layout.size, dtype=torch.int32, pin_memory=True) for _ in range(2)]
-        self._copied: list[torch.cuda.Event | None] = [None for _ in self._pinned]
+        self._copied = [torch.cuda.Event() for _ in self._pinned]  # counts as done until it is first recorded
         self._hosts = [HostStep(**layout.views(buffer.numpy())) for buffer in self._pinned or [self.packed]]
         self._current = 0
 
     def host(self) -> HostStep:
         """The views to fill for the next step; waits, if it must, until the copy of two steps ago has left them."""
-        if self._pinned and (event := self._copied[self._current]) is not None:
-            event.synchronize()
-            self._copied[self._current] = None
+        if self._pinned:
+            self._copied[self._current].synchronize()
         return self._hosts[self._current]
 
     def upload(self, tokens: int) -> None:
@@ -88,7 +87,5 @@ class Staging:
             return
         used = self.layout.used(tokens)
         self.packed[:used].copy_(self._pinned[self._current][:used], non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self.packed.device))
-        self._copied[self._current] = event
+        self._copied[self._current].record(torch.cuda.current_stream(self.packed.device))
         self._current ^= 1

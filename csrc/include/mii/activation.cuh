@@ -45,12 +45,18 @@ __device__ __forceinline__ void activate_all(float (&x)[N]) {
 template <typename T, int N>
 __device__ __forceinline__ void activate_pack(float (&x)[N], int kind) {
   switch (kind) {
-    case MII_SILU: return activate_all<T, MII_SILU>(x);
-    case MII_GELU: return activate_all<T, MII_GELU>(x);
-    case MII_GELU_TANH: return activate_all<T, MII_GELU_TANH>(x);
-    case MII_GELU_QUICK: return activate_all<T, MII_GELU_QUICK>(x);
-    case MII_RELU: return activate_all<T, MII_RELU>(x);
-    default: return activate_all<T, MII_RELU2>(x);
+    case MII_SILU:
+      return activate_all<T, MII_SILU>(x);
+    case MII_GELU:
+      return activate_all<T, MII_GELU>(x);
+    case MII_GELU_TANH:
+      return activate_all<T, MII_GELU_TANH>(x);
+    case MII_GELU_QUICK:
+      return activate_all<T, MII_GELU_QUICK>(x);
+    case MII_RELU:
+      return activate_all<T, MII_RELU>(x);
+    default:
+      return activate_all<T, MII_RELU2>(x);
   }
 }
 

@@ -47,13 +47,21 @@ constexpr int kPack = 16 / sizeof(T);  // elements of a 16-byte access
 template <int Bytes>
 struct Word;
 template <>
-struct Word<16> { using type = uint4; };
+struct Word<16> {
+  using type = uint4;
+};
 template <>
-struct Word<8> { using type = uint2; };
+struct Word<8> {
+  using type = uint2;
+};
 template <>
-struct Word<4> { using type = uint32_t; };
+struct Word<4> {
+  using type = uint32_t;
+};
 template <>
-struct Word<2> { using type = uint16_t; };
+struct Word<2> {
+  using type = uint16_t;
+};
 
 template <typename T, int N = kPack<T>>
 struct alignas(sizeof(T) * N) Pack {
@@ -160,8 +168,8 @@ __device__ __forceinline__ float warp_max(float value) {
   return value;
 }
 
-// The sum over the CTA, in every thread. All threads of the CTA call it; blockDim.x is a multiple of 32. `scratch` holds
-// 32 floats of shared memory. The first barrier lets the same scratch serve call after call.
+// The sum over the CTA, in every thread. All threads of the CTA call it; blockDim.x is a multiple of 32. `scratch`
+// holds 32 floats of shared memory. The first barrier lets the same scratch serve call after call.
 __device__ __forceinline__ float block_sum(float value, float* scratch) {
   value = warp_sum(value);
   const int warps = blockDim.x / kWarp;

@@ -1,7 +1,7 @@
 // RMSNorm and LayerNorm with the residual addition in front: equations in abi.h (MiiNorm).
 //
-// A row stays in registers, as packs of T: with a residual what is normed is the sum rounded to T, without one it is x, so
-// nothing is lost by keeping T and half the registers are saved. Global memory is read once and written once.
+// A row stays in registers, as packs of T: with a residual what is normed is the sum rounded to T, without one it is x,
+// so nothing is lost by keeping T and half the registers are saved. Global memory is read once and written once.
 #pragma once
 #include "mii/abi.h"
 #include "mii/common.cuh"
@@ -32,7 +32,8 @@ constexpr int kWarpRowThreads = 128;  // four rows a CTA
 
 constexpr int norm_threads(int packs, bool warp_rows) { return warp_rows ? kWarpRowThreads : packs == 1 ? 1024 : 512; }
 
-// One row for each CTA, or with WarpRows one row for each warp. A thread holds Packs packs of 16 bytes, `threads` apart.
+// One row for each CTA, or with WarpRows one row for each warp. A thread holds Packs packs of 16 bytes, `threads`
+// apart.
 template <typename T, int Packs, bool WarpRows>
 __global__ void __launch_bounds__(norm_threads(Packs, WarpRows)) norm_rows(const NormArgs<T> args) {
   constexpr int N = kPack<T>;

@@ -10,8 +10,8 @@ namespace mii {
 
 constexpr int kPrepareTokens = 4;  // tokens of one thread whose searches and loads overlap
 
-// For each token the last s of `seqs` with start[s] <= token: empty sequences are passed over. Every thread takes the same
-// number of steps, and the searches of its tokens go on side by side.
+// For each token the last s of `seqs` with start[s] <= token: empty sequences are passed over. Every thread takes the
+// same number of steps, and the searches of its tokens go on side by side.
 __device__ __forceinline__ void find_sequences(int (&at)[kPrepareTokens], const int32_t* start, int seqs, int first,
                                                int apart) {
 #pragma unroll

@@ -1,9 +1,9 @@
-// Rotary embedding, per-head norm and KV write in one pass: equations in mii/ops/rope_kv.py, layout in abi.h (MiiRopeKv).
+// Rotary embedding, per-head norm and KV write in one pass: see mii/ops/rope_kv.py and abi.h (MiiRopeKv).
 //
-// One CTA for each token. A head is cut into packs of N elements and handled by a group of lanes; lane `item` of the group
-// holds two packs, a and b. With half-split pairs, b is the partner of a: dimension i of a rotates with dimension i of b.
-// With interleaved pairs both hold whole pairs. Dimensions past rotary_dim are dealt out two packs a lane after the rotated
-// ones. What a thread reads is what it writes, so q and k change in place without a barrier.
+// One CTA for each token. A head is cut into packs of N elements and handled by a group of lanes; lane `item` of the
+// group holds two packs, a and b. With half-split pairs, b is the partner of a: dimension i of a rotates with dimension
+// i of b. With interleaved pairs both hold whole pairs. Dimensions past rotary_dim are dealt out two packs a lane after
+// the rotated ones. What a thread reads is what it writes, so q and k change in place without a barrier.
 #pragma once
 #include "mii/abi.h"
 #include "mii/common.cuh"
@@ -103,8 +103,8 @@ __device__ __forceinline__ void scale_pack(float (&x)[N], float scale, const T* 
   for (int e = 0; e < N; ++e) x[e] *= scale * (w[e] + plus);
 }
 
-// At most 64 packs a head. cos and sin hold the angles of pack a and b: of both at once for half-split pairs, N/2 each for
-// interleaved ones. They serve every head of the token. All loads of a first head are issued before anything waits.
+// At most 64 packs a head. cos and sin hold the angles of pack a and b: of both at once for half-split pairs, N/2 each
+// for interleaved ones. They serve every head of the token. All loads of a first head are issued before anything waits.
 template <typename T, int N, bool Interleaved>
 __global__ void __launch_bounds__(kRopeThreads) rope_kv_packs(const RopeKvArgs<T> args) {
   const int item = threadIdx.x & ((1 << args.group_bits) - 1);
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kRopeThreads) rope_kv_packs(const RopeKvArgs<T
   Pack<T, N> pack_a, pack_b;
   if (head < args.heads && a < packs) pack_a = load_pack<N>(row + head * args.head_dim + a * N);
   if (head < args.heads && b < packs) pack_b = load_pack<N>(row + head * args.head_dim + b * N);
-  __syncwarp();  // keeps the compiler from letting the loads above wait for the table's address, which needs the position
+  __syncwarp();  // or the compiler lets the loads above wait for the table's address, which needs the position
   const int slot = args.k_cache == nullptr ? -1 : args.kv_slots[token];
   const int position = args.cos_sin == nullptr ? 0 : args.positions[token];
   float cos[N], sin[N];

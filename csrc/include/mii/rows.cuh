@@ -49,8 +49,8 @@ struct EmbeddingArgs {
   float scale;
 };
 
-// out[r] = scale * table[ids[r]] + position_table[positions[r] + offset], in packs of N; zeros for an id outside the table.
-// The sum is made in float with one rounding; a scale of 1 without positions copies.
+// out[r] = scale * table[ids[r]] + position_table[positions[r] + offset], in packs of N; zeros for an id outside the
+// table. The sum is made in float with one rounding; a scale of 1 without positions copies.
 template <typename T, int N>
 __global__ void __launch_bounds__(128) embedding_rows(const EmbeddingArgs<T> args) {
   wait_for_previous();
