@@ -82,6 +82,8 @@ template <class T, int R, int P> void block(const MiiLinear& a, const float* x, 
     for (int u = 0; u < kUnroll; ++u)
 #pragma GCC unroll 2
       for (int f = 0; f < S::kFeatures; ++f) {
+        if (R <= 4 && f == 0)  // few rows: the weights come from memory, not from a cache
+          for (int p = 0; p < P; ++p) __builtin_prefetch((const char*)(w + p * kPanel * depth + (s + u) * kStepSize) + 1024, 0, 2);
         V weights[P][kVectors];
         for (int p = 0; p < P; ++p)
           for (int v = 0; v < kVectors; ++v)
@@ -130,7 +132,7 @@ template <class T> void panels(const MiiLinear& a, int64_t begin, int64_t end) {
       }
     }
     int64_t panel = begin;
-    for (; rows > 1 && panel + kPair <= end; panel += kPair)
+    for (; panel + kPair <= end; panel += kPair)
       for (int64_t r = 0; r < rows; r += kRowBlock)
         block_of<T, kPair>(static_cast<int>(rows - r < kRowBlock ? rows - r : kRowBlock), a, x + r * depth, depth, chunk + r, panel);
     for (; panel < end; ++panel)
