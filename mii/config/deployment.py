@@ -76,6 +76,11 @@ class MIIConfig(ConfigModel):
         default=HOSTFILE_DEFAULT,
         description="file with lines 'host slots=N'; None, or the default where absent: this machine",
     )
+    launcher: str = Field(
+        default="deepspeed",
+        min_length=1,
+        description="command that starts processes on other hosts, such as 'deepspeed --launcher slurm'",
+    )
     drain_seconds: Number = Field(
         default=SERVER_STOP_GRACE_SECONDS,
         ge=0,

@@ -9,6 +9,7 @@ Example:
 from __future__ import annotations
 
 import os
+import socket
 from typing import Any
 
 from pydantic import Field, field_validator
@@ -47,6 +48,17 @@ class ReplicaConfig(ConfigModel):
     torch_dist_port: Port | None = Field(default=None, description="torch's rendezvous port")
     gpu_indices: list[NonNegativeInt] = Field(default=[], description="device of each process, as the host counts them")
     zmq_port: Port | None = Field(default=None, description="port on which its first process sends steps to the others")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it runs on this machine."""
+        host = socket.gethostname()
+        return self.hostname in ("", "localhost", "127.0.0.1", host, host.partition(".")[0])
+
+    @property
+    def address(self) -> str:
+        """``host:port`` of its front, which speaks gRPC."""
+        return f"{'127.0.0.1' if self.is_local else self.hostname}:{self.tensor_parallel_ports[0]}"
 
 
 def world_size() -> int:

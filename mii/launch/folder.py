@@ -1,7 +1,8 @@
 """The folder of one deployment: what lies in it and under which names.
 
     deployment.json     the config, as `mii.client` reads it         state.json   what runs, written by the supervisor
-    token               what `Terminate` asks for                    logs/        <role>.log, one for each process
+    plan.json           what the supervisor starts                   logs/        <role>.log, one for each process
+    token               what `Terminate` asks for                    lock         held by the supervisor while it lives
     run/                unix sockets; a link to a folder under /tmp where the path would be too long for one
 
 Everything is readable by its owner only.
@@ -41,10 +42,22 @@ class DeploymentFolder:
         return self.path / "state.json"
 
     @property
+    def plan_file(self) -> Path:
+        return self.path / "plan.json"
+
+    @property
+    def lock_file(self) -> Path:
+        return self.path / "lock"
+
+    @property
     def run(self) -> Path:
         """Where sockets lie, as a path short enough for them."""
         link = self.path / "run"
         return Path(os.readlink(link)) if link.is_symlink() else link
+
+    def remote_script(self, role: str) -> Path:
+        """What DeepSpeed's launcher runs on another host for this role."""
+        return self.path / f"{role}.py"
 
     def log(self, role: str) -> Path:
         """Everything that a process of this role prints."""
@@ -72,15 +85,19 @@ class DeploymentFolder:
             file.write(secrets.token_hex(16))
 
     def clear(self) -> None:
-        """Removes everything but deployment.json."""
+        """Removes everything but the config and the lock."""
+        self.clear_run()
+        shutil.rmtree(self.path / "logs", ignore_errors=True)
+        for name in ("token", "plan.json", "state.json"):
+            (self.path / name).unlink(missing_ok=True)
+
+    def clear_run(self) -> None:
+        """Removes the run folder and what is in it."""
         run = self.path / "run"
         if run.is_symlink():
             shutil.rmtree(os.readlink(run), ignore_errors=True)
             run.unlink()
         shutil.rmtree(run, ignore_errors=True)
-        shutil.rmtree(self.path / "logs", ignore_errors=True)
-        for name in ("token", "state.json"):
-            (self.path / name).unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Removes the whole folder; one that is not there is fine."""

@@ -38,7 +38,7 @@ from mii.launch.folder import DeploymentFolder
 from mii.logging import logger
 
 if TYPE_CHECKING:
-    from mii.config import MIIConfig, ReplicaConfig
+    from mii.config import MIIConfig, ModelConfig, ReplicaConfig
 
 __all__ = ["CONTROL_ENV", "Failed", "Message", "Process", "Progress", "Ready", "StopWanted", "decode_message"]
 
@@ -46,7 +46,7 @@ __all__ = ["CONTROL_ENV", "Failed", "Message", "Process", "Progress", "Ready", "
 CONTROL_ENV = "MII_SUPERVISOR"
 _LONGEST_TEXT = 900  # characters; a line stays under PIPE_BUF (4096 bytes), so threads cannot mix theirs
 _REPORT_SECONDS = 0.05
-_PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG = 1
 _ROLE = re.compile(r"replica-(\d+)-(?:front|engine(?:-(\d+))?)")
 
 
@@ -135,6 +135,18 @@ class Process:
     def replica_config(self) -> ReplicaConfig:
         """Host, ports and devices of this process's replica."""
         return self.config.model_conf.replica_configs[self.replica]
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The model's config as this process loads it: it sees no devices but its own, so they count from 0."""
+        from mii.config import DEVICE_MAP_DEFAULT
+
+        return self.config.model_conf.model_copy(update={"device_map": DEVICE_MAP_DEFAULT, "progress": True})
+
+    @property
+    def listen_host(self) -> str:
+        """The address that a front listens on: this machine's own unless the load balancer is on another one."""
+        return "127.0.0.1" if self.replica_config.is_local else "0.0.0.0"
 
     @cached_property
     def token(self) -> str:
@@ -241,7 +253,7 @@ def _bind_to_supervisor() -> int | None:
     if control is None:
         return None
     parent, descriptor = (int(part) for part in control.split(":"))
-    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
+    if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) was refused")
     if os.getppid() != parent:  # it died before the call above
         os._exit(1)

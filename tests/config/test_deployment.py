@@ -36,6 +36,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "deployment_type": "local",
         "port_number": 50050,
         "host": "127.0.0.1",
+        "launcher": "deepspeed",
         "drain_seconds": 10,
         "start_seconds": None,
         "max_restarts": 5,

@@ -1,0 +1,118 @@
+"""What a deployment consists of: the command, environment and cores of each of its processes.
+
+Processes on this machine are started by the supervisor itself. For each one on another host it starts a stand-in, which
+brings it up through DeepSpeed's launcher (see `mii.launch.remote`).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from mii.backend.cpus import cores_by_place, split_cores
+from mii.config import MIIConfig
+from mii.config.placement import local_gpu_count
+from mii.launch.folder import DeploymentFolder
+from mii.launch.remote import check_launcher
+from mii.launch.state import BALANCER, GATEWAY, Plan, Spec, engine_role, front_role
+
+__all__ = ["make_plan", "python_environment"]
+
+# Set by launchers around the caller; in a deployment's processes they would be somebody else's.
+_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
+_THREADS = "OMP_NUM_THREADS"
+
+
+def make_plan(config: MIIConfig, folder: DeploymentFolder, *, attached: bool = False) -> Plan:
+    """Every process of a deployment.
+
+    Args:
+        config: with its ports and replicas (see `mii.backend.ports.choose_ports`).
+        folder: of the deployment.
+        attached: see `Plan`.
+
+    Raises:
+        LauncherError: a replica is on another host and what starts processes there is missing.
+    """
+    base = python_environment(os.environ)
+    front_base = {**base, _VISIBLE: ""}  # nothing but an engine ever touches a GPU
+    processes = [_python(folder, "load_balancer", BALANCER, front_base)]
+    replicas = zip(config.model_conf.replica_configs, _devices(config, os.environ), strict=True)
+    for index, (replica, (device_environment, cores)) in enumerate(replicas):
+        if replica.is_local:
+            processes.append(_python(folder, "front", front_role(index), front_base, index))
+            environment = {**base, **device_environment}
+            processes.append(_python(folder, "engine", engine_role(index), environment, index, cores))
+        else:
+            check_launcher(config, replica.hostname)
+            roles = (front_role(index), engine_role(index))
+            processes.extend(_python(folder, "remote", role, front_base, index) for role in roles)
+    if config.enable_restful_api:
+        processes.append(_python(folder, "gateway", GATEWAY, front_base))
+    return Plan(
+        config.deployment_name,
+        processes,
+        float(config.drain_seconds),
+        config.max_restarts,
+        config.start_seconds,
+        attached,
+    )
+
+
+def python_environment(environment: Mapping[str, str]) -> dict[str, str | None]:
+    """What a Python process of a deployment needs on top of `environment`, so that it imports the same mii."""
+    home = str(Path(__file__).parents[2])
+    changes: dict[str, str | None] = dict.fromkeys(_LAUNCHER_VARIABLES)
+    changes["PYTHONSAFEPATH"] = "1"  # files that happen to lie in the caller's folder are no modules
+    changes["PYTHONUNBUFFERED"] = "1"
+    installed = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if home not in installed and home not in paths:
+        changes["PYTHONPATH"] = os.pathsep.join([home, *paths])
+    return changes
+
+
+def _devices(config: MIIConfig, environment: Mapping[str, str]) -> list[tuple[dict[str, str | None], list[int]]]:
+    """What the engine of each replica runs on: variables that say so, and cores (none: all of them).
+
+    Replicas on other hosts get nothing: their launcher sees to it.
+    """
+    replicas = config.model_conf.replica_configs
+    gpus = 0 if config.model_conf.device == "cpu" else local_gpu_count()
+    pool = _pool(gpus, environment.get(_VISIBLE))
+    local = [replica for replica in replicas if replica.is_local]
+    shares = iter(split_cores(cores_by_place(sorted(os.sched_getaffinity(0))), max(1, len(local))))
+    devices: list[tuple[dict[str, str | None], list[int]]] = []
+    for replica in replicas:
+        if not replica.is_local:
+            devices.append(({}, []))
+        elif gpus:
+            devices.append(({_VISIBLE: ",".join(pool[device] for device in replica.gpu_indices)}, []))
+        else:
+            cores = next(shares) if len(local) > 1 else []
+            threads = {_THREADS: str(len(cores))} if cores and _THREADS not in environment else {}
+            devices.append(({_VISIBLE: "", **threads}, cores))
+    return devices
+
+
+def _pool(gpus: int, visible: str | None) -> list[str]:
+    """The names of the GPUs that the caller may use, by the numbers that its device map gives them."""
+    if visible is None:
+        return [str(index) for index in range(gpus)]
+    return [entry.strip() for entry in visible.split(",")][:gpus]
+
+
+def _python(
+    folder: DeploymentFolder,
+    module: str,
+    role: str,
+    environment: dict[str, str | None],
+    replica: int | None = None,
+    cpus: Sequence[int] = (),
+) -> Spec:
+    command = [sys.executable, "-m", f"mii.launch.{module}", str(folder.path), role]
+    return Spec(role, command, environment, list(cpus), replica)

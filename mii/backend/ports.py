@@ -1,0 +1,181 @@
+"""Which TCP ports are free, who has those that are not, and the ports of a new deployment."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from mii.config import MIIConfig, ReplicaConfig
+from mii.config.placement import check_ports
+from mii.errors import PlacementError, PortTakenError
+
+__all__ = ["choose_ports", "is_free", "port_owner", "ports_of"]
+
+_LAST_PORT = 65535
+_LISTEN = "0A"  # state of a socket in /proc/net/tcp
+
+
+def choose_ports(config: MIIConfig, reserved: Collection[int] = ()) -> MIIConfig:
+    """A copy of `config` with ports that are free on this machine.
+
+    Ports that were not asked for move up to the next free ones, the replicas' together with the load balancer's where
+    they can. Fills `replica_configs`.
+
+    Args:
+        config: of the deployment.
+        reserved: ports of other deployments, which may be starting and not listen yet.
+
+    Raises:
+        PortTakenError: a port that was asked for is taken.
+        PlacementError, HostfileError: see `MIIConfig.generate_replica_configs`.
+    """
+    config = config.model_copy(deep=True)
+    asked_replicas = bool(config.model_conf.replica_configs)
+    free = _Free(reserved)
+    if "port_number" in config.model_fields_set:
+        free.demand(config.port_number, "port_number", config.host)
+    else:
+        config.__dict__["port_number"] = _first_block(config, free)
+    config.generate_replica_configs()
+    used = {config.port_number}
+    for index, replica in enumerate(config.model_conf.replica_configs):
+        if replica.is_local:
+            _settle_replica(replica, index, asked_replicas, free, used)
+    if config.enable_restful_api:
+        if "restful_api_port" in config.model_fields_set:
+            free.demand(config.restful_api_port, "restful_api_port", config.restful_api_host)
+        else:
+            config.__dict__["restful_api_port"] = free.next(config.restful_api_port, used, config.restful_api_host)
+    check_ports({name: [port] for name, port in _named(config).items()}, config.model_conf.replica_configs)
+    return config
+
+
+def ports_of(config: MIIConfig) -> list[int]:
+    """Every port that the deployment listens on at this machine."""
+    replicas = [replica for replica in config.model_conf.replica_configs if replica.is_local]
+    return [*_named(config).values(), *(port for replica in replicas for port in replica.tensor_parallel_ports)]
+
+
+def is_free(port: int, host: str = "127.0.0.1") -> bool:
+    """Whether a server could listen on `port` of `host` now.
+
+    Raises:
+        PlacementError: `host` is no address of this machine.
+    """
+    here = False
+    for family, address in _addresses(host, port):
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just given back is free
+            try:
+                probe.bind(address)
+            except OSError as error:
+                if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                    return False
+            else:
+                here = True
+    if not here:
+        raise PlacementError(f"nothing can listen on {host!r}: it is no address of this machine")
+    return True
+
+
+def port_owner(port: int) -> str:
+    """``"process 123 (python server.py)"`` for who listens on `port`; empty where it cannot be told."""
+    inodes = set(_listening_inodes(port))
+    if not inodes:
+        return ""
+    links = {f"socket:[{inode}]" for inode in inodes}
+    for process in Path("/proc").glob("[0-9]*"):
+        if any(link in links for link in _open_files(process)):
+            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace").strip()
+            return f"process {process.name} ({command[:80]})"
+    return ""
+
+
+class _Free:
+    """Looks for free ports, and keeps in mind those of other deployments."""
+
+    def __init__(self, reserved: Collection[int]) -> None:
+        self._reserved = reserved
+
+    def has(self, port: int, host: str) -> bool:
+        return port not in self._reserved and is_free(port, host)
+
+    def demand(self, port: int, option: str, host: str) -> None:
+        if port in self._reserved:
+            raise PortTakenError(
+                f"port {port} ({option}) belongs to another deployment of mii; choose another one, or leave {option} "
+                "out for the next free one"
+            )
+        if not is_free(port, host):
+            owner = port_owner(port)
+            by = f" by {owner}" if owner else ""
+            raise PortTakenError(
+                f"port {port} ({option}) is taken{by}; choose another one, or leave {option} out for the next free one"
+            )
+
+    def next(self, first: int, used: Collection[int], host: str) -> int:
+        for port in range(first, _LAST_PORT + 1):
+            if port not in used and self.has(port, host):
+                return port
+        raise PlacementError(f"no port from {first} up is free on this machine")
+
+
+def _first_block(config: MIIConfig, free: _Free) -> int:
+    """The first port from the default up after which each replica's are free too."""
+    count = 1 + config.model_conf.replica_num * config.model_conf.tensor_parallel
+    for first in range(config.port_number, _LAST_PORT + 2 - count):
+        others = range(first + 1, first + count)
+        if free.has(first, config.host) and all(free.has(port, "127.0.0.1") for port in others):
+            return first
+    raise PlacementError(f"no {count} ports in a row from {config.port_number} up are free on this machine")
+
+
+def _settle_replica(replica: ReplicaConfig, index: int, asked: bool, free: _Free, used: set[int]) -> None:
+    if asked:
+        for port in replica.tensor_parallel_ports:
+            free.demand(port, f"tensor_parallel_ports of replica {index}", "127.0.0.1")
+    else:
+        ports: list[int] = []
+        for port in replica.tensor_parallel_ports:
+            ports.append(free.next(port, {*used, *ports}, "127.0.0.1"))
+        replica.tensor_parallel_ports = ports
+    used.update(replica.tensor_parallel_ports)
+
+
+def _named(config: MIIConfig) -> dict[str, int]:
+    named = {"port_number": config.port_number}
+    if config.enable_restful_api:
+        named["restful_api_port"] = config.restful_api_port
+    return named
+
+
+def _addresses(host: str, port: int) -> Iterator[tuple[socket.AddressFamily, tuple[object, ...]]]:
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise PlacementError(f"{host!r} is no address that a server can listen on: {error.strerror}") from error
+    for family, _, _, _, address in found:
+        if family != socket.AF_INET6 or socket.has_ipv6:
+            yield family, address
+
+
+def _listening_inodes(port: int) -> Iterator[str]:
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            lines = Path(table).read_text().splitlines()[1:]
+        except OSError:
+            continue
+        for line in lines:
+            fields = line.split()
+            if int(fields[1].rpartition(":")[2], 16) == port and fields[3] == _LISTEN:
+                yield fields[9]
+
+
+def _open_files(process: Path) -> Iterator[str]:
+    try:
+        for link in (process / "fd").iterdir():
+            yield str(link.readlink())
+    except OSError:  # another user's, or gone
+        return

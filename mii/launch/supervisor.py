@@ -1,0 +1,351 @@
+"""The supervisor of a deployment: starts its processes, watches them, starts those that die again, and ends them all.
+
+    python -m mii.launch.supervisor <folder of the deployment>
+
+It is one thread that sleeps until a process says something, ends, or is due. Processes die with it (see
+`mii.launch.process`); whoever started it sees its events through a socket. It imports little, so that it starts fast.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import FrameType
+
+import msgspec
+
+from mii.launch.child import Child
+from mii.launch.folder import DeploymentFolder
+from mii.launch.lock import locked
+from mii.launch.process import StopWanted
+from mii.launch.state import (
+    BALANCER,
+    GATEWAY,
+    SUPERVISOR,
+    Event,
+    Failure,
+    Notice,
+    Part,
+    Plan,
+    Running,
+    State,
+    read_plan,
+    write_private,
+)
+from mii.logging import logger
+
+__all__ = ["STARTER_ENV", "Supervisor", "main"]
+
+# "<file descriptor of the socket to whoever started this>:<file descriptor that holds the deployment's lock>"
+STARTER_ENV = "MII_STARTER"
+_QUICK_SECONDS = 3.0  # for processes that have nothing left to finish
+_KILL_SECONDS = 1.0  # after the time to drain, before SIGKILL
+_OUTBOX_BYTES = 65536
+
+
+class _Starter:
+    """The socket to whoever started the deployment. Events wait here while that process does not read."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection = connection
+        self.gone = False
+        connection.setblocking(False)
+        self._outbox = b""
+
+    def tell(self, event: Event) -> None:
+        """Sends an event; the progress of a part is dropped when too much is waiting."""
+        if not self.gone and not (isinstance(event, Part) and len(self._outbox) > _OUTBOX_BYTES):
+            self._outbox += msgspec.json.encode(event) + b"\n"
+            self.flush()
+
+    def flush(self) -> bool:
+        """Sends what is waiting; returns whether anything still is."""
+        with contextlib.suppress(BlockingIOError):
+            try:
+                while self._outbox:
+                    self._outbox = self._outbox[self.connection.send(self._outbox) :]
+            except (BrokenPipeError, ConnectionResetError):
+                self.gone, self._outbox = True, b""
+        return bool(self._outbox)
+
+    def listen(self) -> None:
+        """It never says anything, but it ends."""
+        with contextlib.suppress(BlockingIOError):
+            try:
+                self.gone = self.gone or not self.connection.recv(1)
+            except ConnectionResetError:
+                self.gone = True
+
+
+class Supervisor:
+    """Runs one deployment from its start to its end.
+
+    Args:
+        folder: of the deployment.
+        plan: what to run.
+        starter: socket to whoever started it.
+    """
+
+    def __init__(self, folder: DeploymentFolder, plan: Plan, starter: socket.socket) -> None:
+        self._folder, self._plan = folder, plan
+        self._starter = _Starter(starter)
+        self._children = [Child(spec, folder, plan.max_restarts) for spec in plan.processes]
+        self._state = State(os.getpid(), started_at=time.time(), processes=[child.state for child in self._children])
+        self._selector = selectors.DefaultSelector()
+        self._stops = 0
+        """How often somebody asked for the end: the first time drains, the second one hurries."""
+        self._starter_counts = True
+        self._failed: Child | None = None
+        self._wake_up: socket.socket | None = None
+
+    def run(self) -> None:
+        """Returns when everything has ended."""
+        self._listen()
+        try:
+            if self._start():
+                self._watch()
+        finally:
+            self._end_all()
+        self._clean_up()
+
+    def _listen(self) -> None:
+        self._wake_up, write_end = socket.socketpair()
+        write_end.setblocking(False)
+        self._wake_up.setblocking(False)
+        signal.set_wakeup_fd(os.dup(write_end.fileno()), warn_on_full_buffer=False)
+        write_end.close()
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_stop_signal)
+        self._selector.register(self._wake_up, selectors.EVENT_READ, self._drop_wake_ups)
+        self._selector.register(self._starter.connection, selectors.EVENT_READ, self._on_starter)
+
+    def _on_stop_signal(self, number: int, frame: FrameType | None) -> None:
+        self._stops += 1
+
+    def _drop_wake_ups(self) -> None:
+        assert self._wake_up is not None
+        with contextlib.suppress(BlockingIOError):
+            self._wake_up.recv(4096)
+
+    def _on_starter(self) -> None:
+        self._starter.listen()
+        if self._starter.gone:
+            self._selector.unregister(self._starter.connection)
+            if self._starter_counts:
+                logger.info("whoever started this deployment is gone, so it ends")
+                self._stops += 1
+        elif not self._starter.flush():
+            self._selector.modify(self._starter.connection, selectors.EVENT_READ, self._on_starter)
+
+    def _tell(self, event: Event) -> None:
+        if isinstance(event, Notice):
+            logger.warning(event.text)
+        self._starter.tell(event)
+        if self._starter.flush() and not self._starter.gone:
+            both = selectors.EVENT_READ | selectors.EVENT_WRITE
+            self._selector.modify(self._starter.connection, both, self._on_starter)
+
+    # Start
+
+    def _start(self) -> bool:
+        """Starts everything at once and waits until all of it is ready; False when it never will be."""
+        self._save()
+        deadline = None if self._plan.start_seconds is None else time.monotonic() + self._plan.start_seconds
+        for child in self._children:
+            if not self._try(child):
+                return self._fail(child, child.state.last_end)
+        self._save()
+        while not all(child.ready for child in self._children):
+            ended = self._turn(self._patience(deadline))
+            if self._stops:
+                return False
+            if ended:
+                culprit = min(ended, key=lambda child: not child.reason)  # the one that can say why
+                return self._fail(culprit, culprit.state.last_end)
+            if deadline is not None and time.monotonic() > deadline:
+                late = next(child for child in self._children if not child.ready)
+                return self._fail(late, f"was not ready within start_seconds={self._plan.start_seconds:g}")
+        self._state.stage, self._state.ready_at = "running", time.time()
+        self._save()
+        self._starter_counts = self._plan.attached
+        self._tell(Running())
+        return True
+
+    def _try(self, child: Child) -> bool:
+        try:
+            child.start()
+        except OSError as error:
+            child.state.last_end = f"cannot be started: {error}"
+            return False
+        assert child.pipe is not None
+        self._selector.register(child.pipe, selectors.EVENT_READ, lambda: self._on_child(child))
+        return True
+
+    def _fail(self, child: Child, reason: str) -> bool:
+        self._failed = child
+        self._state.reason = f"{child.spec.role} {reason}" if not child.reason else f"{child.spec.role}: {reason}"
+        logger.error(self._state.reason)
+        return False
+
+    def _patience(self, deadline: float | None) -> float | None:
+        """Seconds until something is due that nobody will tell of."""
+        times = [child.start_at for child in self._children if child.state.stage == "waiting"]
+        if deadline is not None:
+            times.append(deadline)
+        return max(0.0, min(times) - time.monotonic()) if times else None
+
+    # Watch
+
+    def _watch(self) -> None:
+        """Until somebody asks for the end, or nothing is left that could serve."""
+        while not self._stops:
+            for child in self._turn(self._patience(None)):
+                self._restart(child)
+            for child in self._children:
+                if child.state.stage == "waiting" and child.start_at <= time.monotonic() and not self._try(child):
+                    self._restart(child)
+                    self._save()
+            if self._failed is not None:
+                return
+
+    def _restart(self, child: Child) -> None:
+        if child.state.stage == "given up":
+            return  # it was ended because the other process of its replica is
+        if child.plan_restart():
+            self._tell(Notice(child.describe_restart()))
+        else:
+            self._tell(Notice(f"{child.spec.role} {child.state.last_end}; it died too often and is given up"))
+            self._give_up_replica(child)
+            if self._is_lost(child):
+                self._fail(child, f"{child.state.last_end}, and too often to be started again")
+        self._save()
+
+    def _give_up_replica(self, child: Child) -> None:
+        for other in self._children:
+            if other is not child and child.spec.replica is not None and other.spec.replica == child.spec.replica:
+                other.give_up()
+                other.signal(signal.SIGKILL)
+
+    def _is_lost(self, child: Child) -> bool:
+        """Whether nothing can be served without this child."""
+        replicas = [other for other in self._children if other.spec.replica is not None]
+        return child.spec.role == BALANCER or (
+            child.spec.replica is not None and all(other.state.stage == "given up" for other in replicas)
+        )
+
+    def _turn(self, timeout: float | None) -> list[Child]:
+        """Sleeps until something happens, takes it in, and returns the children that have ended."""
+        for key, _ in self._selector.select(timeout):
+            callback: Callable[[], None] = key.data
+            callback()
+        return [child for child in self._children if child.running and self._has_ended(child)]
+
+    def _has_ended(self, child: Child) -> bool:
+        pipe = child.pipe
+        if pipe is not None:
+            self._on_child(child)
+        if not child.ended():
+            return False
+        self._forget_pipe(pipe)
+        return True
+
+    def _forget_pipe(self, pipe: int | None) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            if pipe is not None:
+                self._selector.unregister(pipe)
+
+    def _on_child(self, child: Child) -> None:
+        pipe = child.pipe
+        was_ready = child.ready
+        for message in child.read():
+            if isinstance(message, StopWanted):
+                logger.info("%s asks for the end: %s", child.spec.role, message.reason or "no reason given")
+                self._stops = max(1, self._stops)
+            else:
+                self._tell(Part(child.spec.role, message))
+        if child.pipe is None:
+            self._forget_pipe(pipe)
+        if child.ready and not was_ready and self._state.stage == "running":
+            self._tell(Notice(f"{child.spec.role} is back"))
+            self._save()
+
+    # End
+
+    def _end_all(self) -> None:
+        """What answers callers drains first, and has its replicas until it is done."""
+        draining = self._state.stage == "running" and self._failed is None
+        self._state.stage = "stopping"
+        self._save()
+        doors = [child for child in self._children if child.spec.role in (GATEWAY, BALANCER)]
+        rest = [child for child in self._children if child not in doors]
+        if draining:
+            self._end(doors, self._plan.drain_seconds + _KILL_SECONDS)
+            self._end(rest, _QUICK_SECONDS)
+        else:
+            self._end(self._children, _QUICK_SECONDS)
+
+    def _end(self, children: Iterable[Child], seconds: float) -> None:
+        """SIGTERM, and SIGKILL to what is still there after `seconds` or when somebody hurries."""
+        deadline = time.monotonic() + seconds
+        running = [child for child in children if child.running]
+        for child in running:
+            child.signal(signal.SIGTERM)
+        killed = False
+        while any(child.running for child in running):
+            if not killed and (self._stops > 1 or time.monotonic() >= deadline):
+                killed = True
+                for child in running:
+                    child.signal(signal.SIGKILL)
+            self._turn(None if killed else max(0.0, deadline - time.monotonic()))
+
+    def _clean_up(self) -> None:
+        """Nothing stays but, where a deployment failed that had been running, its logs and the reason."""
+        failure = None
+        if self._failed is not None:
+            role = self._failed.spec.role
+            failure = Failure(role, self._state.reason, self._failed.log_tail())
+        with locked(self._folder.path.parent / ".lock"):
+            if failure is not None and self._state.ready_at is not None:
+                self._state.stage = "failed"
+                self._save()
+                self._folder.clear_run()
+            else:
+                self._folder.remove()
+        if failure is not None:
+            self._tell(failure)
+        with contextlib.suppress(OSError):
+            self._starter.connection.setblocking(True)
+            self._starter.connection.settimeout(_KILL_SECONDS)
+            self._starter.flush()
+
+    def _save(self) -> None:
+        write_private(self._folder.state_file, msgspec.json.encode(self._state))
+
+
+def main() -> None:
+    """Entry point; see the module."""
+    starter, lock = (int(part) for part in os.environ.pop(STARTER_ENV).split(":"))
+    os.set_inheritable(lock, False)
+    folder = DeploymentFolder(Path(sys.argv[1]))
+    with socket.socket(fileno=starter) as connection:
+        connection.set_inheritable(False)
+        try:
+            Supervisor(folder, read_plan(folder.plan_file), connection).run()
+        except BaseException as error:
+            logger.exception("the supervisor failed")
+            with contextlib.suppress(OSError):
+                connection.sendall(msgspec.json.encode(Failure(SUPERVISOR, f"{SUPERVISOR}: {error!r}")) + b"\n")
+            raise
+
+
+if __name__ == "__main__":
+    main()
