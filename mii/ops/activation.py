@@ -71,7 +71,7 @@ def activation(out: torch.Tensor, x: torch.Tensor, kind: str, *, gated: bool, bi
 def _check(out: torch.Tensor, x: torch.Tensor, gated: bool, bias: torch.Tensor | None) -> None:
     rows, width = out.shape
     wide = 2 * width if gated else width
-    if x.shape != (rows, wide) or x.dtype != out.dtype or x.stride(1) != 1 or out.stride(1) != 1:
+    if x.shape != (rows, wide) or x.dtype != out.dtype or x.stride()[1] != 1 or out.stride()[1] != 1:
         raise ValueError(
             f"activation: x {tuple(x.shape)} {x.dtype} must be [{rows}, {wide}] of out's dtype {out.dtype}, both "
             f"contiguous along a row, for a {'gated' if gated else 'plain'} activation into {tuple(out.shape)}"

@@ -25,7 +25,7 @@ def gather(out: torch.Tensor, x: torch.Tensor, index: torch.Tensor) -> None:
             f"gather: out {tuple(out.shape)} {out.dtype} must be [rows, width] like x {tuple(x.shape)} {x.dtype}, one "
             f"row for each int32 index, given {tuple(index.shape)} {index.dtype}"
         )
-    if x.stride(1) != 1 or not out.is_contiguous():
+    if x.stride()[1] != 1 or not out.is_contiguous():
         raise ValueError("gather: out must be contiguous and x contiguous along a row")
     library = native.library(x.device)
     dtype = abi.DTYPE_CODES.get(x.dtype)

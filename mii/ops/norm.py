@@ -70,21 +70,20 @@ def _check(
     residual: torch.Tensor | None,
     kind: int,
 ) -> None:
-    if out.shape != x.shape or out.dtype != x.dtype or x.dim() != 2 or x.stride(1) != 1 or out.stride(1) != 1:
+    shape, dtype = x.shape, x.dtype
+    if out.shape != shape or out.dtype != dtype or x.dim() != 2 or x.stride()[1] != 1 or out.stride()[1] != 1:
         raise ValueError(
             f"norm: out {tuple(out.shape)} {out.dtype} and x {tuple(x.shape)} {x.dtype} must be [rows, width] of one "
             "shape and dtype, contiguous along a row"
         )
-    for name, vector in (("weight", weight), ("bias", bias)):
-        if vector is not None and (vector.shape[0] != x.shape[1] or vector.dtype != x.dtype or vector.dim() != 1):
-            raise ValueError(
-                f"norm: {name} {tuple(vector.shape)} {vector.dtype} must be [{x.shape[1]}] of dtype {x.dtype}"
-            )
-    if bias is not None and kind != abi.LAYER:
-        raise ValueError("norm: only a LayerNorm (kind abi.LAYER) has a bias")
-    if residual is not None and (
-        residual.shape != x.shape or residual.dtype != x.dtype or not residual.is_contiguous()
-    ):
+    if weight is not None and (weight.shape != (shape[1],) or weight.dtype != dtype):
+        raise ValueError(f"norm: weight {tuple(weight.shape)} {weight.dtype} must be [{shape[1]}] of dtype {dtype}")
+    if bias is not None:
+        if bias.shape != (shape[1],) or bias.dtype != dtype:
+            raise ValueError(f"norm: bias {tuple(bias.shape)} {bias.dtype} must be [{shape[1]}] of dtype {dtype}")
+        if kind != abi.LAYER:
+            raise ValueError("norm: only a LayerNorm (kind abi.LAYER) has a bias")
+    if residual is not None and (residual.shape != shape or residual.dtype != dtype or not residual.is_contiguous()):
         raise ValueError(
             f"norm: residual {tuple(residual.shape)} {residual.dtype} must be contiguous and like x, "
             f"{tuple(x.shape)} {x.dtype}"

@@ -109,7 +109,7 @@ def _check(
 ) -> None:
     q_heads, kv_heads, head_dim, rotary_dim = heads
     width = (q_heads + 2 * kv_heads) * head_dim
-    if qkv.dim() != 2 or qkv.shape[1] != width or qkv.stride(1) != 1:
+    if qkv.dim() != 2 or qkv.shape[1] != width or qkv.stride()[1] != 1:
         raise ValueError(
             f"rope_kv: qkv {tuple(qkv.shape)} must be [tokens, {width}], contiguous along a row, for {q_heads} query "
             f"and {kv_heads} key-value heads of {head_dim}"
@@ -131,12 +131,13 @@ def _check(
         return
     if kv_slots.shape[0] != qkv.shape[0] or kv_slots.dtype != torch.int32:
         raise ValueError(f"rope_kv: kv_slots {tuple(kv_slots.shape)} {kv_slots.dtype} must be [{qkv.shape[0]}] int32")
+    shape, dtype = k_cache.shape, qkv.dtype
     if (
-        k_cache.shape != v_cache.shape
-        or k_cache.shape[1] != kv_heads
-        or k_cache.shape[3] != head_dim
-        or k_cache.dtype != qkv.dtype
-        or v_cache.dtype != qkv.dtype
+        v_cache.shape != shape
+        or shape[1] != kv_heads
+        or shape[3] != head_dim
+        or k_cache.dtype != dtype
+        or v_cache.dtype != dtype
     ):
         raise ValueError(
             f"rope_kv: caches {tuple(k_cache.shape)} and {tuple(v_cache.shape)} {k_cache.dtype} must both be "
