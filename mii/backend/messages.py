@@ -25,7 +25,6 @@ __all__ = [
     "Hello",
     "Ready",
     "Refused",
-    "Shutdown",
     "Step",
     "ToEngine",
     "ToFront",
@@ -102,21 +101,13 @@ class Abort(msgspec.Struct, tag="abort", frozen=True):
 
 
 class Ask(msgspec.Struct, tag="ask", frozen=True):
-    """A question. It is answered when the step that runs is over.
+    """How is the engine? Answered when the step that runs is over.
 
     Args:
         id: names the question; the answer carries it.
-        what: "stats", the only thing to ask for.
     """
 
     id: int
-    what: str = "stats"
-
-
-class Shutdown(msgspec.Struct, tag="shutdown", frozen=True):
-    """Ends the engine process once it has no work, and at the latest after `drain_s` seconds."""
-
-    drain_s: float
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
@@ -159,7 +150,7 @@ class Died(msgspec.Struct, tag="died", frozen=True):
     error: str
 
 
-ToEngine = Hello | Add | Abort | Ask | Shutdown
+ToEngine = Hello | Add | Abort | Ask
 ToFront = Ready | Step | Refused | Answer | Died
 
 encode = msgspec.msgpack.Encoder().encode

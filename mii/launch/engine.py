@@ -1,0 +1,61 @@
+"""The engine process of a replica: ``python -m mii.launch.engine <folder of the deployment> replica-<i>-engine``."""
+
+from __future__ import annotations
+
+import gc
+import os
+from typing import TYPE_CHECKING
+
+from mii.backend.engine_server import EngineServer
+from mii.backend.messages import EngineInfo
+from mii.launch.process import Process
+from mii.progress import report_progress_to
+
+if TYPE_CHECKING:
+    from mii.engine import Engine
+
+_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+def main() -> None:
+    """Loads the model and serves it until a stop is requested."""
+    with Process.from_arguments() as process:
+        process.report("importing torch")
+        from mii.engine import load_engine
+
+        process.report("opening the checkpoint")
+        report_progress_to(process.report)
+        serve(load_engine(process.model_config), process)
+
+
+def serve(engine: Engine, process: Process) -> None:
+    """Says that the process is ready, and serves until a stop is requested."""
+    with EngineServer(engine, describe(engine), process) as server:
+        # What was made so far stays; without it in the collector's sight a collection is short.
+        gc.collect()
+        gc.freeze()
+        process.ready()
+        server.serve()
+
+
+def describe(engine: Engine) -> EngineInfo:
+    """What a front must know of an engine."""
+    import mii
+
+    assert engine.runner is not None
+    dtype = str(engine.runner.dtype).removeprefix("torch.")
+    return EngineInfo(
+        max_length=engine.max_length,
+        vocab_size=engine.vocab_size,
+        stop_ids=engine.stop_ids,
+        num_blocks=engine.num_blocks,
+        block_size=engine.block_size,
+        device=engine.runner.device.type,
+        dtype=_DTYPES.get(dtype, dtype),
+        version=mii.__version__,
+        pid=os.getpid(),
+    )
+
+
+if __name__ == "__main__":
+    main()
