@@ -18,15 +18,19 @@ int32_t check(const MiiSample& a) {
 int32_t run(const MiiSample& a, int64_t rows) {
   switch (active_isa()) {
 #if defined(MII_HAVE_AMX)
-    case Isa::amx: return amx::sample_rows(a, rows);
+    case Isa::amx:
+      return amx::sample_rows(a, rows);
 #endif
 #if defined(MII_HAVE_AVX512)
-    case Isa::avx512: return avx512::sample_rows(a, rows);
+    case Isa::avx512:
+      return avx512::sample_rows(a, rows);
 #endif
 #if defined(MII_HAVE_AVX2)
-    case Isa::avx2: return avx2::sample_rows(a, rows);
+    case Isa::avx2:
+      return avx2::sample_rows(a, rows);
 #endif
-    default: return plain::sample_rows(a, rows);
+    default:
+      return plain::sample_rows(a, rows);
   }
 }
 

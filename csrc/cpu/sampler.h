@@ -4,9 +4,17 @@
 
 namespace mii::cpu {
 
-namespace plain { int32_t sample_rows(const MiiSample& a, int64_t rows); }
-namespace avx2 { int32_t sample_rows(const MiiSample& a, int64_t rows); }
-namespace avx512 { int32_t sample_rows(const MiiSample& a, int64_t rows); }
-namespace amx { int32_t sample_rows(const MiiSample& a, int64_t rows); }
+namespace plain {
+int32_t sample_rows(const MiiSample& a, int64_t rows);
+}
+namespace avx2 {
+int32_t sample_rows(const MiiSample& a, int64_t rows);
+}
+namespace avx512 {
+int32_t sample_rows(const MiiSample& a, int64_t rows);
+}
+namespace amx {
+int32_t sample_rows(const MiiSample& a, int64_t rows);
+}
 
 }  // namespace mii::cpu

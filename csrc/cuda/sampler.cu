@@ -1,7 +1,6 @@
 // mii_sample of libmii_cuda.so.
-#include "mii/sampler.cuh"
-
 #include "launch.cuh"
+#include "mii/sampler.cuh"
 
 namespace mii::sampler {
 namespace {
@@ -44,12 +43,11 @@ extern "C" {
 
 int32_t mii_sample(const MiiSample* args, void* stream) {
   const MiiSample& a = *args;
-  MII_REQUIRE(a.vocab >= 1 && a.vocab <= mii::kMaxVocab, MII_INVALID, "sample takes a vocabulary of 1 to %lld, not %lld",
-              static_cast<long long>(mii::kMaxVocab), static_cast<long long>(a.vocab));
+  MII_REQUIRE(a.vocab >= 1 && a.vocab <= mii::kMaxVocab, MII_INVALID,
+              "sample takes a vocabulary of 1 to %lld, not %lld", static_cast<long long>(mii::kMaxVocab),
+              static_cast<long long>(a.vocab));
   if (a.rows == 0) return MII_OK;
-  return mii::dispatch_dtype(a.dtype, [&](auto tag) {
-    return mii::sampler::launch_rows<decltype(tag)>(a, stream);
-  });
+  return mii::dispatch_dtype(a.dtype, [&](auto tag) { return mii::sampler::launch_rows<decltype(tag)>(a, stream); });
 }
 
 int64_t mii_sample_workspace_bytes(const MiiSample*) { return 0; }

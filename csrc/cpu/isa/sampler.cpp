@@ -1,11 +1,14 @@
-// The sampler for one instruction set; mii/ops/sampler.py describes the method, csrc/include/mii/sampling.h its arithmetic.
+// The sampler for one instruction set; mii/ops/sampler.py describes the method, csrc/include/mii/sampling.h its
+// arithmetic.
 //
-// A row is handled in blocks of 64 tokens whose best logits are remembered: later passes skip every block that the filters
-// have ruled out, so after the first pass over a row most of it is never touched again. Thresholds come from histograms of
-// the few distances that can still matter. Few rows share the threads block by block, many rows one row each.
+// A row is handled in blocks of 64 tokens whose best logits are remembered: later passes skip every block that the
+// filters have ruled out, so after the first pass over a row most of it is never touched again. Thresholds come from
+// histograms of the few distances that can still matter. Few rows share the threads block by block, many rows one row
+// each.
+#include "../sampler.h"
+
 #include <math.h>
 
-#include "../sampler.h"
 #include "mii/sampling.h"
 #include "simd.h"
 
@@ -37,7 +40,8 @@ bool is_hidden(const Row& row, int64_t id) {
 }
 
 // Logits of a block as floats; hidden ones and those past the vocabulary are -inf.
-template <class T> MII_INLINE void load_block(const Row& row, int64_t block, float (&out)[kBlock]) {
+template <class T>
+MII_INLINE void load_block(const Row& row, int64_t block, float (&out)[kBlock]) {
   const T* from = (const T*)row.logits + block * kBlock;
   const int64_t n = row.vocab - block * kBlock;
   if (n >= kBlock) {
@@ -77,8 +81,7 @@ MII_INLINE void weights(const int32_t* distance, int64_t n, uint64_t* out) {
   for (int64_t start = 0; start < n; start += kBlock) {
     const int64_t count = n - start < kBlock ? n - start : kBlock;
     float p[kBlock] = {};
-    for (int64_t i = 0; i < count; ++i)
-      p[i] = static_cast<float>(distance[start + i] & ((1 << kUnitBits) - 1)) * kUnit;
+    for (int64_t i = 0; i < count; ++i) p[i] = static_cast<float>(distance[start + i] & ((1 << kUnitBits) - 1)) * kUnit;
     for (int64_t i = 0; i < kBlock; i += W) {
       const V f = load(p + i);
       V value = times(set1(kC5), f) + set1(kC4);
@@ -95,7 +98,8 @@ MII_INLINE void weights(const int32_t* distance, int64_t n, uint64_t* out) {
 
 // Weights of a block, 0 past the threshold; returns their sum.
 template <class T>
-MII_INLINE uint64_t kept_weights(const Row& row, int64_t block, float scale, int32_t threshold, uint64_t (&out)[kBlock]) {
+MII_INLINE uint64_t kept_weights(const Row& row, int64_t block, float scale, int32_t threshold,
+                                 uint64_t (&out)[kBlock]) {
   float logits[kBlock];
   int32_t distance[kBlock];
   load_block<T>(row, block, logits);
@@ -111,8 +115,10 @@ MII_INLINE uint64_t kept_weights(const Row& row, int64_t block, float scale, int
 
 // ---- passes over a row --------------------------------------------------------------------------------------------
 
-// Fills block_best, best and best_id (the lowest id of the best logit; of all but hidden ones where every logit is -inf).
-template <class T> void find_best(Row& row) {
+// Fills block_best, best and best_id (the lowest id of the best logit; of all but hidden ones where every logit is
+// -inf).
+template <class T>
+void find_best(Row& row) {
   parallel(row.blocks, kBlock, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       float logits[kBlock];
@@ -145,11 +151,13 @@ MII_INLINE int32_t block_distance(const Row& row, int64_t block, float scale) {
 }
 
 // Fills block_sum with the weights up to the threshold and returns their total.
-template <class T> uint64_t sum_kept(const Row& row, float scale, int32_t threshold) {
+template <class T>
+uint64_t sum_kept(const Row& row, float scale, int32_t threshold) {
   parallel(row.blocks, kBlockCost, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       uint64_t weight[kBlock];
-      row.block_sum[b] = block_distance(row, b, scale) <= threshold ? kept_weights<T>(row, b, scale, threshold, weight) : 0;
+      row.block_sum[b] =
+          block_distance(row, b, scale) <= threshold ? kept_weights<T>(row, b, scale, threshold, weight) : 0;
     }
   });
   uint64_t total = 0;
@@ -158,7 +166,8 @@ template <class T> uint64_t sum_kept(const Row& row, float scale, int32_t thresh
 }
 
 // Collects the distances up to the threshold in `near`; returns how many.
-template <class T> int64_t collect(const Row& row, float scale, int32_t threshold) {
+template <class T>
+int64_t collect(const Row& row, float scale, int32_t threshold) {
   int64_t count = 0;
   for (int64_t b = 0; b < row.blocks; ++b) {
     if (block_distance(row, b, scale) > threshold) continue;
@@ -177,8 +186,8 @@ template <class T> int64_t collect(const Row& row, float scale, int32_t threshol
 
 // ---- thresholds ---------------------------------------------------------------------------------------------------
 
-// The smallest distance up to which weights (or, where there are none, counts) reach the target; they do reach it. Moves
-// what lies in the chosen bin to the front of its arrays, so that only the first digit looks at everything.
+// The smallest distance up to which weights (or, where there are none, counts) reach the target; they do reach it.
+// Moves what lies in the chosen bin to the front of its arrays, so that only the first digit looks at everything.
 int32_t select(int32_t* distance, uint64_t* weight, int64_t n, uint64_t target) {
   constexpr int kShift[] = {18, 9, 0}, kBins[] = {kLimit >> 18, 512, 512};
   uint64_t histogram[kLimit >> 18];
@@ -203,7 +212,8 @@ int32_t select(int32_t* distance, uint64_t* weight, int64_t n, uint64_t target) 
 }
 
 // The distance of the k-th best token. The k-th best block already bounds it, so few tokens have to be looked at.
-template <class T> int32_t top_k_threshold(const Row& row, float scale, int64_t k) {
+template <class T>
+int32_t top_k_threshold(const Row& row, float scale, int64_t k) {
   int32_t bound = kLimit - 1;
   int64_t finite = 0;
   for (int64_t b = 0; b < row.blocks; ++b) {
@@ -217,7 +227,8 @@ template <class T> int32_t top_k_threshold(const Row& row, float scale, int64_t 
 
 // The distance up to which the kept tokens reach top_p of their total weight. Tokens so improbable that even a whole
 // vocabulary of them could not make the difference are left out.
-template <class T> int32_t top_p_threshold(const Row& row, float scale, int32_t threshold, uint64_t total, float top_p) {
+template <class T>
+int32_t top_p_threshold(const Row& row, float scale, int32_t threshold, uint64_t total, float top_p) {
   const uint64_t target = nucleus_weight(total, top_p);
   int64_t octaves = 0;
   while (octaves < 40 && (static_cast<uint64_t>(row.vocab) << (40 - octaves)) > total - target) ++octaves;
@@ -229,7 +240,8 @@ template <class T> int32_t top_p_threshold(const Row& row, float scale, int32_t 
 
 // ---- one row ------------------------------------------------------------------------------------------------------
 
-template <class T> int64_t draw(const Row& row, float scale, int32_t threshold, uint64_t point) {
+template <class T>
+int64_t draw(const Row& row, float scale, int32_t threshold, uint64_t point) {
   int64_t block = 0;
   while (point >= row.block_sum[block]) point -= row.block_sum[block++];
   uint64_t weight[kBlock];
@@ -239,7 +251,8 @@ template <class T> int64_t draw(const Row& row, float scale, int32_t threshold, 
   return block * kBlock + i;
 }
 
-template <class T> int64_t sample_row(const MiiSample& a, const Row& row, int64_t r) {
+template <class T>
+int64_t sample_row(const MiiSample& a, const Row& row, int64_t r) {
   const int32_t slot = a.slots[r], top_k = a.top_k[slot];
   const float temperature = a.temperature[slot], top_p = a.top_p[slot];
   if (!(temperature > 0.0f)) return row.best_id;
@@ -258,14 +271,16 @@ template <class T> int64_t sample_row(const MiiSample& a, const Row& row, int64_
   return draw<T>(row, scale, threshold, random_point(total, random62(a.seed[slot], a.positions[r])));
 }
 
-template <class T> float log_probability(const Row& row, int64_t token) {
+template <class T>
+float log_probability(const Row& row, int64_t token) {
   if (__builtin_isinf(row.best)) return row.best > 0.0f ? 0.0f : -INFINITY;
   const double total = static_cast<double>(sum_kept<T>(row, distance_scale(1.0f), kLimit - 1));
   const float logit = to_float(((const T*)row.logits)[token]);
   return static_cast<float>(static_cast<double>(logit) - row.best - log(total * 0x1p-40));
 }
 
-template <class T> void run_row(const MiiSample& a, int64_t r) {
+template <class T>
+void run_row(const MiiSample& a, int64_t r) {
   if (a.slots[r] < 0) return;
   Row row = {};
   row.logits = (const T*)a.logits + r * a.logits_stride;
@@ -292,8 +307,10 @@ int32_t sample_rows(const MiiSample& a, int64_t rows) {
     const auto run = [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) run_row<decltype(tag)>(a, r);
     };
-    if (2 * rows <= max_threads()) run(0, rows);  // each row's passes share the threads
-    else parallel(rows, a.vocab, run);
+    if (2 * rows <= max_threads())
+      run(0, rows);  // each row's passes share the threads
+    else
+      parallel(rows, a.vocab, run);
   });
   return MII_OK;
 }

@@ -1,9 +1,9 @@
 // The sampler: one cluster of CTAs draws one row's token. mii/ops/sampler.py describes the method.
 //
-// A row is cut into one contiguous segment for each warp of the cluster. It comes from memory once, in the pass for the best
-// logit; later passes find it in L1 and L2. Thresholds come from histograms of the distances in shared memory, the leading
-// digit first: the CTAs of a cluster each add up a slice of the bins over all of them. All sums are integers, so neither
-// the cluster's size nor the order of the atomics can change a token.
+// A row is cut into one contiguous segment for each warp of the cluster. It comes from memory once, in the pass for the
+// best logit; later passes find it in L1 and L2. Thresholds come from histograms of the distances in shared memory, the
+// leading digit first: the CTAs of a cluster each add up a slice of the bins over all of them. All sums are integers,
+// so neither the cluster's size nor the order of the atomics can change a token.
 #pragma once
 #include "mii/abi.h"
 #include "mii/cluster.cuh"
@@ -19,7 +19,8 @@ constexpr int kLeadShift = 18, kDigitBits = 9;
 constexpr int kBins = kLimit >> kLeadShift;  // of the leading digit; the other two have 2^9
 
 struct Shared {
-  uint32_t low[kBins], high[kBins];  // a histogram of weights in two halves, or of counts in `low`; later its merged slice
+  uint32_t low[kBins],
+      high[kBins];  // a histogram of weights in two halves, or of counts in `low`; later its merged slice
   uint64_t kept[kWarps], raw[kWarps];  // sums over each warp's segment
   uint64_t scratch[kWarps];
   uint64_t best;         // of this CTA, as best_key() packs it
@@ -34,9 +35,9 @@ struct Shared {
 template <typename T>
 struct Row {
   const T* base;
-  int offset, limit;         // elements [offset, limit) are logits
-  int begin, end;            // this warp's segment, in whole tiles of the warp
-  const int32_t* hidden;     // ids that must not be drawn
+  int offset, limit;      // elements [offset, limit) are logits
+  int begin, end;         // this warp's segment, in whole tiles of the warp
+  const int32_t* hidden;  // ids that must not be drawn
   int num_hidden;
   float best;
 };
@@ -103,6 +104,21 @@ __device__ __forceinline__ void visit(const Row<T>& row, Body&& body) {
   }
 }
 
+template <int N>
+__device__ __forceinline__ float greatest_of(const float (&logits)[N]) {
+  float greatest = logits[0];
+#pragma unroll
+  for (int j = 1; j < N; ++j) greatest = fmaxf(greatest, logits[j]);  // of NaN and a number gives the number
+  return greatest;
+}
+
+// Whether any logit of a pack lies within the threshold: one distance, that of the greatest, tells.
+template <typename T>
+__device__ __forceinline__ bool any_within(const Row<T>& row, const float (&logits)[kPack<T>], float scale,
+                                           int threshold) {
+  return distance(row.best, greatest_of(logits), scale) <= threshold;
+}
+
 // ---- reductions of 64-bit integers --------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint64_t warp_total(uint64_t value) {
@@ -162,10 +178,8 @@ template <typename T>
 __device__ __forceinline__ int find_best(Row<T>& row, Shared& sh) {
   float best = -INFINITY;
   int at = -1;
-  visit<4>(row, [&](int element, const float(&logits)[kPack<T>]) {
-    float greatest = logits[0];
-#pragma unroll
-    for (int j = 1; j < kPack<T>; ++j) greatest = fmaxf(greatest, logits[j]);  // of NaN and a number gives the number
+  visit<4>(row, [&](int element, const float (&logits)[kPack<T>]) {
+    const float greatest = greatest_of(logits);
     if (greatest > best) {
       best = greatest;
       at = element;
@@ -215,11 +229,12 @@ __device__ __forceinline__ void add_weight(Shared& sh, int bin, uint64_t value) 
 
 // The histogram of one digit of the distances up to the threshold that begin with `prefix`.
 template <bool Weighted, typename T>
-__device__ __forceinline__ void fill_histogram(
-    const Row<T>& row, Shared& sh, float scale, int threshold, int shift, int prefix, int bins) {
+__device__ __forceinline__ void fill_histogram(const Row<T>& row, Shared& sh, float scale, int threshold, int shift,
+                                               int prefix, int bins) {
   for (int b = threadIdx.x; b < bins; b += kThreads) sh.low[b] = sh.high[b] = 0;
   __syncthreads();
-  visit<2>(row, [&](int, const float(&logits)[kPack<T>]) {
+  visit<2>(row, [&](int, const float (&logits)[kPack<T>]) {
+    if (!any_within(row, logits, scale, threshold)) return;
 #pragma unroll
     for (int j = 0; j < kPack<T>; ++j) {
       const int x = distance(row.best, logits[j], scale), bin = (x >> shift) - prefix;
@@ -287,8 +302,8 @@ __device__ __forceinline__ bool holds_one_value(const Row<T>& row, float scale, 
     const int bits = bits16(from_float<T>(middle));
     const int order = (bits & 0x8000 ? 0xffff - bits : bits + 0x8000) + lane - 2;  // neighbours in order of value
     const float near = float_of_bits((order & 0x8000 ? order - 0x8000 : 0xffff - order) & 0xffff, T{});
-    const bool inside = lane < 5 && order >= 0 && order <= 0xffff &&
-                        distance(row.best, near, scale) >> kLeadShift == bin;
+    const bool inside =
+        lane < 5 && order >= 0 && order <= 0xffff && distance(row.best, near, scale) >> kLeadShift == bin;
     const unsigned mask = __ballot_sync(kFullMask, inside);
     return __popc(mask) == 1 && (mask & 0b10001u) == 0;
   }
@@ -298,8 +313,8 @@ __device__ __forceinline__ bool holds_one_value(const Row<T>& row, float scale, 
 // The smallest distance up to which the tokens within the threshold reach a target, or the threshold if they do not.
 // Weighted: the target is top_p of their total weight; else it is a number of tokens.
 template <bool Weighted, typename T>
-__device__ __forceinline__ int select(
-    const Row<T>& row, Shared& sh, float scale, int threshold, uint64_t count, float top_p) {
+__device__ __forceinline__ int select(const Row<T>& row, Shared& sh, float scale, int threshold, uint64_t count,
+                                      float top_p) {
   uint64_t target = count;
   int prefix = 0;
   for (int shift = kLeadShift; shift >= 0; shift -= kDigitBits) {
@@ -333,21 +348,26 @@ __device__ __forceinline__ int select(
 
 // ---- the draw -----------------------------------------------------------------------------------------------------
 
+template <typename T>
+__device__ __forceinline__ uint64_t sum_weights(const Row<T>& row, const float (&logits)[kPack<T>], float scale,
+                                                int threshold) {
+  uint64_t sum = 0;
+#pragma unroll
+  for (int j = 0; j < kPack<T>; ++j) {
+    const int x = distance(row.best, logits[j], scale);
+    if (x <= threshold) sum += weight(x);
+  }
+  return sum;
+}
+
 // Sums over this warp's segment: weights up to the threshold, and weights at temperature 1 where `with_raw`.
 template <typename T>
 __device__ __forceinline__ void sum_segment(const Row<T>& row, Shared& sh, float scale, int threshold, bool with_raw) {
   const float raw_scale = distance_scale(1.0f);
   uint64_t kept = 0, raw = 0;
-  visit<2>(row, [&](int, const float(&logits)[kPack<T>]) {
-#pragma unroll
-    for (int j = 0; j < kPack<T>; ++j) {
-      const int x = distance(row.best, logits[j], scale);
-      if (x <= threshold) kept += weight(x);
-      if (with_raw) {
-        const int y = distance(row.best, logits[j], raw_scale);
-        if (y < kLimit) raw += weight(y);
-      }
-    }
+  visit<2>(row, [&](int, const float (&logits)[kPack<T>]) {
+    if (any_within(row, logits, scale, threshold)) kept += sum_weights(row, logits, scale, threshold);
+    if (with_raw) raw += sum_weights(row, logits, raw_scale, kLimit - 1);
   });
   kept = warp_total(kept);
   raw = warp_total(raw);
@@ -363,14 +383,9 @@ template <typename T>
 __device__ __forceinline__ int draw(const Row<T>& row, float scale, int threshold, uint64_t point) {
   int token = -1;
   bool passed = false;
-  visit<1>(row, [&](int element, const float(&logits)[kPack<T>]) {
+  visit<1>(row, [&](int element, const float (&logits)[kPack<T>]) {
     if (passed) return;
-    uint64_t sum = 0;
-#pragma unroll
-    for (int j = 0; j < kPack<T>; ++j) {
-      const int x = distance(row.best, logits[j], scale);
-      if (x <= threshold) sum += weight(x);
-    }
+    const uint64_t sum = sum_weights(row, logits, scale, threshold);
     const uint64_t running = warp_running(sum), tile = __shfl_sync(kFullMask, running, kWarp - 1);
     passed = point < tile;
     if (!passed) {

@@ -1,8 +1,8 @@
 // The arithmetic of the sampler that the CPU and CUDA bodies share; mii/ops/sampler.py describes the method.
 //
 // A token's distance X counts how many octaves, in units of 2^-25, it is less probable than the best one; its weight is
-// 2^(40 - X / 2^25) as an integer. Every float operation rounds on its own (no fused multiply-add), so that all bodies get
-// the same bits; the float part is therefore written once for each kind of vector: below for CUDA, in
+// 2^(40 - X / 2^25) as an integer. Every float operation rounds on its own (no fused multiply-add), so that all bodies
+// get the same bits; the float part is therefore written once for each kind of vector: below for CUDA, in
 // csrc/cpu/isa/sampler.cpp for the CPU.
 #pragma once
 #include <stdint.h>
@@ -12,11 +12,11 @@
 
 namespace mii {
 
-constexpr int kUnitBits = 25;                       // of a distance
-constexpr int32_t kLimit = 40 << kUnitBits;         // distance from which a weight is 0
-constexpr int64_t kMaxVocab = int64_t{1} << 22;     // keeps sums of weights below 2^62
-constexpr float kDistanceScale = 48408812.0f;       // 2^25 log2 e
-constexpr float kMaxScale = 1e30f;                  // a temperature near 0 leaves the best token at distance 0
+constexpr int kUnitBits = 25;                    // of a distance
+constexpr int32_t kLimit = 40 << kUnitBits;      // distance from which a weight is 0
+constexpr int64_t kMaxVocab = int64_t{1} << 22;  // keeps sums of weights below 2^62
+constexpr float kDistanceScale = 48408812.0f;    // 2^25 log2 e
+constexpr float kMaxScale = 1e30f;               // a temperature near 0 leaves the best token at distance 0
 constexpr float kUnit = 1.0f / (1 << kUnitBits);
 // 2^-f on [0, 1] = 1 + f (kC1 + f (kC2 + ...)), relative error 2.5e-7 as evaluated
 constexpr float kC1 = -0.6931437253952026f, kC2 = 0.2401801496744156f, kC3 = -0.0552973598241806f,
@@ -33,7 +33,8 @@ MII_SHARED uint64_t shifted_weight(int32_t mantissa, int32_t octaves) {
   return (static_cast<uint64_t>(static_cast<uint32_t>(mantissa)) << 10) >> octaves;
 }
 
-// -log2(min_p) as a distance, rounded up, at most kLimit - 1 (filter off): squaring gives one binary digit after another.
+// -log2(min_p) as a distance, rounded up, at most kLimit - 1 (filter off): squaring gives one binary digit after
+// another.
 MII_SHARED int32_t min_p_distance(float min_p) {
   if (!(min_p > 0x1p-40f)) return kLimit - 1;
   if (min_p >= 1.0f) return 0;
