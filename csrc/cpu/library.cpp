@@ -147,6 +147,12 @@ int32_t mii_linear_pack(const MiiLinearPack* args, void*) {
 
 int64_t mii_linear_packed_bytes(const MiiLinearPack* args) { return active_kernels().linear_packed_bytes(*args); }
 
+int32_t mii_run(const MiiRun* args, void* stream) {
+  for (int64_t i = 0; i < args->count; ++i)
+    if (const int32_t status = args->calls[i].function(args->calls[i].args, stream); status != MII_OK) return status;
+  return MII_OK;
+}
+
 const char* mii_last_error(void) { return last_error; }
 
 const char* mii_build_info(void) {
@@ -181,6 +187,9 @@ int64_t mii_struct_size(const char* name) {
   MII_SIZE(MiiSample);
   MII_SIZE(MiiLinear);
   MII_SIZE(MiiLinearPack);
+  MII_SIZE(MiiUnpack);
+  MII_SIZE(MiiCall);
+  MII_SIZE(MiiRun);
 #undef MII_SIZE
   return 0;
 }

@@ -92,6 +92,16 @@ MiiLinearPack = _struct(
     (c_int32, "dtype"),
 )
 
+MiiCall = _struct("MiiCall", (c_void_p, "function args"))
+MiiRun = _struct("MiiRun", (c_void_p, "calls"), (c_int64, "count"))
+
+MiiUnpack = _struct(
+    "MiiUnpack",
+    (c_void_p, "out blocks"),
+    (c_int64, "count"),
+    (c_int32, "type dtype"),
+)
+
 # operation -> (function, struct); functions that return a byte count end in _bytes
 FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "mii_prepare": MiiPrepare,
@@ -109,4 +119,6 @@ FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "mii_linear": MiiLinear,
     "mii_linear_pack": MiiLinearPack,
     "mii_linear_packed_bytes": MiiLinearPack,
+    "mii_unpack": MiiUnpack,
+    "mii_run": MiiRun,
 }

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -20,6 +20,15 @@ from mii.ops import abi
 
 _FOLDER = Path(__file__).resolve().parent.parent / "_lib"
 _reference_only = os.environ.get("MII_REFERENCE_OPS", "") not in ("", "0")
+
+
+class Recorder(Protocol):
+    """Is told of every call that succeeded (see `mii.ops.recording`)."""
+
+    def add(self, library: Library, name: str, args: ctypes.Structure) -> None: ...
+
+
+recorder: Recorder | None = None
 
 
 class NativeError(RuntimeError):
@@ -62,6 +71,10 @@ class Library:
     def has(self, name: str) -> bool:
         return name in self.functions
 
+    def address(self, name: str) -> int:
+        """Where a function lies, for lists of calls that the library runs by itself."""
+        return ctypes.cast(self.functions[name], ctypes.c_void_p).value or 0
+
     def bytes(self, name: str, args: ctypes.Structure) -> int:
         """The result of one of the `..._bytes` functions."""
         return int(self.functions[name](ctypes.addressof(args)))
@@ -70,6 +83,8 @@ class Library:
         """Runs an operation. False: this library has no kernel for these arguments (the caller uses the reference)."""
         code = self.functions[name](ctypes.addressof(args), stream)
         if code == abi.OK:
+            if recorder is not None:
+                recorder.add(self, name, args)
             return True
         if code == abi.UNSUPPORTED:
             return False

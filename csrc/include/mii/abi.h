@@ -215,6 +215,30 @@ struct MiiLinearPack {
 MII_API int32_t mii_linear_pack(const struct MiiLinearPack* args, void* stream);
 MII_API int64_t mii_linear_packed_bytes(const struct MiiLinearPack* args);
 
+// ---- recorded steps (CPU library; on the GPU a CUDA graph serves) -----------------------------------------------------
+// Runs calls one after another, as they were recorded with their structs, and stops at the first that fails. One call
+// from Python in place of hundreds.
+struct MiiCall {
+  int32_t (*function)(const void* args, void* stream);
+  const void* args;
+};
+struct MiiRun {
+  const struct MiiCall* calls;  // [count]
+  int64_t count;
+};
+MII_API int32_t mii_run(const struct MiiRun* args, void* stream);
+
+// ---- quantised blocks of GGUF files (CPU library) --------------------------------------------------------------------
+// Block b of a format becomes numbers b * n .. (b + 1) * n - 1 of out, rounded to nearest even from float32.
+struct MiiUnpack {
+  void* out;           // [count * numbers in a block]
+  const void* blocks;  // [count] blocks, one after the other
+  int64_t count;
+  int32_t type;        // the format's number in GGUF files; MII_UNSUPPORTED for those without code here
+  int32_t dtype;
+};
+MII_API int32_t mii_unpack(const struct MiiUnpack* args, void* stream);
+
 // ---- the library itself -------------------------------------------------------------------------------------------
 MII_API const char* mii_last_error(void);
 MII_API const char* mii_build_info(void);         // compiler, targets, and on the CPU the instruction set in use

@@ -1,0 +1,133 @@
+"""Steps as recorded lists of native calls: what a CUDA graph is on a GPU, for the CPU.
+
+A decode step is some 300 calls into libmii_cpu.so, each of which costs several microseconds of Python: checks, structs,
+ctypes. A step of the same shape makes the same calls on the same memory, so the structs are kept the second time and
+handed to the library as one list from then on. What changes from step to step (tokens, lengths, block tables) lies in
+memory that the calls read, as it does for a graph.
+
+    steps = RecordedSteps()
+    steps.run((tokens, sequences), body)      # `body` runs the step's operations
+
+A body that does anything else with tensors but take views (a plain torch operation, a body of an operation in torch) is
+not recorded and simply runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mii.ops import abi, native
+
+
+class _WatchTorch(TorchDispatchMode):
+    """Notices torch operations that compute, allocate or write; views are free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.computed = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        schema = func._schema
+        is_view = not schema.is_mutable and schema.returns and all(value.alias_info for value in schema.returns)
+        self.computed |= not is_view
+        return func(*args, **(kwargs or {}))
+
+
+class Recording:
+    """The native calls of one run of a body, in order, with copies of their structs."""
+
+    def __init__(self) -> None:
+        self._library: native.Library | None = None
+        self._structs: list[ctypes.Structure] = []
+        self._calls: list[ctypes.Structure] = []
+        self._thread = threading.get_ident()
+        self._run: ctypes.Structure | None = None
+        self._array: ctypes.Array[Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def add(self, library: native.Library, name: str, args: ctypes.Structure) -> None:
+        """Called by the library for each call that succeeded, on whatever thread."""
+        if threading.get_ident() != self._thread:
+            return
+        copy = type(args).from_buffer_copy(args)
+        self._library = library
+        self._structs.append(copy)
+        self._calls.append(abi.MiiCall(library.address(name), ctypes.addressof(copy)))
+
+    def finish(self) -> None:
+        self._array = (abi.MiiCall * len(self._calls))(*self._calls)
+        self._run = abi.MiiRun(ctypes.addressof(self._array), len(self._calls))
+
+    def replay(self) -> None:
+        """Makes the calls again.
+
+        Raises:
+            native.NativeError: one of them failed.
+        """
+        if self._run is not None and self._library is not None:
+            self._library.call("mii_run", self._run)
+
+
+def record(body: Callable[[], None]) -> Recording | None:
+    """Runs a body and returns its native calls; None where it did something with tensors that is not one of them."""
+    recording = Recording()
+    native.recorder, before = recording, native.recorder
+    try:
+        with _WatchTorch() as watch:
+            body()
+    finally:
+        native.recorder = before
+    if watch.computed or not len(recording):
+        return None
+    recording.finish()
+    return recording
+
+
+class RecordedSteps:
+    """The recordings of one engine, by whatever tells steps of different structs apart.
+
+    A key runs plainly the first time, is recorded the second time, and replayed from then on.
+
+    Args:
+        most: How many recordings are kept (about 50 KiB each); the oldest goes first.
+    """
+
+    def __init__(self, most: int = 256) -> None:
+        self._most = most
+        self._steps: dict[Hashable, Recording | None] = {}
+        self._plain: set[Hashable] = set()
+
+    def __len__(self) -> int:
+        return sum(step is not None for step in self._steps.values())
+
+    def run(self, key: Hashable, body: Callable[[], None]) -> None:
+        """Runs a step; `body` makes the same calls on the same memory whenever the key is the same."""
+        step = self._steps.get(key)
+        if step is not None:
+            step.replay()
+        elif key in self._plain:
+            body()
+        elif key not in self._steps:
+            body()
+            self._keep(key, None)
+        else:
+            self._record(key, body)
+
+    def _record(self, key: Hashable, body: Callable[[], None]) -> None:
+        recording = record(body)
+        if recording is None:
+            self._plain.add(key)
+        else:
+            self._keep(key, recording)
+
+    def _keep(self, key: Hashable, step: Recording | None) -> None:
+        while len(self._steps) >= self._most and key not in self._steps:
+            del self._steps[next(iter(self._steps))]
+        self._steps[key] = step
