@@ -7,14 +7,12 @@ rows) fit it here too; the larger cases take turns on enough memory to come from
 from __future__ import annotations
 
 import functools
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from benchmarks.timing import Call, Case, run_cases
 from mii.ops import abi
 from mii.ops.activation import activation
 from mii.ops.embedding import embedding
@@ -27,32 +25,11 @@ HIDDEN, INTERMEDIATE, VOCABULARY = 4096, 14336, 128256
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 32, 8, 128, 64
 DTYPE = torch.bfloat16
 SIZE = 2  # bytes of an element
-COLD = 256 << 20  # bytes that the large cases cycle through: several times an L2 cache
-
-Call = Callable[[], None]
-
-
-@dataclass(frozen=True)
-class Case:
-    """`make` allocates one set of tensors and returns the call on them."""
-
-    kernel: str
-    case: str
-    bytes: int
-    make: Callable[[torch.device], Call]
 
 
 def run(device: torch.device) -> list[dict[str, Any]]:
-    """Every case's time; on a GPU inside a CUDA graph of many launches, as in a step."""
     rows = (1, 64, 512, 8192) if device.type == "cuda" else (1, 64, 512)
-    results = []
-    for case in _cases(rows):
-        copies = max(1, min(16, COLD // case.bytes)) if case.bytes > (4 << 20) else 1
-        calls = [case.make(device) for _ in range(copies)]
-        seconds = _graph_seconds(calls) if device.type == "cuda" else _host_seconds(calls)
-        results.append({"kernel": case.kernel, "case": case.case, "seconds": seconds, "bytes": case.bytes})
-        del calls
-    return results
+    return run_cases(_cases(rows), device)
 
 
 def _cases(rows: tuple[int, ...]) -> Iterator[Case]:
@@ -144,34 +121,3 @@ def _prepare(device: torch.device, seqs: int, tokens: int) -> Call:
     host.sample_seq[:] = range(seqs)
     step.upload()
     return lambda: prepare(step, BLOCK)
-
-
-def _graph_seconds(calls: list[Call], launches: int = 32, replays: int = 20) -> float:
-    """Median time of one launch within a graph of many, the calls taking turns."""
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(launches):
-            calls[i % len(calls)]()
-    times = []
-    for turn in range(replays + 3):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        if turn >= 3:  # the first ones bring the clocks up
-            times.append(begin.elapsed_time(end) / 1e3 / launches)
-    return statistics.median(times)
-
-
-def _host_seconds(calls: list[Call], rounds: int = 30) -> float:
-    times = []
-    for turn in range(rounds + 3):
-        begin = time.perf_counter()
-        calls[turn % len(calls)]()
-        if turn >= 3:
-            times.append(time.perf_counter() - begin)
-    return statistics.median(times)

@@ -11,25 +11,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernels_light import COLD, SIZE, VOCABULARY, Call, Case, _graph_seconds, _host_seconds
+from benchmarks.timing import Call, Case, run_cases
 from mii.batching.data_classes import SamplingParams
 from mii.ops.sampler import SamplingTable, sample, sample_workspace
 
+VOCABULARY, SIZE = 128256, 2  # tokens; bytes of a logit
 GREEDY, PLAIN = SamplingParams(), SamplingParams(temperature=1.0)
 NUCLEUS = SamplingParams(temperature=1.0, top_p=0.9)
 TOP_K = SamplingParams(temperature=1.0, top_k=50, top_p=0.9)
 
 
 def run(device: torch.device) -> list[dict[str, Any]]:
-    """Every case's time; on a GPU inside a CUDA graph of many launches, as in a step."""
-    results = []
-    for case in _cases((1, 8, 64, 128, 512) if device.type == "cuda" else (1, 8, 64)):
-        copies = max(1, min(16, COLD // case.bytes)) if case.bytes > (4 << 20) else 1
-        calls = [case.make(device) for _ in range(copies)]
-        seconds = _graph_seconds(calls) if device.type == "cuda" else _host_seconds(calls)
-        results.append({"kernel": case.kernel, "case": case.case, "seconds": seconds, "bytes": case.bytes})
-        del calls
-    return results
+    return run_cases(_cases((1, 8, 64, 128, 512) if device.type == "cuda" else (1, 8, 64)), device)
 
 
 def _cases(rows: tuple[int, ...]) -> Iterator[Case]:

@@ -6,6 +6,7 @@ of one name, or one machine at two times, may differ.
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import statistics
@@ -13,6 +14,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -100,9 +102,14 @@ def _cpu_seconds(run: Callable[[], object], rounds: int = 7) -> float:
     return min(times)
 
 
-def describe_machine(device: torch.device) -> dict[str, str | int]:
-    """Name, size and driver of what the benchmark ran on."""
-    found: dict[str, str | int] = {"cpu": _cpu_name(), "cores": torch.get_num_threads(), "system": platform.platform()}
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Name, size and driver of what the benchmark ran on; the load is that of the last minute."""
+    found: dict[str, Any] = {
+        "cpu": _cpu_name(),
+        "cores": torch.get_num_threads(),
+        "load_average": os.getloadavg()[0],
+        "system": platform.platform(),
+    }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {

@@ -102,7 +102,11 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
     from mii.benchmark.memory import memory_ledger, reset_peak
     from mii.benchmark.roofline import Roofline
     from mii.benchmark.rows import ROWS, Bench, first_token_row
+    from mii.engine.devices import choose_device
 
+    machine = describe_machine(choose_device(args.device))
+    if machine["load_average"] > 0.5 * machine["cores"]:
+        say(f"note: other programs use this machine (load {machine['load_average']:.1f}); figures will be too low.")
     engine, load_seconds = load(args)
     runner = engine.runner
     assert runner is not None
@@ -128,7 +132,7 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
         "options": dict(args.option),
         "load_s": load_seconds,
     }
-    return {"model": model, "machine": describe_machine(device), "limits": limits, "memory": memory, "rows": rows}
+    return {"model": model, "machine": machine, "limits": limits, "memory": memory, "rows": rows}
 
 
 def load(args: argparse.Namespace) -> tuple[Engine, float]:
