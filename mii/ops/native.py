@@ -1,7 +1,7 @@
 """Loads libmii_cpu.so and libmii_cuda.so and binds their C functions (see `csrc/include/mii/abi.h`).
 
-Both libraries export the same names, so an operation asks `library(device)` for its functions and calls them with a struct.
-`None` from `library` means: no native body here, use the plain torch reference.
+Both libraries export the same names, so an operation asks `library(device)` for its functions and calls them with a
+struct. `None` from `library` means: no native body here, use the plain torch reference.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def library(device: torch.device) -> Library | None:
 
 def stream(device: torch.device) -> int:
     """The current CUDA stream as a number; 0 on the CPU."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
 
 
 @contextmanager
