@@ -27,6 +27,9 @@ option values are `pydantic.ValidationError` (itself a `ValueError`), with messa
     │   ├── PromptTypeError                   (TypeError) a prompt that is neither text nor token ids
     │   ├── PromptEncodingError               text that is not valid Unicode, or bytes that are not UTF-8
     │   └── PromptTooLongError                prompt against max_length or the KV cache; says both numbers
+    ├── ServingError                          (RuntimeError) a deployment cannot answer now; trying again may help
+    │   ├── ServerBusyError                   its queue is full; says when to come back
+    │   └── ServerUnavailableError            (ConnectionError) it is not there, is ending, or lost its engine
     ├── GenerationError                       (RuntimeError) a running request ended with an error
     └── PipelineDestroyedError                (RuntimeError) a pipeline or engine used after destroy()
 """
@@ -61,6 +64,9 @@ __all__ = [
     "PromptTooLongError",
     "PromptTypeError",
     "RequestError",
+    "ServerBusyError",
+    "ServerUnavailableError",
+    "ServingError",
     "TokenizerError",
     "UnknownArgument",
     "UnsupportedDeviceError",
@@ -165,6 +171,24 @@ class PromptEncodingError(RequestError):
 
 class PromptTooLongError(RequestError):
     """A prompt leaves no room for an answer under `max_length`, or is larger than the whole KV cache."""
+
+
+class ServingError(MIIError, RuntimeError):
+    """A deployment cannot answer a request now. The request itself may be fine, so trying again later may help."""
+
+
+class ServerBusyError(ServingError):
+    """A deployment's queue is full. Nothing of the request was run.
+
+    Args:
+        retry_after: Seconds after which there may be room; None when that is not known.
+    """
+
+    retry_after: float | None = None
+
+
+class ServerUnavailableError(ServingError, ConnectionError):
+    """A deployment cannot be reached, is ending, or lost the engine that ran the request."""
 
 
 class GenerationError(MIIError, RuntimeError):
