@@ -1,0 +1,21 @@
+// The host side of attention: what its files (plan, one per head size, generic, dispatch) know of each other.
+#pragma once
+#include "launch.cuh"
+#include "mii/attention_work.cuh"
+
+namespace mii {
+
+// Fills a.work on the device.
+int32_t launch_plan(const MiiAttention& a, Bounds bounds, void* stream);
+
+// The tensor-core kernel, for D in 64, 80, 96, 128 and 256, in attention_d<D>.cu.
+template <int D>
+int32_t launch_tiled(const AttentionParams& p, Bounds bounds, void* stream);
+// How many of its CTAs a multiprocessor of the current device holds; 0 if the device cannot run it.
+template <int D>
+int tiled_occupancy();
+
+// One warp for each query row and head: any dtype, head size up to 512, any alignment.
+int32_t launch_generic(const MiiAttention& a, void* stream);
+
+}  // namespace mii

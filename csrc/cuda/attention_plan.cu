@@ -1,0 +1,246 @@
+// The work list of attention, made on the device once a step: see mii/attention_work.cuh for what it says.
+#include "attention.cuh"
+#include "mii/attention_mma.cuh"
+
+namespace mii {
+namespace {
+
+constexpr int kThreads = 1024;
+constexpr int kBuckets = 256;  // of context lengths, for the order of the prompts
+
+struct PlanParams {
+  MiiAttention a;
+  WorkList work;
+  Bounds bounds;
+  int32_t group;
+};
+
+struct Sequence {
+  int q_start, q_len, kv_len, first;  // `first`: position of the first query token
+
+  MII_DEVICE static Sequence of(const PlanParams& p, int s) {
+    Sequence seq;
+    seq.q_start = p.a.q_start[s];
+    seq.q_len = p.a.q_start[s + 1] - seq.q_start;
+    seq.kv_len = p.a.kv_len[s];
+    seq.first = seq.kv_len - seq.q_len;
+    return seq;
+  }
+  MII_DEVICE bool empty() const { return q_len <= 0 || kv_len <= 0; }
+  MII_DEVICE bool is_decode(int group) const { return !empty() && q_len * group <= kDecodeRows; }
+  MII_DEVICE bool is_prefill(int group) const { return !empty() && q_len * group > kDecodeRows; }
+  // First key that query token `token` sees.
+  MII_DEVICE int key_begin(int token, int window) const { return window > 0 ? max(0, first + token - window + 1) : 0; }
+};
+
+struct Shared {
+  int2 totals[kThreads / kWarp];
+  int longest, prefills;
+  int buckets[kBuckets];
+  int lists[1];  // decode_base, order, tile_base: [max_seqs + 1] each
+};
+
+// Sums of what the threads before this one hold; `total` of all. Every thread of the CTA calls it.
+MII_DEVICE int2 scan_before(int2 value, int2& total, Shared& shared) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const auto scan = [lane](int2 v) {
+#pragma unroll
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const int x = __shfl_up_sync(kFullMask, v.x, offset), y = __shfl_up_sync(kFullMask, v.y, offset);
+      if (lane >= offset) v = make_int2(v.x + x, v.y + y);
+    }
+    return v;
+  };
+  const int2 in_warp = scan(value);
+  __syncthreads();
+  if (lane == kWarp - 1) shared.totals[warp] = in_warp;
+  __syncthreads();
+  const int2 of_warps = scan(shared.totals[lane]);
+  total = make_int2(__shfl_sync(kFullMask, of_warps.x, kWarp - 1), __shfl_sync(kFullMask, of_warps.y, kWarp - 1));
+  const int before = warp == 0 ? 0 : warp - 1;
+  const int x = __shfl_sync(kFullMask, of_warps.x, before), y = __shfl_sync(kFullMask, of_warps.y, before);
+  return make_int2(in_warp.x - value.x + (warp ? x : 0), in_warp.y - value.y + (warp ? y : 0));
+}
+
+// The last index whose entry is not above `value`; `list` rises and starts at or below it.
+MII_DEVICE int find(const int* list, int count, int value) {
+  int low = 0, high = count;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (list[middle] <= value ? low : high) = middle;
+  }
+  return low;
+}
+
+// Fills work.decode and decode_base; returns (sequences, units of the axis).
+__device__ int2 list_decodes(const PlanParams& p, int seqs, int* decode_base, Shared& shared) {
+  const int share = (seqs + kThreads - 1) / kThreads, begin = threadIdx.x * share, end = min(seqs, begin + share);
+  const auto entry = [&p](const Sequence& seq) {
+    const int key = seq.key_begin(0, p.a.window), tile = key / kDecodeTile;
+    const int tiles = (seq.kv_len + kDecodeTile - 1) / kDecodeTile - tile;
+    return DecodeSeq{0, tile, tiles, seq.kv_len, seq.q_start, seq.q_len, 0, key};
+  };
+  int2 mine = make_int2(0, 0), total;
+  for (int s = begin; s < end; ++s) {
+    const Sequence seq = Sequence::of(p, s);
+    if (seq.is_prefill(p.group)) {
+      atomicAdd(&shared.prefills, 1);
+      atomicMax(&shared.longest, seq.kv_len);
+    }
+    if (!seq.is_decode(p.group)) continue;
+    mine = make_int2(mine.x + 1, mine.y + p.a.kv_heads * (entry(seq).tiles + kJobOverhead));
+  }
+  int2 at = scan_before(mine, total, shared);
+  for (int s = begin; s < end; ++s) {
+    const Sequence seq = Sequence::of(p, s);
+    if (!seq.is_decode(p.group)) continue;
+    DecodeSeq decode = entry(seq);
+    decode.base = at.y;
+    decode.slot = p.a.seq_slot[s];
+    p.work.decode[at.x] = decode;
+    decode_base[at.x] = at.y;
+    at = make_int2(at.x + 1, at.y + p.a.kv_heads * (decode.tiles + kJobOverhead));
+  }
+  __syncthreads();
+  return total;
+}
+
+// Cuts the decode axis: as many chunks as CTAs, twice as many where prompts compete for them.
+__device__ void cut_axis(const PlanParams& p, int2 decodes, const int* decode_base, PlanHeader& header, bool alone) {
+  const int wanted = alone ? p.bounds.ctas : 2 * p.bounds.ctas;
+  header.units = decodes.y;
+  header.chunk_units = max(kMinChunk, (decodes.y + wanted - 1) / wanted);
+  header.chunks = (decodes.y + header.chunk_units - 1) / header.chunk_units;
+  for (int chunk = threadIdx.x; chunk < header.chunks; chunk += kThreads) {
+    p.work.chunk_first[chunk] = find(decode_base, decodes.x, chunk * header.chunk_units);
+  }
+}
+
+// Orders the prompts by context, longest first, and numbers their row tiles in that order; returns the tiles.
+__device__ int order_prefills(const PlanParams& p, int seqs, int* order, int* tile_base, Shared& shared) {
+  for (int i = threadIdx.x; i < kBuckets; i += kThreads) shared.buckets[i] = 0;
+  __syncthreads();
+  const float scale = kBuckets / (shared.longest + 1.0f);
+  const auto bucket = [scale](const Sequence& seq) {
+    return max(0, kBuckets - 1 - static_cast<int>(seq.kv_len * scale));
+  };
+  for (int s = threadIdx.x; s < seqs; s += kThreads) {
+    const Sequence seq = Sequence::of(p, s);
+    if (seq.is_prefill(p.group)) atomicAdd(&shared.buckets[bucket(seq)], 1);
+  }
+  __syncthreads();
+  int2 total;
+  const int count = threadIdx.x < kBuckets ? shared.buckets[threadIdx.x] : 0;
+  const int before = scan_before(make_int2(count, 0), total, shared).x;
+  if (threadIdx.x < kBuckets) shared.buckets[threadIdx.x] = before;
+  __syncthreads();
+  for (int s = threadIdx.x; s < seqs; s += kThreads) {
+    const Sequence seq = Sequence::of(p, s);
+    if (seq.is_prefill(p.group)) order[atomicAdd(&shared.buckets[bucket(seq)], 1)] = s;
+  }
+  __syncthreads();
+  const int prefills = shared.prefills, rows = prefill_rows(p.a.head_dim);
+  const int share = (prefills + kThreads - 1) / kThreads, begin = threadIdx.x * share,
+            end = min(prefills, begin + share);
+  const auto tiles = [&](int rank) { return (Sequence::of(p, order[rank]).q_len * p.group + rows - 1) / rows; };
+  int mine = 0;
+  for (int rank = begin; rank < end; ++rank) mine += tiles(rank);
+  int at = scan_before(make_int2(mine, 0), total, shared).x;
+  for (int rank = begin; rank < end; ++rank) {
+    tile_base[rank] = at;
+    at += tiles(rank);
+  }
+  if (threadIdx.x == 0) tile_base[prefills] = total.x;
+  __syncthreads();
+  return total.x;
+}
+
+// Row tile `number` of the order, unsplit; a sequence's last rows, which see most keys, come first.
+__device__ PrefillItem row_tile(const PlanParams& p, int prefills, const int* order, const int* tile_base, int number) {
+  const int rows = prefill_rows(p.a.head_dim), keys = prefill_keys(p.a.head_dim);
+  const int rank = find(tile_base, prefills, number), s = order[rank];
+  const Sequence seq = Sequence::of(p, s);
+  PrefillItem item = {};
+  item.seq = s;
+  item.row = (tile_base[rank + 1] - 1 - number) * rows;
+  item.parts = 1;
+  const int last = min(item.row + rows, seq.q_len * p.group) - 1;
+  item.tile_begin = seq.key_begin(item.row / p.group, p.a.window) / keys;
+  item.tile_end = (seq.first + last / p.group) / keys + 1;
+  return item;
+}
+
+// Writes the prefill items. A row tile with more keys than the average CTA has to work on is split along its keys.
+__device__ int list_prefills(const PlanParams& p, int tiles, const int* order, const int* tile_base, Shared& shared) {
+  const int prefills = shared.prefills;
+  int2 total;
+  int64_t all = 0;
+  for (int i = 0; i < tiles; i += kThreads) {
+    const int number = i + threadIdx.x;
+    int mine = 0;
+    if (number < tiles) {
+      const PrefillItem item = row_tile(p, prefills, order, tile_base, number);
+      mine = item.tile_end - item.tile_begin;
+    }
+    scan_before(make_int2(mine, 0), total, shared);
+    all += total.x;
+  }
+  const int limit = max(kMinPrefillPart, static_cast<int>((all * p.a.kv_heads + p.bounds.ctas - 1) / p.bounds.ctas));
+  int items = 0, slots = 0;
+  for (int i = 0; i < tiles; i += kThreads) {
+    const int number = i + threadIdx.x;
+    PrefillItem item = {};
+    if (number < tiles) item = row_tile(p, prefills, order, tile_base, number);
+    const int keys = item.tile_end - item.tile_begin;
+    if (keys > limit) item.parts = (keys + (limit + 1) / 2 - 1) / ((limit + 1) / 2);
+    const int split = item.parts > 1 ? item.parts : 0;
+    const int2 before = scan_before(make_int2(item.parts, split), total, shared);
+    item.slot = (slots + before.y) * p.a.kv_heads;
+    const int begin = item.tile_begin;
+    for (int part = 0; part < item.parts; ++part) {
+      item.part = part;
+      item.tile_begin = begin + static_cast<int>(static_cast<int64_t>(keys) * part / item.parts);
+      item.tile_end = begin + static_cast<int>(static_cast<int64_t>(keys) * (part + 1) / item.parts);
+      p.work.items[items + before.x + part] = item;
+    }
+    items += total.x;
+    slots += total.y;
+  }
+  return items;
+}
+
+__global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ PlanParams p) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  int* decode_base = shared.lists;
+  int* order = decode_base + p.a.max_seqs + 1;
+  int* tile_base = order + p.a.max_seqs + 1;
+  if (threadIdx.x == 0) shared.longest = shared.prefills = 0;
+  __syncthreads();
+  wait_for_previous();
+  start_next();
+  const int seqs = min(p.a.counts[MII_NUM_SEQS], static_cast<int>(p.a.max_seqs));
+  PlanHeader header = {};
+  const int2 decodes = list_decodes(p, seqs, decode_base, shared);
+  cut_axis(p, decodes, decode_base, header, shared.prefills == 0);
+  if (shared.prefills > 0) {
+    const int tiles = order_prefills(p, seqs, order, tile_base, shared);
+    header.items = list_prefills(p, tiles, order, tile_base, shared);
+  }
+  if (threadIdx.x == 0) *p.work.header = header;
+}
+
+size_t plan_shared(int64_t max_seqs) { return sizeof(Shared) + 3 * (max_seqs + 1) * sizeof(int); }
+
+}  // namespace
+
+int32_t launch_plan(const MiiAttention& a, Bounds bounds, void* stream) {
+  const size_t shared = plan_shared(a.max_seqs);
+  MII_REQUIRE(shared <= static_cast<size_t>(card().shared_per_block), MII_UNSUPPORTED,
+              "attention plan: %lld sequences in a step are more than one CTA can list", (long long)a.max_seqs);
+  if (shared > 48 * 1024) cudaFuncSetAttribute(plan_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
+  const PlanParams p = {a, work_list(a, bounds), bounds, a.q_heads / a.kv_heads};
+  return launch("mii_attention_plan", plan_kernel, {dim3(1), dim3(kThreads), shared}, stream, p);
+}
+
+}  // namespace mii

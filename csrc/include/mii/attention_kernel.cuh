@@ -1,0 +1,45 @@
+// The attention kernel: one launch for a step's prompts, chunks and single tokens, as many CTAs as fit on the card.
+#pragma once
+#include "mii/attention_decode.cuh"
+#include "mii/attention_prefill.cuh"
+
+namespace mii {
+
+// Shared memory of a CTA without SharedNotes such that two fit on a multiprocessor: 228 KiB for sm_90, 164 KiB for
+// sm_80.
+constexpr int kNotesBytes = 1024;
+constexpr int kLargeBudget = 228 * 1024 / 2 - 1024 - kNotesBytes;
+constexpr int kSmallBudget = 164 * 1024 / 2 - 1024 - kNotesBytes;
+static_assert(sizeof(SharedNotes) <= kNotesBytes);
+
+template <int D, int kBudget>
+constexpr int attention_shared() {
+  constexpr int kDecode = DecodeShape<D, kBudget>::kShared, kPrefill = PrefillShape<D, kBudget>::kShared;
+  return (kDecode > kPrefill ? kDecode : kPrefill) + kNotesBytes;
+}
+
+template <typename T, int D, bool kExtras>
+__global__ void __launch_bounds__(kAttentionThreads, 2) attention_kernel(const __grid_constant__ AttentionParams p) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  constexpr int kBudget = kSmallBudget;
+#else
+  constexpr int kBudget = kLargeBudget;
+#endif
+  extern __shared__ __align__(128) unsigned char shared[];
+  SharedNotes* notes = reinterpret_cast<SharedNotes*>(shared + attention_shared<D, kBudget>() - kNotesBytes);
+  wait_for_previous();
+  start_next();
+  if (threadIdx.x == 0) Queue::enter(p, notes);
+  for (__syncthreads(); notes->kind >= 0; __syncthreads()) {
+    const int thread = thread_in_cta();
+    if (notes->kind == Queue::kPrefill) {
+      prefill_item<T, D, kExtras, kBudget>(p, notes->number, thread, shared, notes);
+    } else {
+      decode_chunk<T, D, kExtras, kBudget>(p, notes->number, thread, shared, notes);
+    }
+    __syncthreads();  // the shared memory of this work is free
+    if (threadIdx.x == 0) Queue::next(p, notes);
+  }
+}
+
+}  // namespace mii

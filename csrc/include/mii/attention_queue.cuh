@@ -1,0 +1,174 @@
+// How the CTAs of the attention kernel share a step's work, and what their threads tell each other about it.
+//
+// With decode work alone every CTA takes the chunk of its own number. With prompts in the step both kinds of work are
+// queues: half of the CTAs (a half that shares its multiprocessors with the other) start on prompts, half on decode, so
+// that tensor cores and memory are busy together, and each turns to the other queue when its own is empty.
+#pragma once
+#include "mii/attention_merge.cuh"
+
+namespace mii {
+
+// Which key steps or tiles (by their first key) the rows of a warp ask for: those from `begin` to `end`; and those
+// among them from `clear` to `clear_end` whole, with no look at each key.
+struct alignas(16) WarpKeys {
+  int begin, end, clear, clear_end;
+
+  // Rows at positions first .. last, keys taken `width` at a time.
+  MII_DEVICE static WarpKeys of(int first, int last, int width, int window) {
+    const int back = window > 0 ? window - 1 : 1 << 30;
+    return {first - back - width + 1, last + 1, last - back, first - width + 2};
+  }
+  MII_DEVICE bool has(int key) const { return key >= begin && key < end; }
+  MII_DEVICE bool cuts(int key) const { return key < clear || key >= clear_end; }
+};
+
+// A position on the decode axis: a job, and which of its tiles fall into the chunk.
+struct JobCursor {
+  DecodeSeq seq;
+  int index, head;     // `seq` is number `index` of the list
+  int base, end;       // first unit of the job, end of the chunk
+  int tile, tile_end;  // counted from seq.first_tile; equal: the chunk is done
+
+  MII_DEVICE void start(const AttentionParams& p, int chunk) {
+    const PlanHeader header = *p.work.header;
+    const int begin = chunk * header.chunk_units;
+    end = min(begin + header.chunk_units, header.units);
+    index = p.work.chunk_first[chunk];
+    seq = p.work.decode[index];
+    const int units = seq.tiles + kJobOverhead;
+    head = (begin - seq.base) / units;
+    base = seq.base + head * units;
+    tile = max(begin - base - kJobOverhead, 0);
+    tile_end = min(end - base - kJobOverhead, seq.tiles);
+  }
+
+  MII_DEVICE void next_job(const AttentionParams& p) {
+    tile = tile_end = 0;
+    base += seq.tiles + kJobOverhead;
+    if (base + kJobOverhead >= end) return;
+    if (++head == p.a.kv_heads) {
+      head = 0;
+      seq = p.work.decode[++index];
+    }
+    tile_end = min(end - base - kJobOverhead, seq.tiles);
+  }
+
+  MII_DEVICE bool more() const { return tile < tile_end; }
+  // First key of a warp's step in the present tile, and whether anyone sees one of its keys.
+  MII_DEVICE int key(int warp) const { return (seq.first_tile + tile) * kDecodeTile + warp * kDecodeStep; }
+  MII_DEVICE bool live(int key) const { return key < seq.kv_len && key + kDecodeStep > seq.key_begin; }
+};
+static_assert(kMinChunk > kJobOverhead, "a chunk that begins in a job's empty units holds a tile of it");
+
+struct DecodeNotes {
+  JobCursor job[kAttentionThreads / kWarp];              // where each warp computes
+  float2 scale[kAttentionThreads / kWarp][kDecodeRows];  // maximum and sum of each warp's rows, at the end of a job
+};
+
+// A prefill item for one KV head, with what follows from it.
+struct PrefillTile {
+  int q_start, first, slot, head;  // `first`: position of the sequence's first query token
+  int row, rows;                   // packed rows of the tile
+  int key_begin, key_end;          // the keys that its rows see together
+  int load_begin, load_end;        // the whole key tiles of this part
+  int part, parts, parts_at;
+
+  template <int D>
+  MII_DEVICE static PrefillTile of(const AttentionParams& p, int number) {
+    const PrefillItem item = p.work.items[number / p.a.kv_heads];
+    PrefillTile tile;
+    tile.q_start = p.a.q_start[item.seq];
+    tile.slot = p.a.seq_slot[item.seq];
+    tile.head = number % p.a.kv_heads;
+    const int q_len = p.a.q_start[item.seq + 1] - tile.q_start;
+    tile.first = p.a.kv_len[item.seq] - q_len;
+    tile.row = item.row;
+    tile.rows = min(prefill_rows(D), q_len * p.group - item.row);
+    tile.key_begin = p.a.window > 0 ? max(0, tile.position(p, 0) - p.a.window + 1) : 0;
+    tile.key_end = tile.position(p, tile.rows - 1) + 1;
+    tile.load_begin = item.tile_begin * prefill_keys(D);
+    tile.load_end = item.tile_end * prefill_keys(D);
+    tile.part = item.part;
+    tile.parts = item.parts;
+    tile.parts_at = item.slot + tile.head * item.parts;
+    return tile;
+  }
+  MII_DEVICE int position(const AttentionParams& p, int at) const { return first + (row + at) / p.group; }
+};
+
+struct PrefillNotes {
+  PrefillTile tile;
+  WarpKeys keys[kAttentionThreads / kWarp];
+  uint8_t token[kAttentionThreads];  // of each row, from the tile's first on
+  float slope[kAttentionThreads];    // ALiBi
+};
+
+// What the threads of a CTA tell each other besides tiles of numbers.
+struct SharedNotes {
+  int kind, number;  // the work at hand (see Queue); kind below 0: none is left
+  int ahead;         // the number that was drawn for later
+  int switched;      // whether this CTA has turned from its first queue to the other
+  int flag;
+  union {
+    DecodeNotes decode;
+    PrefillNotes prefill;
+  };
+};
+
+// With decode work alone every CTA takes the chunk of its own number. With prompts in the step both kinds of work are
+// queues: half of the CTAs (a half that shares its multiprocessors with the other) start on prompts, half on decode, so
+// that tensor cores and memory are busy together, and each turns to the other queue when its own is empty.
+//
+// Thread 0 alone calls these; the others read notes->kind and notes->number after a barrier. All of it lives in shared
+// memory, as the work between wants every register.
+struct Queue {
+  static constexpr int kPrefill = 0, kDecode = 1, kDone = -1;
+
+  MII_DEVICE static int limit(const AttentionParams& p, int kind) {
+    return kind == kPrefill ? p.work.header->items * p.a.kv_heads : p.work.header->chunks;
+  }
+
+  __device__ static void enter(const AttentionParams& p, SharedNotes* notes) {
+    const bool alone = limit(p, kPrefill) == 0;
+    notes->switched = 0;
+    if (alone) {
+      notes->kind = static_cast<int>(blockIdx.x) < limit(p, kDecode) ? kDecode : kDone;
+      notes->number = blockIdx.x;
+    } else {
+      notes->kind = blockIdx.x >= gridDim.x / 2 ? kDecode : kPrefill;
+      notes->ahead = atomicAdd(p.space.queue + notes->kind, 1);
+      next(p, notes);
+    }
+  }
+
+  // Asks for the work after the present one: called while that one waits for memory anyway.
+  MII_DEVICE static void draw(const AttentionParams& p, SharedNotes* notes) {
+    if (limit(p, kPrefill) > 0) notes->ahead = atomicAdd(p.space.queue + notes->kind, 1);
+  }
+
+  __device__ static void next(const AttentionParams& p, SharedNotes* notes) {
+    if (limit(p, kPrefill) == 0) {
+      notes->kind = kDone;
+      return;
+    }
+    notes->number = notes->ahead;
+    if (notes->number < limit(p, notes->kind)) return;
+    if (!notes->switched) {
+      notes->switched = 1;
+      notes->kind ^= 1;
+      notes->number = atomicAdd(p.space.queue + notes->kind, 1);
+      if (notes->number < limit(p, notes->kind)) return;
+    }
+    notes->kind = kDone;
+    leave(p);
+  }
+
+  // The last CTA to leave sets the counters back for the next launch.
+  __device__ static void leave(const AttentionParams& p) {
+    __threadfence();
+    if (atomicAdd(p.space.queue + 2, 1) != static_cast<int>(gridDim.x) - 1) return;
+    p.space.queue[0] = p.space.queue[1] = p.space.queue[2] = 0;
+  }
+};
+
+}  // namespace mii
