@@ -22,6 +22,7 @@ from mii.modeling.rope import rope_rows, rope_table, trained_length
 from mii.ops import abi
 from mii.ops.attention import AttentionBatch, AttentionPlan
 from mii.ops.prepare import StepTensors, prepare
+from mii.ops.recording import RecordedSteps
 from mii.ops.sampler import SamplingTable, sample, sample_workspace
 from mii.ops.staging import HostStep
 
@@ -100,6 +101,7 @@ class Runner:
         self._any_suppressed = self._suppressing = False
         self._cos_sin = self._rope()
         self.graphs = StepGraphs(self.device) if self.device.type == "cuda" else None
+        self._recorded = RecordedSteps()
         self._sent: list[tuple[object, int]] = [(None, 0)] * limits.max_slots
         self._forwards: dict[tuple[int, int], Forward] = {}
         self.plans = {
@@ -166,6 +168,7 @@ class Runner:
         self.caches = [(cache(), cache()) for _ in range(self.spec.num_layers)]
         self.num_blocks = num_blocks
         self._forwards.clear()
+        self._recorded = RecordedSteps()
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -174,7 +177,10 @@ class Runner:
         """Starts a planned step and returns at once (on a GPU)."""
         forward, samples = self._begin(plan)
         tokens = self.sampled.on_device
-        if self.graphs is None:
+        if self.graphs is None and forward.cos_sin is self._cos_sin:
+            key = (plan.num_tokens, len(plan.chunks), samples, self._suppressing)
+            self._recorded.run(key, lambda: self._execute(forward, tokens[:samples]))
+        elif self.graphs is None:
             self._execute(forward, tokens[:samples])
         elif forward.cos_sin is not self._cos_sin or forward.positions.shape[0] > MOST_TOKENS:
             self._execute(forward, tokens[: len(forward.sample_rows)])
