@@ -1,8 +1,9 @@
 """The block formats of GGUF tensors and how they become floats again.
 
-A row is a sequence of blocks, each a few bytes of scales and the packed numbers. Everything here is plain torch on
-[blocks, bytes] tensors, in slices that stay in the cache, so torch's own threads do the work. The formats are those of
-ggml; the arithmetic keeps its order of float32 operations, so that results are equal bit for bit.
+A row is a sequence of blocks, each a few bytes of scales and the packed numbers. The bodies here are plain torch on
+[blocks, bytes] tensors, in slices that stay in the cache; csrc/cpu/isa/gguf.cpp does the same for the common formats,
+faster and without a care for busy processors. The formats are those of ggml; the arithmetic keeps its order of float32
+operations, so that results are equal bit for bit.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from mii.ops import abi, native
+
 _SLICE_ELEMENTS = 1 << 19  # of float32: 2 MiB, a few of which fit the second-level caches
 
 
@@ -19,10 +22,11 @@ _SLICE_ELEMENTS = 1 << 19  # of float32: 2 MiB, a few of which fit the second-le
 class QuantType:
     """A tensor type: `block_size` numbers are stored in `type_size` bytes.
 
-    `dtype` is set for plain types, `unpack` ([n, type_size] uint8 -> [n, block_size] float32) for the others; a type
-    with neither is known by name and size, and cannot be read.
+    `number` is what the file calls it. `dtype` is set for plain types, `unpack` ([n, type_size] uint8 ->
+    [n, block_size] float32) for the others; a type with neither is known by name and size, and cannot be read.
     """
 
+    number: int
     name: str
     block_size: int
     type_size: int
@@ -43,11 +47,27 @@ def dequantise(type_: QuantType, raw: torch.Tensor, out: torch.Tensor) -> torch.
         out: [rows, row length], contiguous, of any float dtype; rounded to nearest even from float32.
     """
     assert type_.unpack is not None
-    blocks, values = raw.reshape(-1, type_.type_size), out.view(-1, type_.block_size)
-    step = max(1, _SLICE_ELEMENTS // type_.block_size)
-    for start in range(0, blocks.shape[0], step):
-        values[start : start + step] = type_.unpack(blocks[start : start + step])
+    blocks, values = raw.reshape(-1, type_.type_size).contiguous(), out.view(-1, type_.block_size)
+    if not _unpacked_natively(type_, blocks, values):
+        step = max(1, _SLICE_ELEMENTS // type_.block_size)
+        for start in range(0, blocks.shape[0], step):
+            values[start : start + step] = type_.unpack(blocks[start : start + step])
     return out
+
+
+def _unpacked_natively(type_: QuantType, blocks: torch.Tensor, values: torch.Tensor) -> bool:
+    """Runs the CPU library's body where it has one for this format; its threads do not mind a busy machine."""
+    library = native.library(blocks.device)
+    if library is None or not library.has("mii_unpack") or values.dtype not in abi.DTYPE_CODES:
+        return False
+    arguments = abi.MiiUnpack(
+        out=values.data_ptr(),
+        blocks=blocks.data_ptr(),
+        count=blocks.shape[0],
+        type=type_.number,
+        dtype=abi.DTYPE_CODES[values.dtype],
+    )
+    return library.call("mii_unpack", arguments)
 
 
 def _fields(packed: torch.Tensor, width: int, bits: int) -> torch.Tensor:
@@ -182,38 +202,41 @@ def _mxfp4(b: torch.Tensor) -> torch.Tensor:
 
 # By the numbers that the format gives them.
 TYPES = {
-    0: QuantType("F32", 1, 4, torch.float32),
-    1: QuantType("F16", 1, 2, torch.float16),
-    2: QuantType("Q4_0", 32, 18, unpack=_q4_0),
-    3: QuantType("Q4_1", 32, 20, unpack=_q4_1),
-    6: QuantType("Q5_0", 32, 22, unpack=_q5_0),
-    7: QuantType("Q5_1", 32, 24, unpack=_q5_1),
-    8: QuantType("Q8_0", 32, 34, unpack=_q8_0),
-    9: QuantType("Q8_1", 32, 36),
-    10: QuantType("Q2_K", 256, 84, unpack=_q2_k),
-    11: QuantType("Q3_K", 256, 110, unpack=_q3_k),
-    12: QuantType("Q4_K", 256, 144, unpack=_q4_k),
-    13: QuantType("Q5_K", 256, 176, unpack=_q5_k),
-    14: QuantType("Q6_K", 256, 210, unpack=_q6_k),
-    15: QuantType("Q8_K", 256, 292, unpack=_q8_k),
-    16: QuantType("IQ2_XXS", 256, 66),
-    17: QuantType("IQ2_XS", 256, 74),
-    18: QuantType("IQ3_XXS", 256, 98),
-    19: QuantType("IQ1_S", 256, 50),
-    20: QuantType("IQ4_NL", 32, 18, unpack=_iq4_nl),
-    21: QuantType("IQ3_S", 256, 110),
-    22: QuantType("IQ2_S", 256, 82),
-    23: QuantType("IQ4_XS", 256, 136, unpack=_iq4_xs),
-    24: QuantType("I8", 1, 1, torch.int8),
-    25: QuantType("I16", 1, 2, torch.int16),
-    26: QuantType("I32", 1, 4, torch.int32),
-    27: QuantType("I64", 1, 8, torch.int64),
-    28: QuantType("F64", 1, 8, torch.float64),
-    29: QuantType("IQ1_M", 256, 56),
-    30: QuantType("BF16", 1, 2, torch.bfloat16),
-    34: QuantType("TQ1_0", 256, 54, unpack=_tq1_0),
-    35: QuantType("TQ2_0", 256, 66, unpack=_tq2_0),
-    39: QuantType("MXFP4", 32, 17, unpack=_mxfp4),
-    40: QuantType("NVFP4", 64, 36),
-    41: QuantType("Q1_0", 128, 18),
+    type_.number: type_
+    for type_ in (
+        QuantType(0, "F32", 1, 4, torch.float32),
+        QuantType(1, "F16", 1, 2, torch.float16),
+        QuantType(2, "Q4_0", 32, 18, unpack=_q4_0),
+        QuantType(3, "Q4_1", 32, 20, unpack=_q4_1),
+        QuantType(6, "Q5_0", 32, 22, unpack=_q5_0),
+        QuantType(7, "Q5_1", 32, 24, unpack=_q5_1),
+        QuantType(8, "Q8_0", 32, 34, unpack=_q8_0),
+        QuantType(9, "Q8_1", 32, 36),
+        QuantType(10, "Q2_K", 256, 84, unpack=_q2_k),
+        QuantType(11, "Q3_K", 256, 110, unpack=_q3_k),
+        QuantType(12, "Q4_K", 256, 144, unpack=_q4_k),
+        QuantType(13, "Q5_K", 256, 176, unpack=_q5_k),
+        QuantType(14, "Q6_K", 256, 210, unpack=_q6_k),
+        QuantType(15, "Q8_K", 256, 292, unpack=_q8_k),
+        QuantType(16, "IQ2_XXS", 256, 66),
+        QuantType(17, "IQ2_XS", 256, 74),
+        QuantType(18, "IQ3_XXS", 256, 98),
+        QuantType(19, "IQ1_S", 256, 50),
+        QuantType(20, "IQ4_NL", 32, 18, unpack=_iq4_nl),
+        QuantType(21, "IQ3_S", 256, 110),
+        QuantType(22, "IQ2_S", 256, 82),
+        QuantType(23, "IQ4_XS", 256, 136, unpack=_iq4_xs),
+        QuantType(24, "I8", 1, 1, torch.int8),
+        QuantType(25, "I16", 1, 2, torch.int16),
+        QuantType(26, "I32", 1, 4, torch.int32),
+        QuantType(27, "I64", 1, 8, torch.int64),
+        QuantType(28, "F64", 1, 8, torch.float64),
+        QuantType(29, "IQ1_M", 256, 56),
+        QuantType(30, "BF16", 1, 2, torch.bfloat16),
+        QuantType(34, "TQ1_0", 256, 54, unpack=_tq1_0),
+        QuantType(35, "TQ2_0", 256, 66, unpack=_tq2_0),
+        QuantType(39, "MXFP4", 32, 17, unpack=_mxfp4),
+        QuantType(40, "NVFP4", 64, 36),
+        QuantType(41, "Q1_0", 128, 18),
+    )
 }
