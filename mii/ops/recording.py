@@ -19,23 +19,38 @@ import threading
 from collections.abc import Callable, Hashable
 from typing import Any
 
-from torch.utils._python_dispatch import TorchDispatchMode
+import torch
+from torch.overrides import TorchFunctionMode
 
 from mii.ops import abi, native
 
+# Questions about a tensor, and views of it: all that a recorded body may do with tensors besides native calls.
+_METADATA = frozenset({"__get__", "__len__", "data_ptr", "dim", "is_contiguous", "numel", "size", "stride"})
+_VIEWS = frozenset({"__getitem__", "flatten", "narrow", "reshape", "t", "transpose", "unflatten", "unsqueeze", "view"})
 
-class _WatchTorch(TorchDispatchMode):
-    """Notices torch operations that compute, allocate or write; views are free."""
+
+class _WatchTorch(TorchFunctionMode):
+    """Notices torch operations that compute, allocate or write.
+
+    Not `TorchDispatchMode`, which would be closer to the operators: its first use imports a second's worth of compiler.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.computed = False
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        schema = func._schema
-        is_view = not schema.is_mutable and schema.returns and all(value.alias_info for value in schema.returns)
-        self.computed |= not is_view
-        return func(*args, **(kwargs or {}))
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name in _VIEWS:
+            self.computed |= not _shares_memory(result, args[0])
+        elif name not in _METADATA:
+            self.computed = True
+        return result
+
+
+def _shares_memory(view: torch.Tensor, base: torch.Tensor) -> bool:
+    return view.untyped_storage().data_ptr() == base.untyped_storage().data_ptr()
 
 
 class Recording:

@@ -80,8 +80,10 @@ def test_keys_are_recorded_apart_and_the_oldest_goes_first() -> None:
         lambda x: torch.empty(3),
         lambda x: x[0, 0].item(),
         lambda x: x.copy_(x * 2),
+        lambda x: x[torch.tensor([0, 2])],
+        lambda x: x.t().reshape(-1),
     ],
-    ids=["in place", "sum", "allocation", "read", "copy"],
+    ids=["in place", "sum", "allocation", "read", "copy", "index", "reshape that copies"],
 )
 def test_a_body_that_computes_in_torch_is_not_recorded_but_runs(extra: Callable[[torch.Tensor], object]) -> None:
     x, out, body = make_body()
