@@ -10,17 +10,16 @@ namespace mii {
 // Whether this CTA is the last of `parts` to get here; then everything the others stored before is visible, and the
 // counter is zero again. `flag` is a shared word.
 MII_DEVICE bool last_to_arrive(int32_t* counter, int parts, int* flag) {
-  __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
+    __threadfence();  // releases what the whole CTA stored: the barrier handed it to this thread
     const bool last = atomicAdd(counter, 1) == parts - 1;
     if (last) *counter = 0;
     *flag = last;
+    __threadfence();
   }
   __syncthreads();
-  const bool last = *flag != 0;
-  if (last) __threadfence();
-  return last;
+  return *flag != 0;
 }
 
 // The maximum and sum of row `row` in a partial tile of kRows rows.
