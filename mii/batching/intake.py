@@ -117,7 +117,7 @@ class Intake:
             with _naming_prompt(index, len(prompts)):
                 given.append(_checked_text(prompt) if isinstance(prompt, str) else self._checked_ids(prompt))
         texts = [prompt for prompt in given if isinstance(prompt, str)]
-        if len(texts) > 1 and hasattr(self._tokenizer, "encode_batch"):
+        if texts and hasattr(self._tokenizer, "encode_batch"):  # faster, and other threads can run meanwhile
             encoded = iter(self._tokenizer.encode_batch(texts))
         else:
             encoded = (list(_plain(self._tokenizer.encode(text))) for text in texts)
