@@ -38,21 +38,19 @@ def make_plan(config: MIIConfig, folder: DeploymentFolder, *, attached: bool = F
     Raises:
         LauncherError: a replica is on another host and what starts processes there is missing.
     """
-    base = python_environment(os.environ)
-    front_base = {**base, _VISIBLE: ""}  # nothing but an engine ever touches a GPU
-    processes = [_python(folder, "load_balancer", BALANCER, front_base)]
+    no_gpu: dict[str, str | None] = {_VISIBLE: ""}  # nothing but an engine ever touches one
+    processes = [_python(folder, "load_balancer", BALANCER, no_gpu)]
     replicas = zip(config.model_conf.replica_configs, _devices(config, os.environ), strict=True)
     for index, (replica, (device_environment, cores)) in enumerate(replicas):
         if replica.is_local:
-            processes.append(_python(folder, "front", front_role(index), front_base, index))
-            environment = {**base, **device_environment}
-            processes.append(_python(folder, "engine", engine_role(index), environment, index, cores))
+            processes.append(_python(folder, "front", front_role(index), no_gpu, index))
+            processes.append(_python(folder, "engine", engine_role(index), device_environment, index, cores))
         else:
             check_launcher(config, replica.hostname)
             roles = (front_role(index), engine_role(index))
-            processes.extend(_python(folder, "remote", role, front_base, index) for role in roles)
+            processes.extend(_python(folder, "remote", role, no_gpu, index) for role in roles)
     if config.enable_restful_api:
-        processes.append(_python(folder, "gateway", GATEWAY, front_base))
+        processes.append(_python(folder, "gateway", GATEWAY, no_gpu))
     return Plan(
         config.deployment_name,
         processes,
@@ -64,7 +62,7 @@ def make_plan(config: MIIConfig, folder: DeploymentFolder, *, attached: bool = F
 
 
 def python_environment(environment: Mapping[str, str]) -> dict[str, str | None]:
-    """What a Python process of a deployment needs on top of `environment`, so that it imports the same mii."""
+    """What the supervisor, and with it every process, needs on top of `environment` to import the same mii."""
     home = str(Path(__file__).parents[2])
     changes: dict[str, str | None] = dict.fromkeys(_LAUNCHER_VARIABLES)
     changes["PYTHONSAFEPATH"] = "1"  # files that happen to lie in the caller's folder are no modules

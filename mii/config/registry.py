@@ -20,6 +20,7 @@ from mii.launch.folder import DeploymentFolder
 from mii.validation import explain
 
 __all__ = [
+    "check_can_be_saved",
     "deployment_folder",
     "deployment_names",
     "forget_deployment",
@@ -42,11 +43,7 @@ def save_deployment(config: MIIConfig) -> Path:
         UnsupportedFeatureError: the tokenizer is an object, which other processes cannot be given.
         OSError: the registry cannot be written.
     """
-    if not isinstance(config.model_conf.tokenizer, str):
-        raise UnsupportedFeatureError(
-            "a tokenizer given as an object cannot be passed to a deployment's processes; save it to a folder and give "
-            "that folder as tokenizer="
-        )
+    check_can_be_saved(config)
     make_registry_folder()
     path = deployment_folder(config.deployment_name).config_file
     path.parent.mkdir(mode=0o700, exist_ok=True)
@@ -56,6 +53,19 @@ def save_deployment(config: MIIConfig) -> Path:
         file.write(config.model_dump_json(by_alias=True, indent=2))
     os.replace(temporary, path)
     return path
+
+
+def check_can_be_saved(config: MIIConfig) -> None:
+    """Makes sure that other processes can be told what `config` says.
+
+    Raises:
+        UnsupportedFeatureError: the tokenizer is an object.
+    """
+    if not isinstance(config.model_conf.tokenizer, str):
+        raise UnsupportedFeatureError(
+            "a tokenizer given as an object cannot be passed to a deployment's processes; save it to a folder and give "
+            "that folder as tokenizer="
+        )
 
 
 def forget_deployment(deployment_name: str) -> None:

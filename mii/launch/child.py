@@ -46,7 +46,7 @@ class Child:
         self.start_at = 0.0
         """When a waiting child is due, by `time.monotonic`."""
         self.reason = ""
-        """Why it failed, in its own words."""
+        """Why it failed, where more is known than how it ended."""
         self._folder, self._max_restarts = folder, max_restarts
         self._process: subprocess.Popen[bytes] | None = None
         self._received = b""
@@ -120,7 +120,7 @@ class Child:
         self.state.pid = None
         if self.state.stage != "given up":
             self.state.stage = "ended"
-        self.state.last_end = self.reason or _how(code)
+        self.state.last_end = _how(code)
         return True
 
     def plan_restart(self) -> bool:
@@ -129,6 +129,7 @@ class Child:
         if self._ready_since is not None and now - self._ready_since >= _HEALTHY_SECONDS:
             self._deaths = 0
         self._deaths += 1
+        self.state.last_end = self.reason or self.state.last_end
         if self._deaths > self._max_restarts:
             self.state.stage = "given up"
             return False
@@ -137,13 +138,14 @@ class Child:
         self.start_at = now + _PAUSES[min(self._deaths, len(_PAUSES)) - 1]
         return True
 
+    def describe_end(self) -> str:
+        """Who ended, and why or how."""
+        return f"{self.spec.role}: {self.reason}" if self.reason else f"{self.spec.role} {self.state.last_end}"
+
     def describe_restart(self) -> str:
         """What happened, and what happens now."""
         pause = max(0.0, self.start_at - time.monotonic())
-        return (
-            f"{self.spec.role} {self.state.last_end}; starting it again in {pause:.1f} s "
-            f"({self._deaths} of {self._max_restarts})"
-        )
+        return f"{self.describe_end()}; starting it again in {pause:.1f} s ({self._deaths} of {self._max_restarts})"
 
     def signal(self, number: signal.Signals) -> None:
         """Sends it a signal if it runs."""

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["acquire", "is_held", "locked"]
+__all__ = ["acquire", "is_held", "locked", "wait_released"]
+
+_LOOK_SECONDS = 0.02
 
 
 def acquire(path: Path) -> int:
@@ -27,17 +30,35 @@ def acquire(path: Path) -> int:
 
 def is_held(path: Path) -> bool:
     """Whether a process holds the lock; nothing is made or kept."""
+    return not wait_released(path, 0.0)
+
+
+def wait_released(path: Path, seconds: float) -> bool:
+    """Waits until no process holds the lock; False when one still does after this time.
+
+    A holder that removes the file and lives on is waited for too, if it does so during the wait.
+    """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
-        return False
+        return True
+    deadline = time.monotonic() + seconds
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+        while not _is_released(descriptor):
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(_LOOK_SECONDS)
         return True
     finally:
         os.close(descriptor)
-    return False
+
+
+def _is_released(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

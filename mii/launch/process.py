@@ -29,7 +29,7 @@ import sys
 import time
 from functools import cached_property
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -105,7 +105,6 @@ class Process:
         match = _ROLE.fullmatch(role)
         self.replica = int(match[1]) if match else 0
         self.rank = int(match[2] or 0) if match else 0
-        self.stop_requested = False
         self.stop_fd, self._stop_write_fd = os.pipe()
         """Readable from the moment that a stop is requested: for a poll or an event loop. Never read from it."""
         os.set_blocking(self._stop_write_fd, False)
@@ -173,7 +172,10 @@ class Process:
 
     def ready(self, **ports: int) -> None:
         """Says that the process can work now, and turns SIGTERM into a request to drain. For the main thread only."""
-        signal.signal(signal.SIGTERM, self._on_signal)
+        # The handler's part in C writes to the pipe at once. Its part in Python runs when the interpreter does, which a
+        # call that is about to sleep would put off for ever.
+        signal.set_wakeup_fd(self._stop_write_fd, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
         self._send(Ready(ports))
 
     def failed(self, reason: str) -> None:
@@ -187,14 +189,17 @@ class Process:
 
     def request_stop(self) -> None:
         """What SIGTERM does once the process is ready."""
-        self.stop_requested = True
         with contextlib.suppress(BlockingIOError):  # the pipe is full: it is readable already
             os.write(self._stop_write_fd, b"x")
 
+    @property
+    def stop_requested(self) -> bool:
+        """Whether a stop is requested; costs a system call."""
+        return self.wait_stop(0)
+
     def wait_stop(self, timeout: float | None = None) -> bool:
         """Sleeps until a stop is requested. Returns whether one is. `timeout`: seconds."""
-        select.select([self.stop_fd], [], [], timeout)
-        return self.stop_requested
+        return bool(select.select([self.stop_fd], [], [], timeout)[0])
 
     async def stopping(self) -> None:
         """Sleeps until a stop is requested, in the running event loop; for one waiter at a time."""
@@ -217,9 +222,6 @@ class Process:
         """An error is reported with its message; the traceback is printed by the interpreter, into the log."""
         if isinstance(error, Exception):
             self.failed(_sentence(error))
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        self.request_stop()
 
     def _send(self, message: Message) -> None:
         if self._control_fd is None:

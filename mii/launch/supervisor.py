@@ -41,12 +41,14 @@ from mii.launch.state import (
 )
 from mii.logging import logger
 
-__all__ = ["STARTER_ENV", "Supervisor", "main"]
+__all__ = ["END_SECONDS", "STARTER_ENV", "Supervisor", "main"]
 
 # "<file descriptor of the socket to whoever started this>:<file descriptor that holds the deployment's lock>"
 STARTER_ENV = "MII_STARTER"
 _QUICK_SECONDS = 3.0  # for processes that have nothing left to finish
 _KILL_SECONDS = 1.0  # after the time to drain, before SIGKILL
+# Everything that an end may take apart from the time to drain, and some more on a busy machine.
+END_SECONDS = _KILL_SECONDS + _QUICK_SECONDS + 6.0
 _OUTBOX_BYTES = 65536
 
 
@@ -100,7 +102,7 @@ class Supervisor:
         self._state = State(os.getpid(), started_at=time.time(), processes=[child.state for child in self._children])
         self._selector = selectors.DefaultSelector()
         self._stops = 0
-        """How often somebody asked for the end: the first time drains, the second one hurries."""
+        """How often somebody asked for the end: once drains; twice, or SIGINT, hurries."""
         self._starter_counts = True
         self._failed: Child | None = None
         self._wake_up: socket.socket | None = None
@@ -129,7 +131,7 @@ class Supervisor:
         self._selector.register(self._starter.connection, selectors.EVENT_READ, self._on_starter)
 
     def _on_stop_signal(self, number: int, frame: FrameType | None) -> None:
-        self._stops += 1
+        self._stops += 2 if number == signal.SIGINT else 1
 
     def _drop_wake_ups(self) -> None:
         assert self._wake_up is not None
@@ -162,7 +164,7 @@ class Supervisor:
         deadline = None if self._plan.start_seconds is None else time.monotonic() + self._plan.start_seconds
         for child in self._children:
             if not self._try(child):
-                return self._fail(child, child.state.last_end)
+                return self._fail(child)
         self._save()
         while not all(child.ready for child in self._children):
             ended = self._turn(self._patience(deadline))
@@ -170,10 +172,11 @@ class Supervisor:
                 return False
             if ended:
                 culprit = min(ended, key=lambda child: not child.reason)  # the one that can say why
-                return self._fail(culprit, culprit.state.last_end)
+                return self._fail(culprit)
             if deadline is not None and time.monotonic() > deadline:
                 late = next(child for child in self._children if not child.ready)
-                return self._fail(late, f"was not ready within start_seconds={self._plan.start_seconds:g}")
+                late.reason = f"it was not ready within start_seconds={self._plan.start_seconds:g}"
+                return self._fail(late)
         self._state.stage, self._state.ready_at = "running", time.time()
         self._save()
         self._starter_counts = self._plan.attached
@@ -184,15 +187,15 @@ class Supervisor:
         try:
             child.start()
         except OSError as error:
-            child.state.last_end = f"cannot be started: {error}"
+            child.reason = f"it cannot be started: {error}"
             return False
         assert child.pipe is not None
         self._selector.register(child.pipe, selectors.EVENT_READ, lambda: self._on_child(child))
         return True
 
-    def _fail(self, child: Child, reason: str) -> bool:
+    def _fail(self, child: Child, addition: str = "") -> bool:
         self._failed = child
-        self._state.reason = f"{child.spec.role} {reason}" if not child.reason else f"{child.spec.role}: {reason}"
+        self._state.reason = ", ".join(filter(None, (child.describe_end(), addition)))
         logger.error(self._state.reason)
         return False
 
@@ -218,16 +221,19 @@ class Supervisor:
                 return
 
     def _restart(self, child: Child) -> None:
+        notice = None
         if child.state.stage == "given up":
-            return  # it was ended because the other process of its replica is
-        if child.plan_restart():
-            self._tell(Notice(child.describe_restart()))
+            pass  # it was ended because the other process of its replica is
+        elif child.plan_restart():
+            notice = child.describe_restart()
         else:
-            self._tell(Notice(f"{child.spec.role} {child.state.last_end}; it died too often and is given up"))
+            notice = f"{child.describe_end()}; it died too often and is given up"
             self._give_up_replica(child)
             if self._is_lost(child):
-                self._fail(child, f"{child.state.last_end}, and too often to be started again")
+                self._fail(child, "too often to be started again")
         self._save()
+        if notice:
+            self._tell(Notice(notice))
 
     def _give_up_replica(self, child: Child) -> None:
         for other in self._children:
@@ -275,8 +281,8 @@ class Supervisor:
         if child.pipe is None:
             self._forget_pipe(pipe)
         if child.ready and not was_ready and self._state.stage == "running":
-            self._tell(Notice(f"{child.spec.role} is back"))
             self._save()
+            self._tell(Notice(f"{child.spec.role} is back"))
 
     # End
 

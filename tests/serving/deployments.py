@@ -1,0 +1,109 @@
+"""What tests of deployments share: stand-ins for the processes, and the proof that nothing of a deployment is left."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from mii.backend import deployment
+from mii.config import MIIConfig
+from mii.launch.folder import DeploymentFolder
+from mii.launch.state import BALANCER, Plan, Spec, engine_role, front_role, read_state
+from tests.serving.stand_in import Behaviour
+
+STAND_IN = Path(__file__).with_name("stand_in.py")
+
+
+def processes_of(folder: Path) -> dict[int, str]:
+    """Every process of this machine that has `folder` in its command line, zombies left out."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode("utf-8", "replace")
+        except OSError:
+            continue
+        if str(folder) in command and int(process.name) != os.getpid():
+            found[int(process.name)] = command
+    return found
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Fails when it does not become true in this time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+@contextmanager
+def nothing_left(cache: Path) -> Iterator[None]:
+    """Asserts that what a test starts under `cache` is gone: processes, files, sockets, zombies."""
+    temporary = set(Path("/tmp").glob("mii-*"))
+    try:
+        yield
+        left = {path for path in cache.rglob("*") if not path.is_dir()}
+        assert left == set(), left
+        assert processes_of(cache) == {}
+    finally:
+        for pid in processes_of(cache):
+            os.kill(pid, 9)
+    assert set(Path("/tmp").glob("mii-*")) == temporary
+    wait_until(lambda: not zombies())
+
+
+def zombies() -> list[int]:
+    """Children of this process that have ended and that nobody has waited for."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[0] == "Z" and int(fields[1]) == os.getpid():
+            found.append(int(stat.parent.name))
+    return found
+
+
+class StandIns:
+    """Puts stand-ins in the place of the processes that a deployment would start.
+
+    Args:
+        monkeypatch: undoes it.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.behaviours: dict[str, Behaviour] = {}
+        self._monkeypatch = monkeypatch
+        monkeypatch.setattr(deployment, "make_plan", self._plan)
+
+    def __call__(self, role: str, **behaviour: object) -> None:
+        """Says how the stand-in of a role behaves."""
+        self.behaviours[role] = msgspec.convert(behaviour, Behaviour)
+
+    def _plan(self, config: MIIConfig, folder: DeploymentFolder, *, attached: bool = False) -> Plan:
+        roles: list[tuple[str, int | None]] = [(BALANCER, None)]
+        for index in range(config.model_conf.replica_num):
+            roles += [(front_role(index), index), (engine_role(index), index)]
+        if config.enable_restful_api:
+            roles.append(("gateway", None))
+        ports = {BALANCER: config.port_number}
+        specs = [Spec(role, self._command(folder, role, ports.get(role, 0)), replica=index) for role, index in roles]
+        drain, restarts, start = config.drain_seconds, config.max_restarts, config.start_seconds
+        return Plan(config.deployment_name, specs, drain, restarts, start, attached)
+
+    def _command(self, folder: DeploymentFolder, role: str, port: int) -> list[str]:
+        behaviour = msgspec.structs.replace(self.behaviours.get(role, Behaviour()), port=port)
+        return [sys.executable, str(STAND_IN), str(folder.path), role, msgspec.json.encode(behaviour).decode()]
+
+
+def pid_of(folder: DeploymentFolder, role: str) -> int | None:
+    """The process of a role, as state.json has it."""
+    state = read_state(folder.state_file)
+    return next((process.pid for process in state.processes if process.role == role), None) if state else None
