@@ -1,0 +1,195 @@
+"""One call's answers as they come: pieces for a reader who streams, or all at the end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+import msgspec
+
+from mii.batching.data_classes import GenerationFinishReason
+from mii.batching.intake import PreparedRequest
+from mii.batching.tracker import TextEvent
+from mii.grpc_related.pacer import Pacer
+
+__all__ = ["Generation", "Piece", "Timing"]
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """What is new of one prompt's answer.
+
+    Args:
+        index: the prompt's place in the call.
+        text: the text that is new since the last piece.
+        prompt_length: tokens of the prompt.
+        generated_length: tokens of the answer so far.
+        finish_reason: NONE while the answer runs.
+        error: why the answer ended without being complete, if it did.
+    """
+
+    index: int
+    text: str
+    prompt_length: int
+    generated_length: int
+    finish_reason: GenerationFinishReason = GenerationFinishReason.NONE
+    error: str | None = None
+
+
+class Timing(msgspec.Struct):
+    """When an answer's tokens came, by `time.monotonic`; 0.0: not yet."""
+
+    started: float
+    first: float = 0.0
+    last: float = 0.0
+
+
+class _Answer:
+    """One prompt's answer: what the reader has not taken yet, and where it stands."""
+
+    __slots__ = ("ended", "error", "fresh", "length", "prepared", "reason", "texts", "timing")
+
+    def __init__(self, prepared: PreparedRequest, now: float) -> None:
+        self.prepared = prepared
+        self.texts: list[str] = []
+        self.length = 0
+        self.fresh = False
+        self.ended = False
+        self.reason = GenerationFinishReason.NONE
+        self.error: str | None = None
+        self.timing = Timing(now)
+
+    def push(self, event: TextEvent, now: float) -> None:
+        if event.text:
+            self.texts.append(event.text)
+        if event.new_tokens:
+            self.length = event.generated_length
+            self.timing.first = self.timing.first or now
+            self.timing.last = now
+        if event.finished:
+            self.ended, self.reason, self.error = True, event.finish_reason, event.error
+
+    def piece(self, reason: GenerationFinishReason, error: str | None = None) -> Piece:
+        """All that is new, and it is new no longer."""
+        text, self.texts = "".join(self.texts), []
+        return Piece(self.prepared.index, text, self.prepared.prompt_length, self.length, reason, error)
+
+
+class Generation:
+    """The answers to one call's prompts.
+
+    Args:
+        prepared: the prompts.
+        now: the time.
+        pacer: gives a stream its turn to send; None: the answers are wanted when all have ended.
+    """
+
+    def __init__(self, prepared: Sequence[PreparedRequest], now: float, pacer: Pacer | None) -> None:
+        self._answers = {each.request.uid: _Answer(each, now) for each in prepared}
+        self._open = set(self._answers)
+        self._fresh: list[_Answer] = []
+        self._pacer = pacer
+        self._failure: Exception | None = None
+        self._reader: asyncio.Future[None] | None = None
+        self._asked = False
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    @property
+    def open(self) -> list[int]:
+        """The uids whose answers have not ended."""
+        return list(self._open)
+
+    def index(self, uid: int) -> int:
+        """The place of a request's prompt in the call."""
+        return self._answers[uid].prepared.index
+
+    def timing(self, uid: int) -> Timing:
+        """When a request's tokens came."""
+        return self._answers[uid].timing
+
+    def length(self, uid: int) -> int:
+        """Tokens of a request's answer so far."""
+        return self._answers[uid].length
+
+    def push(self, event: TextEvent, now: float) -> None:
+        """Takes in what is new of an answer."""
+        answer = self._answers[event.uid]
+        answer.push(event, now)
+        if answer.ended:
+            self._open.discard(event.uid)
+        if self._pacer is None:
+            if not self._open:
+                self._wake()
+        elif not answer.fresh:
+            answer.fresh = True
+            self._fresh.append(answer)
+            self._ask()
+
+    def drop(self) -> None:
+        """No more comes of what has not ended."""
+        self._open.clear()
+
+    def fail(self, error: Exception) -> None:
+        """Ends the call; its reader gets `error` at once."""
+        self.drop()
+        self._failure = error
+        self._wake()
+
+    async def all(self) -> list[Piece]:
+        """Every answer in full, in the order of the prompts, once all have ended.
+
+        Raises:
+            Exception: what `fail` was given.
+        """
+        while self._open and self._failure is None:
+            await self._wait()
+        if self._failure is not None:
+            raise self._failure
+        return [answer.piece(answer.reason, answer.error) for answer in self._answers.values()]
+
+    async def take(self) -> tuple[list[Piece], list[Piece]]:
+        """What is new, once something is and it is this stream's turn.
+
+        Returns:
+            The pieces of text, and of the answers that have ended a last piece each, without text. Nothing at all once
+            everything was taken.
+
+        Raises:
+            Exception: what `fail` was given, before anything that was not taken.
+        """
+        while self._failure is None and (self._fresh or self._open):
+            await self._wait()
+            if self._fresh:
+                break
+        if self._failure is not None:
+            raise self._failure
+        fresh, self._fresh = self._fresh, []
+        pieces = [answer.piece(GenerationFinishReason.NONE) for answer in fresh]
+        last = [answer.piece(answer.reason, answer.error) for answer in fresh if answer.ended]
+        for answer in fresh:
+            answer.fresh = False
+        return pieces, last
+
+    async def _wait(self) -> None:
+        self._reader = asyncio.get_running_loop().create_future()
+        if self._fresh:
+            self._ask()
+        try:
+            await self._reader
+        finally:
+            self._reader = None
+
+    def _ask(self) -> None:
+        """Asks for a turn to send, unless the reader is busy sending or has asked already."""
+        if self._pacer is not None and self._reader is not None and not self._asked:
+            self._asked = True
+            self._pacer.ask(self._turn)
+
+    def _turn(self) -> None:
+        self._asked = False
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)

@@ -1,0 +1,250 @@
+"""Text in, text out, over an engine in another process: what the calls of a replica's front share.
+
+Prompts are checked and tokenised here, tokens become text here, and each call gets what its own prompts say. What the
+reader of a call has not taken yet is one merged piece for each prompt, however slow the reader is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from mii import errors
+from mii.backend.engine_client import EngineClient
+from mii.backend.messages import EngineInfo, Refused
+from mii.batching.data_classes import TokenOutput
+from mii.batching.generation.detokenizer import TokenDecoder
+from mii.batching.intake import Intake, PreparedRequest, name_prompt
+from mii.batching.tracker import RequestTracker, TextEvent
+from mii.errors import GenerationError, RequestError, ServerBusyError, ServerUnavailableError
+from mii.grpc_related.generation import Generation
+from mii.grpc_related.pacer import Pacer
+from mii.grpc_related.replica_metrics import ReplicaMetrics
+from mii.logging import logger
+
+__all__ = ["TextSession"]
+
+# Prompts of more characters (or token ids) in all are tokenised beside the event loop, which they would hold up.
+_INLINE_CHARACTERS = 8192
+# Stream messages a second in all, and at once.
+_MESSAGES_A_SECOND = 10_000
+_MESSAGES_AT_ONCE = 64
+_RETRY_SECONDS = (0.1, 30.0)
+
+
+class TextSession:
+    """The calls of one replica. Made within a running event loop.
+
+    Args:
+        tokenizer: mii's tokenizer wrapper.
+        address: ``ipc://`` address where the engine listens, or will.
+        max_length: the config's limit for prompt plus answer, in tokens; None: the engine's.
+        seed: see `Intake`.
+        queue_size: prompts that are taken at once, running or waiting; more are refused.
+        silence_seconds: see `EngineClient`.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        address: str,
+        *,
+        max_length: int | None = None,
+        seed: int | None = None,
+        queue_size: int,
+        silence_seconds: float,
+    ) -> None:
+        self._tokenizer, self._max_length, self._seed = tokenizer, max_length, seed
+        self._queue_size = queue_size
+        self._intake: Intake | None = None
+        self._tracker = RequestTracker(TokenDecoder(tokenizer))
+        self._generations: dict[int, Generation] = {}
+        self._admitted = 0
+        self._ready = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise")
+        self._pacer = Pacer(_MESSAGES_A_SECOND, _MESSAGES_AT_ONCE)
+        self.metrics = ReplicaMetrics()
+        self.engine = EngineClient(address, self, silence_seconds=silence_seconds)
+
+    def start(self) -> None:
+        """Begins to connect to the engine."""
+        self.engine.start()
+
+    async def close(self) -> None:
+        """Ends everything that still runs, and lets go of the engine."""
+        self._fail_all(ServerUnavailableError("the server is shutting down"))
+        await self.engine.close()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def wait_ready(self) -> EngineInfo:
+        """Sleeps until there is an engine."""
+        while self.engine.info is None:
+            self._ready.clear()
+            await self._ready.wait()
+        return self.engine.info
+
+    async def wait_idle(self) -> None:
+        """Sleeps until no call is left."""
+        await self._idle.wait()
+
+    @property
+    def outstanding(self) -> int:
+        """Prompts that were taken and whose answers have not ended."""
+        return self._admitted
+
+    # Calls
+
+    async def open(self, prompts: Sequence[Any], options: Mapping[str, Any], *, streams: bool) -> Generation:
+        """Takes a call's prompts, all or none, and begins to generate. Whoever opens must `close_call`.
+
+        Args:
+            prompts: texts, or lists of token ids.
+            options: see `GenerateParamsConfig`.
+            streams: whether pieces are wanted as they come (`Generation.take`), or all at the end (`Generation.all`).
+
+        Raises:
+            pydantic.ValidationError: an option is unknown, of the wrong type or out of range.
+            RequestError: a prompt is refused.
+            ServerBusyError: the queue is full.
+            ServerUnavailableError: there is no engine now.
+        """
+        self._admit(len(prompts))
+        try:
+            started = time.monotonic()
+            prepared = await self._read(prompts, options)
+            return self._begin(prepared, Generation(prepared, started, self._pacer if streams else None))
+        except BaseException:
+            self._release(len(prompts))
+            raise
+
+    def close_call(self, generation: Generation, reason: str = "cancelled") -> None:
+        """Ends what of a call still runs, and frees all it holds. A call that has ended is fine.
+
+        Args:
+            generation: the call.
+            reason: for the metrics.
+        """
+        uids, now = generation.open, time.monotonic()
+        self.engine.abort(uids)
+        for uid in uids:
+            self._tracker.discard(uid)
+            self._end(uid, reason, now)
+        generation.drop()
+
+    def _admit(self, count: int) -> None:
+        """A call that is larger than the whole queue is taken when nothing else is there."""
+        if self._intake is None or self.engine.info is None:
+            raise ServerUnavailableError(f"this replica has no engine now ({self.engine.reason}); try again soon")
+        if self._admitted and self._admitted + count > self._queue_size:
+            raise self._busy(count)
+        self._admitted += count
+        if self._admitted:
+            self._idle.clear()
+
+    def _busy(self, count: int) -> ServerBusyError:
+        speed = self.metrics.ends_a_second(time.monotonic())
+        shortest, longest = _RETRY_SECONDS
+        error = ServerBusyError(
+            f"the queue is full: {self._admitted} prompts are running or waiting, {self._queue_size} may (queue_size), "
+            f"and this call has {count}; try again later"
+        )
+        error.retry_after = min(max(count / speed, shortest), longest) if speed else 1.0
+        return error
+
+    def _release(self, count: int) -> None:
+        self._admitted -= count
+        if not self._admitted:
+            self._idle.set()
+
+    async def _read(self, prompts: Sequence[Any], options: Mapping[str, Any]) -> list[PreparedRequest]:
+        assert self._intake is not None
+        if sum(map(len, prompts)) <= _INLINE_CHARACTERS:
+            return self._intake.read(prompts, options)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._executor, self._intake.read, prompts, options)
+
+    def _begin(self, prepared: Sequence[PreparedRequest], generation: Generation) -> Generation:
+        try:
+            for each in prepared:
+                self._tracker.add(each.request, each.stops, context=each.context)
+            self.engine.add([each.request for each in prepared])
+        except BaseException:
+            for each in prepared:
+                self._tracker.discard(each.request.uid)
+            raise
+        for each in prepared:
+            self._generations[each.request.uid] = generation
+            self.metrics.prompt_tokens += each.prompt_length
+        return generation
+
+    # What the engine says
+
+    def on_ready(self, info: EngineInfo) -> None:
+        logger.info("the engine is there: %s", info)
+        if self._intake is None:  # it gives uids, which must not come again with the next engine
+            limit = info.max_length if self._max_length is None else min(self._max_length, info.max_length)
+            self._intake = Intake(
+                self._tokenizer,
+                max_length=limit,
+                vocab_size=info.vocab_size,
+                stop_ids=info.stop_ids,
+                seed=self._seed,
+            )
+        self._ready.set()
+
+    def on_outputs(self, outputs: Sequence[TokenOutput]) -> None:
+        now, aborts, tokens = time.monotonic(), [], 0
+        for output in outputs:
+            event = self._text_of(output)
+            if event is None:
+                continue
+            tokens += event.new_tokens
+            generation = self._generations[event.uid]
+            generation.push(event, now)
+            if event.abort:
+                aborts.append(event.uid)
+            if event.finished:
+                self._end(event.uid, event.finish_reason if event.error is None else "error", now)
+        self.metrics.generated_tokens += tokens
+        if aborts:
+            self.engine.abort(aborts)
+
+    def on_refused(self, refused: Refused) -> None:
+        generation = self._generations.get(refused.uid)
+        if generation is None:
+            return
+        kind = getattr(errors, refused.kind, GenerationError)
+        error: Exception = kind(refused.error) if issubclass(kind, RequestError) else GenerationError(refused.error)
+        if len(generation) > 1:
+            error = name_prompt(error, generation.index(refused.uid), len(generation))
+        self.close_call(generation, "refused")
+        generation.fail(error)
+
+    def on_lost(self, reason: str) -> None:
+        self.metrics.engine_losses += 1
+        self._fail_all(ServerUnavailableError(f"the engine that ran this request is lost: {reason}"))
+
+    def _text_of(self, output: TokenOutput) -> TextEvent | None:
+        """The text of new tokens; a tokenizer that fails at them ends this request alone."""
+        try:
+            return self._tracker.update(output)
+        except Exception as error:
+            logger.exception("the tokens %s of request %d have no text", output.token_ids, output.uid)
+            self._tracker.discard(output.uid)
+            reason = f"the tokenizer failed at the answer's tokens: {type(error).__name__}: {error}"
+            return TextEvent(output.uid, "", 0, 0, error=reason, abort=output.finish_reason is None)
+
+    def _fail_all(self, error: Exception) -> None:
+        for generation in set(self._generations.values()):
+            self.close_call(generation, "error")
+            generation.fail(error)
+
+    def _end(self, uid: int, reason: str, now: float) -> None:
+        generation = self._generations.pop(uid)
+        self.metrics.end(generation.timing(uid), generation.length(uid), str(reason), now)
+        self._release(1)
