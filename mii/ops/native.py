@@ -118,7 +118,10 @@ def library(device: torch.device) -> Library | None:
 
 def stream(device: torch.device) -> int:
     """The current CUDA stream as a number; 0 on the CPU."""
-    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return torch._C._cuda_getCurrentRawStream(index)
 
 
 @contextmanager
