@@ -120,7 +120,11 @@ class HFTokenizer(MIITokenizerWrapper):
         backend = self.backend_tokenizer
         if backend is None or backend.truncation is not None or backend.padding is not None:
             return [self.encode(text) for text in inputs]
-        return [self._with_one_begin(encoding.ids) for encoding in backend.encode_batch_fast(list(inputs))]
+        try:
+            encodings = backend.encode_batch_fast(list(inputs))
+        except (UnicodeEncodeError, TypeError):
+            return [self.encode(text) for text in inputs]  # says which of them is no text
+        return [self._with_one_begin(encoding.ids) for encoding in encodings]
 
     def _with_one_begin(self, ids: list[int]) -> list[int]:
         return ids[1:] if len(ids) > 1 and ids[0] == ids[1] == self.bos_token_id else ids
@@ -178,7 +182,7 @@ class HFTokenizer(MIITokenizerWrapper):
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        backend = self.backend_tokenizer
         # Straight to the Rust library: no padding or truncation to set, so threads do not disturb each other.
         if backend is not None and backend.truncation is None and backend.padding is None:
             return list(backend.encode(text, add_special_tokens=add_special_tokens).ids)
@@ -234,11 +238,6 @@ class GGUFTokenizer(HFTokenizer):
     def _role(self, role: str) -> int | None:
         known = self._vocabulary.special(role) is not None
         return int(self._vocabulary.get(f"{role}_token_id")) if known else None
-
-    def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        if self._wrapped is not None:
-            return super()._encode(text, add_special_tokens)
-        return list(self._backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def _decode(self, ids: list[int], skip_special_tokens: bool) -> str:
         if self._wrapped is not None:

@@ -196,6 +196,19 @@ def test_text_that_is_not_unicode_is_refused(folder: Path, smollm2: Path) -> Non
     for source in (folder, smollm2):
         with pytest.raises(PromptEncodingError, match="character 2 is half of a surrogate pair"):
             load_tokenizer(source).encode("ab\ud83d")
+        with pytest.raises(PromptEncodingError, match="character 2 is half of a surrogate pair"):
+            load_tokenizer(source).encode_batch(["fine", "ab\ud83d"])
+
+
+def test_many_texts_are_encoded_as_one_by_one(folder: Path, smollm2: Path) -> None:
+    texts = ["hi", "", "<s>hi", "12  345 ½", "日本語"]
+    for source in (folder, smollm2):
+        wrapper = load_tokenizer(source)
+        assert isinstance(wrapper, HFTokenizer)
+        expected = [wrapper.encode(text) for text in texts]
+        assert wrapper.encode_batch(texts) == expected
+        assert isinstance(wrapper.tokenizer, PreTrainedTokenizerFast)
+        assert wrapper.encode_batch(texts) == expected
 
 
 def test_threads_encode_alike_while_another_pads(folder: Path) -> None:
