@@ -31,6 +31,8 @@ REPOSITORY = {
     "model.safetensors": save({"w": torch.arange(5.0)}),
     "pytorch_model.bin": b"not needed",
     "onnx/model.onnx": b"not needed",
+    "q/m-00001-of-00002.gguf": b"first",
+    "q/m-00002-of-00002.gguf": b"second",
 }
 
 
@@ -152,6 +154,12 @@ def test_a_model_is_downloaded_opened_and_found_again_offline(hub: ThreadingHTTP
 def test_only_small_files_are_fetched_when_no_weights_are_wanted(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
     folder = Path(ask(hub, tmp_path, "locate", "good/model"))
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "generation_config.json", "tokenizer.json"]
+
+
+def test_a_gguf_file_of_a_repository_comes_with_its_other_parts(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
+    path = Path(ask(hub, tmp_path, "locate", "good/model/q/m-00002-of-00002.gguf"))
+    assert path.read_bytes() == b"second"
+    assert path.with_name("m-00001-of-00002.gguf").read_bytes() == b"first"
 
 
 def test_what_is_wrong_is_said_in_a_sentence(hub: ThreadingHTTPServer, tmp_path: Path) -> None:

@@ -103,6 +103,15 @@ def find_weights(folder: Path) -> Weights:
     raise CheckpointNotFoundError(_no_weights(folder, names))
 
 
+def split_parts(name: str) -> list[str]:
+    """The names of all parts of a split file ("model-00002-of-00003.gguf"); just `name` for any other."""
+    match = _SHARD.search(name)
+    if match is None:
+        return [name]
+    total = int(match[2])
+    return [_SHARD.sub(f"-{number:05d}-of-{total:05d}.", name) for number in range(1, total + 1)]
+
+
 def choose_files(repository: str, names: list[str]) -> list[str]:
     """The weight files among the names in a repository, by the same rules as `find_weights`.
 

@@ -6,13 +6,14 @@ everywhere.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from mii.errors import CheckpointError, CheckpointNotFoundError
-from mii.modeling.checkpoint.folder import choose_files
+from mii.modeling.checkpoint.folder import choose_files, split_parts
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"(?P<repo>{_PART}(?:/{_PART})?)")
@@ -53,13 +54,7 @@ def download(name: str, *, revision: str | None, token: str | None, weights: boo
 
     file = _HUB_FILE.fullmatch(name)
     if file is not None:
-        repository = file["repo"]
-        path = _explained(
-            name,
-            revision,
-            lambda: huggingface_hub.hf_hub_download(repository, file["file"], revision=revision, token=token),
-        )
-        return Path(path)
+        return _download_file(file["repo"], file["file"], revision, token)
     wanted = _wanted(name, revision, token, weights, code)
     folder = _explained(
         name,
@@ -69,6 +64,17 @@ def download(name: str, *, revision: str | None, token: str | None, weights: boo
         ),
     )
     return Path(folder)
+
+
+def _download_file(repository: str, file: str, revision: str | None, token: str | None) -> Path:
+    """One GGUF file; of a split one every part, beside each other."""
+    import huggingface_hub
+
+    paths = {}
+    for part in split_parts(file):
+        call = functools.partial(huggingface_hub.hf_hub_download, repository, part, revision=revision, token=token)
+        paths[part] = Path(_explained(f"{repository}/{part}", revision, call))
+    return paths[file]
 
 
 def _wanted(name: str, revision: str | None, token: str | None, weights: bool, code: bool) -> list[str] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,12 @@ import torch
 
 from mii.errors import CheckpointError, CheckpointNotFoundError
 from mii.modeling.checkpoint.base import Closing, no_such_tensor
+from mii.modeling.checkpoint.folder import split_parts
 from mii.modeling.checkpoint.gguf.architectures import Source, find_architecture, map_tensors
 from mii.modeling.checkpoint.gguf.config import Metadata, build_config, build_generation_config
 from mii.modeling.checkpoint.gguf.quants import TYPES, dequantise
 from mii.modeling.checkpoint.gguf.reader import GGUFFile, GGUFTensor
 from mii.modeling.checkpoint.mapping import MappedFile, Range, converted
-
-_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
 
 class GGUFCheckpoint(Closing):
@@ -101,14 +99,10 @@ class GGUFCheckpoint(Closing):
 
 
 def _parts(path: Path) -> list[Path]:
-    match = _PART.search(path.name)
-    if match is None:
-        return [path]
-    total, stem = int(match[2]), path.name[: match.start()]
-    parts = [path.with_name(f"{stem}-{number:05d}-of-{total:05d}.gguf") for number in range(1, total + 1)]
+    parts = [path.with_name(name) for name in split_parts(path.name)]
     for part in parts:
         if not part.is_file():
-            raise CheckpointNotFoundError(f"{path.name} is one of {total} parts, and {part} is missing.")
+            raise CheckpointNotFoundError(f"{path.name} is one of {len(parts)} parts, and {part} is missing.")
     return parts
 
 
