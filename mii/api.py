@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mii.config import GenerateParamsConfig, MIIConfig, ModelConfig, get_mii_config
+from mii.config import GenerateParamsConfig, MIIConfig, ModelConfig
 from mii.config.model import world_size
 from mii.errors import (
     ArgumentConflictError,
     ArgumentTypeError,
+    CheckpointNotFoundError,
     LauncherError,
     UnknownArgument,
     UnsupportedFeatureError,
@@ -17,6 +19,7 @@ from mii.errors import (
 from mii.validation import suggest
 
 if TYPE_CHECKING:
+    from mii.backend import MIIClient
     from mii.batching import MIIAsyncPipeline, MIIPipeline
     from mii.engine import Engine
     from mii.modeling.tokenizers import MIITokenizerWrapper
@@ -95,8 +98,10 @@ def serve(
     model_config: dict[str, Any] | None = None,
     mii_config: dict[str, Any] | None = None,
     **kwargs: Any,
-) -> NoReturn:
-    """Checks the config of a deployment; this version cannot start one yet.
+) -> MIIClient:
+    """Starts a deployment: processes that load the model and answer, on after this program has ended.
+
+    While they start, standard error shows what each does and how far it is; ``progress=False`` turns that off.
 
     Args:
         model_name_or_path: a folder, a ``.gguf`` file, or the id of a Hugging Face repository.
@@ -104,29 +109,64 @@ def serve(
         mii_config: options of `mii.config.MIIConfig` as a dict, which is not changed.
         **kwargs: the same options one by one.
 
+    Returns:
+        A client of the deployment, which is ready. Its ``terminate_server()`` ends the deployment.
+
     Raises:
         UnknownArgument: an option does not exist.
         ArgumentConflictError: an option is given twice, with different values.
         ArgumentTypeError: a config is not a dict.
         pydantic.ValidationError: a value is wrong, or no model was named.
-        UnsupportedFeatureError: always, once the options are right.
+        CheckpointNotFoundError: there is no such folder or file.
+        DeploymentExistsError: a deployment of this name is running.
+        PortTakenError: a port that was asked for is taken.
+        PlacementError, HostfileError: replicas, devices, hosts or ports do not fit together.
+        UnsupportedFeatureError: a tokenizer that is an object; or several devices for one replica.
+        LauncherError: this program runs in several processes, or what starts them on other hosts is missing.
+        DeploymentError: a process did not start. Nothing of the deployment is left.
+
+    Example:
+        client = mii.serve("path-or-id", deployment_name="demo", replica_num=2, enable_restful_api=True)
+        print(client.generate("DeepSpeed is", max_new_tokens=128))
+        client.terminate_server()
     """
-    _parse_kwargs_to_mii_config(model_name_or_path, model_config, mii_config, **kwargs)
-    raise UnsupportedFeatureError("mii.serve is not built yet; mii.pipeline(...) runs the same model in this process")
+    config = serve_config(model_name_or_path, model_config, mii_config, **kwargs)
+    from mii.backend import MIIClient, MIIServer
+
+    return MIIClient(MIIServer(config).mii_config)
 
 
-def client(model_or_deployment_name: str) -> NoReturn:
-    """Looks a deployment up; this version cannot talk to one yet.
+def serve_config(
+    model_name_or_path: str = "",
+    model_config: dict[str, Any] | None = None,
+    mii_config: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> MIIConfig:
+    """The config that `serve` starts, from the same arguments; raises what `serve` says of them."""
+    config = _parse_kwargs_to_mii_config(model_name_or_path, model_config, mii_config, **kwargs)
+    _check_model_path(config.model_conf.model_name_or_path)
+    _check_tensor_parallel(config.model_conf.tensor_parallel)
+    return config
+
+
+def client(model_or_deployment_name: str) -> MIIClient:
+    """A client of a deployment that runs on this machine, whoever started it under the same user.
 
     Args:
         model_or_deployment_name: its name or, if it was given none, its model's.
 
     Raises:
-        DeploymentNotFoundError: there is none of that name.
-        UnsupportedFeatureError: there is one.
+        DeploymentNotFoundError: there is none of that name, or it has ended.
+
+    Example:
+        print(mii.client("demo").generate("DeepSpeed is"))
     """
-    get_mii_config(model_or_deployment_name)
-    raise UnsupportedFeatureError("mii.client is not built yet; mii.pipeline(...) runs a model in this process")
+    from mii.backend.deployment import find_alive
+
+    config = find_alive(model_or_deployment_name).config
+    from mii.backend import MIIClient
+
+    return MIIClient(config)
 
 
 def _load(config: ModelConfig) -> tuple[Engine, MIITokenizerWrapper]:
@@ -145,6 +185,13 @@ def _load(config: ModelConfig) -> tuple[Engine, MIITokenizerWrapper]:
         return build_engine(config, checkpoint, config.progress), tokenizer
 
 
+def _check_model_path(model: str) -> None:
+    """What can only be a path must exist; whether anything else is a model is found out by the processes."""
+    path = Path(model).expanduser()
+    if model.startswith((".", "~", "/")) and not path.exists():
+        raise CheckpointNotFoundError(f"there is no folder or file {model}; give one, or the id of a hub repository")
+
+
 def _check_processes(config: ModelConfig) -> None:
     processes = world_size()
     wanted = config.tensor_parallel
@@ -158,6 +205,10 @@ def _check_processes(config: ModelConfig) -> None:
             f"tensor_parallel={wanted} and {processes} processes were started (WORLD_SIZE); leave tensor_parallel out, "
             f"or start {wanted}"
         )
+    _check_tensor_parallel(wanted)
+
+
+def _check_tensor_parallel(wanted: int) -> None:
     if wanted > 1:
         raise UnsupportedFeatureError(f"tensor_parallel={wanted}: this version runs a model on one device only; use 1")
 

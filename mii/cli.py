@@ -2,6 +2,7 @@
 
     mii generate "DeepSpeed is" "Seattle is"
     mii bench offline
+    mii serve MODEL    mii list    mii health NAME    mii stop NAME
     mii --version
 
 Exit codes: 0 done, 1 it went wrong, 2 the command line is wrong, 130 Ctrl-C, 141 the reader of the output is gone.
@@ -17,7 +18,7 @@ import sys
 from collections.abc import Sequence
 
 import mii
-from mii import cli_generate
+from mii import cli_generate, cli_serve
 
 FAILED, WRONG_USAGE, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     except Exception as error:
-        print(f"{args.command_name}: error: {_one_line(error)}", file=sys.stderr)
+        print(f"{args.command_name}: error: {_message(error)}", file=sys.stderr)
         return WRONG_USAGE if _is_wrong_usage(error) else FAILED
 
 
@@ -69,6 +70,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     )
     cli_generate.add_arguments(generate)
     _finish(generate, cli_generate.run)
+    cli_serve.add_commands(commands, _finish)
     bench = commands.add_parser("bench", help="measure how fast this machine is", description="Measures speed.")
     if "bench" in words[:1]:
         _add_benchmarks(bench)
@@ -101,10 +103,13 @@ def _is_wrong_usage(error: Exception) -> bool:
     return isinstance(error, usage)
 
 
-def _one_line(error: Exception) -> str:
-    from mii.errors import MIIError
+def _message(error: Exception) -> str:
+    """One line, and where a part of a deployment failed the end of its log."""
+    from mii.errors import DeploymentError, MIIError
     from mii.validation import explain
 
+    if isinstance(error, DeploymentError):
+        return str(error)
     text = "; ".join(line.strip() for line in explain(error).splitlines() if line.strip())
     known = isinstance(error, MIIError | ValueError | OSError | argparse.ArgumentError) and text
     return text if known else f"{type(error).__name__}: {text} (--debug shows where)"

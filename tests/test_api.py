@@ -21,6 +21,7 @@ from mii.errors import (
     ArgumentConflictError,
     ArgumentTypeError,
     CheckpointError,
+    CheckpointNotFoundError,
     DeploymentNotFoundError,
     LauncherError,
     TokenizerError,
@@ -172,21 +173,25 @@ def test_serve_refuses_what_neither_config_has() -> None:
         mii.serve(MODEL, all_rank_output=True)
 
 
-def test_serve_checks_its_options_before_it_says_that_it_is_not_built() -> None:
+def test_serve_checks_its_options_before_it_starts_anything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MII_CACHE_PATH", str(tmp_path))
     with pytest.raises(ValidationError, match="replica_num=0"):
         mii.serve(MODEL, replica_num=0)
     with pytest.raises(ValidationError, match="mii makes no Azure ML deployments"):
         mii.serve(MODEL, deployment_type="aml")
-    with pytest.raises(UnsupportedFeatureError, match=r"not built yet; mii\.pipeline"):
-        mii.serve(MODEL, replica_num=2)
+    with pytest.raises(UnsupportedFeatureError, match="tensor_parallel=2: this version"):
+        mii.serve(MODEL, tensor_parallel=2)
+    with pytest.raises(CheckpointNotFoundError, match="there is no folder or file /nowhere/model; give one"):
+        mii.serve("/nowhere/model")
+    assert not list(tmp_path.iterdir())
 
 
-def test_client_knows_registered_deployments_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_client_knows_running_deployments_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MII_CACHE_PATH", str(tmp_path))
     with pytest.raises(DeploymentNotFoundError, match="no deployment or model 'nowhere'"):
         mii.client("nowhere")
     registry.save_deployment(_parse_kwargs_to_mii_config(MODEL, deployment_name="here"))
-    with pytest.raises(UnsupportedFeatureError, match="not built yet"):
+    with pytest.raises(DeploymentNotFoundError, match="'here' has ended: its supervisor was killed; its logs are in"):
         mii.client("here")
 
 

@@ -36,7 +36,7 @@ from mii.launch.lock import acquire, is_held, locked, wait_released
 from mii.launch.state import SUPERVISOR, Event, Failure, State, read_plan, read_state, start_ticks, write_private
 from mii.launch.supervisor import END_SECONDS, STARTER_ENV
 
-__all__ = ["Launch", "Status", "find", "launch", "statuses", "stop"]
+__all__ = ["Launch", "Status", "find", "find_alive", "launch", "statuses", "stop"]
 
 _LOOK_SECONDS = 0.02
 _CHUNK = 65536
@@ -179,6 +179,22 @@ def find(model_or_deployment_name: str) -> Status:
     config = get_mii_config(model_or_deployment_name)
     folder = deployment_folder(config.deployment_name)
     return Status(config.deployment_name, config, read_state(folder.state_file), is_held(folder.lock_file))
+
+
+def find_alive(model_or_deployment_name: str) -> Status:
+    """One deployment that runs or starts.
+
+    Raises:
+        DeploymentNotFoundError: there is none of that name, or it has ended by itself.
+    """
+    status = find(model_or_deployment_name)
+    if status.alive:
+        return status
+    why = status.state.reason if status.state and status.state.reason else "its supervisor was killed"
+    raise DeploymentNotFoundError(
+        f"deployment {status.name!r} has ended: {why}; its logs are in {deployment_folder(status.name).path / 'logs'}, "
+        f"'mii stop \"{status.name}\"' removes them"
+    )
 
 
 def stop(model_or_deployment_name: str, *, hurry: bool = False) -> None:

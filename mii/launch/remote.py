@@ -49,9 +49,7 @@ def check_launcher(config: MIIConfig, host: str) -> None:
         )
     for program, remedy in needed.items():
         if shutil.which(program) is None:
-            raise LauncherError(
-                f"a replica on host {host!r} needs the program {program!r}, which is not here; {remedy}"
-            )
+            raise LauncherError(f"a replica on host {host!r} needs {program!r}, which is not installed here; {remedy}")
 
 
 def launcher_command(config: MIIConfig, replica: ReplicaConfig, script: str) -> list[str]:

@@ -1,0 +1,126 @@
+"""Ports of a deployment: free, its own, and where they were not asked for, the next free ones."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from mii.backend.ports import choose_ports, is_free, port_owner, ports_of
+from mii.config import MIIConfig
+from mii.errors import PlacementError, PortTakenError
+
+
+def config(model: dict[str, Any] | None = None, **options: Any) -> MIIConfig:
+    return MIIConfig(model_config={"model_name_or_path": "m", "device": "cpu", **(model or {})}, **options)
+
+
+@contextmanager
+def listening(port: int = 0, host: str = "127.0.0.1", family: int = socket.AF_INET) -> Iterator[int]:
+    with socket.socket(family) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind((host, port))
+        server.listen()
+        yield server.getsockname()[1]
+
+
+def free_block(count: int) -> int:
+    """The first of `count` free ports in a row, away from those that other programs get for outgoing connections."""
+    return next(
+        first for first in range(20000, 30000) if all(is_free(port, "0.0.0.0") for port in range(first, first + count))
+    )
+
+
+def test_ports_follow_the_load_balancers() -> None:
+    first = free_block(4)
+    chosen = choose_ports(config({"replica_num": 3}, port_number=first))
+    assert chosen.port_number == first
+    assert [replica.tensor_parallel_ports for replica in chosen.model_conf.replica_configs] == [
+        [first + 1],
+        [first + 2],
+        [first + 3],
+    ]
+    assert ports_of(chosen) == list(range(first, first + 4))
+
+
+def test_the_config_that_was_given_stays_as_it_is() -> None:
+    given = config({"replica_num": 2})
+    choose_ports(given)
+    assert given == config({"replica_num": 2})
+    assert given.model_conf.replica_configs == []
+
+
+def test_default_ports_move_together_past_those_that_are_taken() -> None:
+    usual = choose_ports(config({"replica_num": 2}))
+    first = usual.port_number
+    with listening(first + 2):
+        chosen = choose_ports(config({"replica_num": 2}))
+    assert chosen.port_number > first + 2
+    replicas = [replica.tensor_parallel_ports[0] for replica in chosen.model_conf.replica_configs]
+    assert replicas == [chosen.port_number + 1, chosen.port_number + 2]
+
+
+def test_ports_of_other_deployments_are_left_alone_before_they_listen() -> None:
+    usual = choose_ports(config(enable_restful_api=True))
+    chosen = choose_ports(config(enable_restful_api=True), ports_of(usual))
+    assert not set(ports_of(chosen)) & set(ports_of(usual))
+    with pytest.raises(PortTakenError, match=r"\(port_number\) belongs to another deployment of mii"):
+        choose_ports(config(port_number=usual.port_number), ports_of(usual))
+
+
+def test_a_replicas_port_that_nobody_asked_for_moves_up() -> None:
+    first = free_block(4)
+    with listening(first + 1):
+        chosen = choose_ports(config({"replica_num": 2}, port_number=first))
+    assert ports_of(chosen) == [first, first + 2, first + 3]
+
+
+@pytest.mark.parametrize("option", ["port_number", "restful_api_port"])
+def test_a_port_that_was_asked_for_and_is_taken_is_named_with_its_owner(option: str) -> None:
+    with (
+        listening() as port,
+        pytest.raises(PortTakenError, match=rf"port {port} \({option}\) is taken by process {os.getpid()} \("),
+    ):
+        choose_ports(config(enable_restful_api=True, **{option: port}))
+
+
+def test_ports_of_replicas_that_were_asked_for_are_kept_or_refused() -> None:
+    first = free_block(2)
+    replica = {"hostname": "localhost", "tensor_parallel_ports": [first + 1], "gpu_indices": [0]}
+    asked = config({"replica_configs": [replica]}, port_number=first)
+    assert ports_of(choose_ports(asked)) == [first, first + 1]
+    with listening(first + 1), pytest.raises(PortTakenError, match="tensor_parallel_ports of replica 0"):
+        choose_ports(asked)
+
+
+def test_a_port_that_was_just_given_back_is_free() -> None:
+    with listening() as port:
+        client = socket.create_connection(("127.0.0.1", port))
+        assert not is_free(port)
+        assert not is_free(port, "0.0.0.0")
+    client.close()
+    assert is_free(port)
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="no IPv6 here")
+def test_a_port_that_is_taken_for_all_addresses_of_both_kinds_is_not_free() -> None:
+    try:
+        with listening(0, "::", socket.AF_INET6) as port:
+            assert not is_free(port)
+            assert port_owner(port).startswith(f"process {os.getpid()} (")
+    except OSError as error:
+        pytest.skip(f"IPv6 cannot be used here: {error}")
+
+
+@pytest.mark.parametrize("host", ["no-such-host.invalid", "203.0.113.7", "localhost:80"])
+def test_an_address_that_is_not_this_machines_is_refused(host: str) -> None:
+    with pytest.raises(PlacementError, match="listen on"):
+        choose_ports(config(host=host))
+
+
+def test_a_port_that_nobody_has_has_no_owner() -> None:
+    assert port_owner(free_block(1)) == ""
