@@ -92,6 +92,13 @@ class MIIConfig(ConfigModel):
     max_restarts: NonNegativeInt = Field(
         default=5, description="times in a row that a process which died is started again before all is ended"
     )
+    queue_size: PositiveInt = Field(
+        default=4096,
+        description="prompts that one replica takes at once, running or waiting; more are refused until there is room",
+    )
+    silence_seconds: Number = Field(
+        default=60, gt=0, description="an engine that has work and finishes no step for so long is ended and restarted"
+    )
     version: PositiveInt = Field(default=1, description="of an Azure ML deployment; not used")
     instance_type: str = Field(default="Standard_NC12s_v3", description="of an Azure ML deployment; not used")
 

@@ -40,6 +40,8 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "drain_seconds": 10,
         "start_seconds": None,
         "max_restarts": 5,
+        "queue_size": 4096,
+        "silence_seconds": 60,
         "enable_restful_api": False,
         "restful_api_host": "localhost",
         "restful_api_port": 28080,
