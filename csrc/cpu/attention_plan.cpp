@@ -113,6 +113,7 @@ int32_t mii_attention_plan(const MiiAttention* args, void*) {
   Plan plan{*args, list};
   const int seqs = args->counts[MII_NUM_SEQS];
   plan.add_decodes(seqs, max_threads());
+  list.decodes = list.items;
   plan.add_prompts(seqs);
   return MII_OK;
 }

@@ -2,6 +2,7 @@
 // Dao et al. 2022), in float. Query rows are (token, query head of the group), so a block of keys is read once for all query
 // heads that share it. The plan cuts a step into items that the threads take in turn; a long decode is cut along the keys
 // too and its parts are joined at the end.
+#include "attention_decode_amx.h"
 #include "attention_item.h"
 
 namespace mii::cpu::MII_ISA {
@@ -58,26 +59,28 @@ template <class T, int R = kRowGroup> MII_INLINE void dot_rows_of(int rows, cons
   if constexpr (R > 1) dot_rows_of<T, R - 1>(rows, k, b, row, d, key);
 }
 
-template <class T> void dot_scores(const Item<T>& item, const Buffers& b, const T* const* keys, int count) {
+template <class T> void dot_scores(const Item<T>& item, const Buffers& b, const T* const* keys, int lo, int count) {
   for (int row = 0; row < item.rows; row += kRowGroup) {
     const int rows = item.rows - row < kRowGroup ? item.rows - row : kRowGroup;
-    for (int key = 0; key < count; ++key) dot_rows_of<T>(rows, keys[key], b, row, item.a.head_dim, key);
+    for (int key = lo; key < count; ++key) dot_rows_of<T>(rows, keys[key], b, row, item.a.head_dim, key);
   }
 }
 
 // ---- scores: many rows, keys transposed to [head_dim][kKeys] floats first ---------------------------------------------
 
-template <class T> void transpose_keys(const Item<T>& item, const Buffers& b, const T* const* keys, int count) {
+template <class T> void transpose_keys(const Item<T>& item, const Buffers& b, const T* const* keys, int lo, int count) {
   const int d = item.a.head_dim;
   float row[W];
   for (int i = 0; i < d; i += W) {
     const int n = d - i < W ? d - i : W;
-    for (int key = 0; key < count; ++key) {
+    for (int key = lo; key < count; ++key) {
       store(row, load_tail(keys[key] + i, n));
       for (int j = 0; j < n; ++j) b.k[(i + j) * kKeys + key] = row[j];
     }
-    for (int j = 0; j < n; ++j)
+    for (int j = 0; j < n; ++j) {
+      for (int key = 0; key < lo; ++key) b.k[(i + j) * kKeys + key] = 0.0f;
       for (int key = count; key < kKeys; ++key) b.k[(i + j) * kKeys + key] = 0.0f;
+    }
   }
 }
 
@@ -105,17 +108,17 @@ void block_scores(const Buffers& b, int rows, int d) {
 
 // ---- softmax ------------------------------------------------------------------------------------------------------
 
-// Soft-cap, alibi and the mask of one row; keys first .. first + kKeys, of which `count` exist.
-template <class T> MII_INLINE void shape_scores(const Item<T>& item, float* scores, int row, int first, int count) {
+// Soft-cap, alibi and the mask of one row; keys first .. first + kKeys, of which [lo, count) belong to the item.
+template <class T> MII_INLINE void shape_scores(const Item<T>& item, float* scores, int row, int first, int lo, int count) {
   const MiiAttention& a = item.a;
   const int position = item.position + row / item.group;
   if (a.softcap > 0.0f)
     for (int i = 0; i < kKeys; i += W) store(scores + i, tanh(load(scores + i) * set1(1.0f / a.softcap)) * set1(a.softcap));
   if (a.alibi_slopes != nullptr) {
     const float slope = a.alibi_slopes[item.head * item.group + row % item.group];
-    for (int i = 0; i < count; ++i) scores[i] += slope * static_cast<float>(first + i - position);
+    for (int i = lo; i < count; ++i) scores[i] += slope * static_cast<float>(first + i - position);
   }
-  const int from = a.window > 0 && position - a.window + 1 > first ? position - a.window + 1 - first : 0;
+  const int from = a.window > 0 && position - a.window + 1 > first + lo ? position - a.window + 1 - first : lo;
   const int to = position + 1 - first < count ? position + 1 - first : count;
   for (int i = 0; i < from && i < kKeys; ++i) scores[i] = kNone;
   for (int i = to < 0 ? 0 : to; i < kKeys; ++i) scores[i] = kNone;
@@ -149,17 +152,52 @@ void softmax_row(const Buffers& b, int row) {
   b.total[row] += sum(total);
 }
 
+// ---- the keys of a block ----------------------------------------------------------------------------------------------
+
+// Where the keys first .. first + kKeys lie, of which [lo, count) belong to the item.
+template <class T> struct KeyBlock {
+  int first, lo, count;
+  const T *keys[kKeys], *values[kKeys];
+
+  void find(const Item<T>& item, int from) {
+    first = from;
+    lo = item.key_begin > first ? item.key_begin - first : 0;
+    count = item.key_end - first < kKeys ? item.key_end - first : kKeys;
+    for (int i = lo; i < count; ++i) {
+      const int64_t offset = item.offset(first + i);
+      keys[i] = (const T*)item.a.k_cache + offset;
+      values[i] = (const T*)item.a.v_cache + offset;
+    }
+  }
+  void find_first(const Item<T>& item) { find(item, item.key_begin / 16 * 16); }
+
+  // Has part `part` of `parts` of the keys and values fetched: blocks of the cache lie anywhere, so the processor cannot
+  // foresee the next one.
+  MII_INLINE_MEMBER void fetch(int part, int parts, int64_t bytes) const {
+    for (int i = lo + part; i < count; i += parts)
+      for (int64_t at = 0; at < bytes; at += 64) {
+        __builtin_prefetch((const char*)keys[i] + at, 0, 2);
+        __builtin_prefetch((const char*)values[i] + at, 0, 2);
+      }
+  }
+};
+
 // ---- values -------------------------------------------------------------------------------------------------------
 
-template <class T, int R, int C> MII_INLINE void add_values(const Buffers& b, const T* const* values, int count, int row, int at, int left) {
+// Dimensions at .. at + C * W of R rows; kFull: none of them lies past head_dim. Meanwhile `next` is fetched.
+template <class T, int R, int C, bool kFull>
+MII_INLINE void add_values(const Buffers& b, const KeyBlock<T>& block, int row, int at, int left, const KeyBlock<T>* next, int64_t bytes) {
   V sums[R][C];
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) sums[r][c] = load(b.sums + (row + r) * b.width + at + c * W);
-  for (int key = 0; key < count; ++key) {
+  const float* scores = b.scores + row * kKeys;
+  for (int key = block.lo; key < block.count; ++key) {
+    if (next != nullptr) next->fetch(key - block.lo, block.count - block.lo, bytes);
     V v[C];
-    for (int c = 0; c < C; ++c) v[c] = load_tail(values[key] + at + c * W, left - c * W);
+    for (int c = 0; c < C; ++c)
+      v[c] = kFull ? load(block.values[key] + at + c * W) : load_tail(block.values[key] + at + c * W, left - c * W);
     for (int r = 0; r < R; ++r) {
-      const V p = set1(b.scores[(row + r) * kKeys + key]);
+      const V p = set1(scores[r * kKeys + key]);
       for (int c = 0; c < C; ++c) sums[r][c] = fma(p, v[c], sums[r][c]);
     }
   }
@@ -169,41 +207,63 @@ template <class T, int R, int C> MII_INLINE void add_values(const Buffers& b, co
 
 constexpr int kValueVectors = W == 16 ? 4 : 2;
 
-template <class T, int R> void add_values_row(const Buffers& b, const T* const* values, int count, int row, int d) {
+template <class T, int R> void add_values_row(const Buffers& b, const KeyBlock<T>& block, int row, int d, const KeyBlock<T>* next) {
+  const int64_t bytes = d * static_cast<int64_t>(sizeof(T));
   int at = 0;
-  for (; at + kValueVectors * W <= d; at += kValueVectors * W) add_values<T, R, kValueVectors>(b, values, count, row, at, d - at);
-  for (; at < d; at += W) add_values<T, R, 1>(b, values, count, row, at, d - at);
+  for (; at + kValueVectors * W <= d; at += kValueVectors * W, next = nullptr)
+    add_values<T, R, kValueVectors, true>(b, block, row, at, d - at, next, bytes);
+  for (; at + W <= d; at += W, next = nullptr) add_values<T, R, 1, true>(b, block, row, at, d - at, next, bytes);
+  if (at < d) add_values<T, R, 1, false>(b, block, row, at, d - at, next, bytes);
 }
 
-template <class T, int R = kRowGroup> MII_INLINE void add_values_of(int rows, const Buffers& b, const T* const* values, int count, int row, int d) {
-  if (rows == R) return add_values_row<T, R>(b, values, count, row, d);
-  if constexpr (R > 1) add_values_of<T, R - 1>(rows, b, values, count, row, d);
+template <class T, int R = kRowGroup>
+MII_INLINE void add_values_of(int rows, const Buffers& b, const KeyBlock<T>& block, int row, int d, const KeyBlock<T>* next) {
+  if (rows == R) return add_values_row<T, R>(b, block, row, d, next);
+  if constexpr (R > 1) add_values_of<T, R - 1>(rows, b, block, row, d, next);
 }
 
 // ---- an item ------------------------------------------------------------------------------------------------------
 
-template <class T> void attend(const Item<T>& item, const Buffers& b) {
+constexpr int kDotRows = 2 * kRowGroup;  // up to so many rows the keys are not worth a transposition
+
+// `next` is what this thread does afterwards, or null: its first keys are fetched during the last block of this item.
+template <class T> void attend(const Item<T>& item, const Buffers& b, const Item<T>* next) {
   load_queries(item, b);
-  const T *keys[kKeys], *values[kKeys];
-  for (int first = item.key_begin; first < item.key_end; first += kKeys) {
-    const int count = item.key_end - first < kKeys ? item.key_end - first : kKeys;
-    for (int i = 0; i < count; ++i) {
-      const int64_t offset = item.offset(first + i);
-      keys[i] = (const T*)item.a.k_cache + offset;
-      values[i] = (const T*)item.a.v_cache + offset;
-    }
-    if (item.rows > kRowGroup) {
-      transpose_keys(item, b, keys, count);
+#if defined(__AMX_BF16__)
+  const bool tiles = is_same<T, bf16> && DecodeTiles::serves(item.a, item.rows);
+  DecodeTiles decode(tiles);
+  if constexpr (is_same<T, bf16>)
+    if (tiles) decode.load_queries(item);
+#endif
+  KeyBlock<T> blocks[2];
+  blocks[0].find_first(item);
+  for (int turn = 0; blocks[turn].first < item.key_end; turn ^= 1) {
+    const KeyBlock<T>& block = blocks[turn];
+    KeyBlock<T>& following = blocks[turn ^ 1];
+    following.find(item, block.first + kKeys);
+    const bool last = following.first >= item.key_end;
+    KeyBlock<T> other;
+    if (last && next != nullptr) other.find_first(*next);
+    const KeyBlock<T>* fetched = !last ? &following : (next != nullptr ? &other : nullptr);
+    bool scored = false;
+#if defined(__AMX_BF16__)
+    if constexpr (is_same<T, bf16>)
+      if ((scored = tiles)) decode.score(item, block.first, block.lo, block.count, b.scores);
+#endif
+    if (!scored && item.rows > kDotRows) {
+      transpose_keys(item, b, block.keys, block.lo, block.count);
       block_scores(b, item.rows, item.a.head_dim);
-    } else {
-      dot_scores(item, b, keys, count);
+    } else if (!scored) {
+      dot_scores(item, b, block.keys, block.lo, block.count);
     }
     for (int r = 0; r < item.rows; ++r) {
-      shape_scores(item, b.scores + r * kKeys, r, first, count);
+      shape_scores(item, b.scores + r * kKeys, r, block.first, block.lo, block.count);
       softmax_row(b, r);
     }
-    for (int row = 0; row < item.rows; row += kRowGroup)
-      add_values_of<T>(item.rows - row < kRowGroup ? item.rows - row : kRowGroup, b, values, count, row, item.a.head_dim);
+    for (int row = 0; row < item.rows; row += kRowGroup) {
+      const int rows = item.rows - row < kRowGroup ? item.rows - row : kRowGroup;
+      add_values_of<T>(rows, b, block, row, item.a.head_dim, row == 0 ? fetched : nullptr);
+    }
   }
 }
 
@@ -251,27 +311,41 @@ template <class T> void join_parts(const Item<T>& item) {
   }
 }
 
-template <class T> void run_item(const MiiAttention& a, const WorkItem& work) {
-  const Item<T> item(a, work);
+template <class T> void run_item(const Item<T>& item, const Item<T>* next) {
 #if defined(__AMX_BF16__)
   if constexpr (is_same<T, bf16>)
     if (item.tokens > 1) return attend_amx(item);
 #endif
-  const Buffers b(a.head_dim, item.rows);
-  attend(item, b);
+  const Buffers b(item.a.head_dim, item.rows);
+  attend(item, b, next);
   item.parts > 1 ? write_part(item, b) : write_rows(item, b);
 }
 
+// Items [begin, end) of the list, one after another.
+template <class T> void run_items(const MiiAttention& a, int begin, int end) {
+  const WorkItem* items = ((const WorkList*)a.work)->item;
+  for (int i = begin; i < end; ++i) {
+    const Item<T> item(a, items[i]), next(a, items[i + 1 < end ? i + 1 : i]);
+    run_item(item, i + 1 < end ? &next : nullptr);
+  }
+}
+
+// Decodes are claimed some at a time, so that a thread knows which keys it needs next; prompts one by one.
 template <class T> void run(const MiiAttention& a) {
   const WorkList& list = *(const WorkList*)a.work;
-  const auto item = [&](int64_t i) { run_item<T>(a, list.item[i]); };
   const auto join = [&](int64_t i) { join_parts<T>(Item<T>(a, list.item[i])); };
   if (list.cost < 1 << 13) {
-    for (int i = 0; i < list.items; ++i) item(i);
+    run_items<T>(a, 0, list.items);
     for (int i = 0; i < list.joins; ++i) join(i);
     return;
   }
-  each_part(list.items, item);
+  const int share = list.decodes / (4 * max_threads()), claim = share < 1 ? 1 : (share > 8 ? 8 : share);
+  const int claims = (list.decodes + claim - 1) / claim;
+  each_part(claims + list.items - list.decodes, [&](int64_t part) {
+    const int begin = static_cast<int>(part) * claim, prompt = list.decodes + static_cast<int>(part) - claims;
+    if (prompt >= list.decodes) run_items<T>(a, prompt, prompt + 1);
+    else run_items<T>(a, begin, begin + claim < list.decodes ? begin + claim : list.decodes);
+  });
   if (list.joins > 0) each_part(list.joins, join);
 }
 

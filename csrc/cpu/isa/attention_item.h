@@ -11,6 +11,7 @@ constexpr float kNone = -INFINITY;
 template <class T> struct Item : WorkItem {
   const MiiAttention& a;
   int group, rows, position;  // query heads per KV head; rows of the item; position of its first token
+  int block_shift;            // log2 of the block size
   const int32_t* table;
 
   Item(const MiiAttention& args, const WorkItem& item) : WorkItem(item), a(args) {
@@ -19,10 +20,12 @@ template <class T> struct Item : WorkItem {
     const int q_len = a.q_start[seq + 1] - a.q_start[seq];
     position = a.kv_len[seq] - q_len + token;
     table = a.block_table + a.seq_slot[seq] * a.max_blocks;
+    block_shift = __builtin_ctz(static_cast<unsigned>(a.block_size));
   }
+  // Where a key lies in k_cache and v_cache, in elements.
   int64_t offset(int key) const {
-    const int64_t block = table[key / a.block_size];
-    return ((block * a.kv_heads + head) * a.block_size + key % a.block_size) * a.head_dim;
+    const int64_t block = table[key >> block_shift];
+    return (((block * a.kv_heads + head) << block_shift) + (key & (a.block_size - 1))) * a.head_dim;
   }
   int64_t step_row(int row) const { return a.q_start[seq] + token + row / group; }
   int64_t column(int row) const { return static_cast<int64_t>(head * group + row % group) * a.head_dim; }

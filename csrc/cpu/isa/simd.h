@@ -25,6 +25,7 @@ template <class A, class B> constexpr bool is_same = false;
 template <class A> constexpr bool is_same<A, A> = true;
 
 #define MII_INLINE static inline __attribute__((always_inline))
+#define MII_INLINE_MEMBER inline __attribute__((always_inline))
 
 // ---- scalars ------------------------------------------------------------------------------------------------------
 
