@@ -13,12 +13,13 @@ os.environ.setdefault("OMP_NUM_THREADS", str(min(4, len(os.sched_getaffinity(0))
 
 import importlib.util
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mii.logging import logger
 from tests.checkpoints import write_checkpoint
 
 GPU_TESTS = Path(__file__).parent / "gpu"
@@ -49,6 +50,14 @@ def _no_gpu() -> str | None:
         return "no NVIDIA GPU here"
     capability = torch.cuda.get_device_capability()
     return None if capability >= (8, 0) else f"the GPU has compute capability {capability}, 8.0 is needed"
+
+
+@pytest.fixture(autouse=True)
+def _same_log_level() -> Iterator[None]:
+    """A test that quietens the log, as commands do, does not quieten it for the next one."""
+    level = logger.level
+    yield
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
