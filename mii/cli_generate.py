@@ -101,6 +101,9 @@ def _add_generation(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--return-full-text", action="store_true", default=None, help="write the prompt before the answer"
     )
+    group.add_argument(
+        "--skip-special-tokens", action="store_true", default=None, help="leave special tokens out of the answer"
+    )
 
 
 def _option(text: str) -> tuple[str, Any]:

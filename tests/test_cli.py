@@ -178,6 +178,7 @@ def test_without_a_model_it_says_how_to_get_the_default_one(run: Run, monkeypatc
 def test_every_generation_option_is_an_option_of_the_command(run: Run, loaded: dict[str, Any]) -> None:
     words = ["--max-length=99", "--max-new-tokens=5", "--min-new-tokens=1", "--ignore-eos", "--return-full-text"]
     words += ["--temperature=0.5", "--top-k=4", "--top-p=0.7", "--min-p=0.1", "--seed=3", "--stop=a", "--stop=b\n"]
+    words += ["--skip-special-tokens"]
     parsed = cli._parser(["generate"]).parse_args(["generate", "x", "--greedy", *words])
     options = cli_generate._generation_options(parsed)
     assert set(options) == set(GenerateParamsConfig.option_names())

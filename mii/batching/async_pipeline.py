@@ -141,8 +141,10 @@ class MIIAsyncPipeline(PipelineBase):
         if len(read) != 1:
             raise PromptTypeError(f"put_request takes one prompt and got {len(read)}; call it once for each")
         entry = _Entry(read[0], self._mailbox(), streams)
-        request = entry.prepared.request
-        self._tracker.add(request, entry.prepared.stops, context=entry.prepared.context)
+        prepared, request = entry.prepared, entry.prepared.request
+        self._tracker.add(
+            request, prepared.stops, skip_special_tokens=prepared.skip_special_tokens, context=prepared.context
+        )
         self._entries[request.uid] = entry
         entry.mailbox.expect(request.uid)
         try:

@@ -27,12 +27,14 @@ class PreparedRequest:
         index: The prompt's place in the call.
         text: The prompt's text, where the answer shall be given with it.
         stops: Strings that end the answer's text.
+        skip_special_tokens: Special tokens are left out of the answer's text.
     """
 
     request: EngineRequest
     index: int
     text: str | None
     stops: StopStrings
+    skip_special_tokens: bool = False
 
     @property
     def prompt_length(self) -> int:
@@ -130,7 +132,7 @@ class Intake:
         text = None
         if call.params.return_full_text:
             text = prompt if isinstance(prompt, str) else self._text_of(ids, call.begin_id)
-        return PreparedRequest(request, index, text, call.stops)
+        return PreparedRequest(request, index, text, call.stops, call.params.skip_special_tokens)
 
     def _checked_ids(self, prompt: Any) -> list[int]:
         ids = _plain(prompt)

@@ -110,7 +110,7 @@ class MIIPipeline(PipelineBase):
         tracker, inbox = RequestTracker(self._decoder), Inbox()
         by_uid = {each.request.uid: each for each in prepared}
         for each in prepared:
-            tracker.add(each.request, each.stops, context=each.context)
+            tracker.add(each.request, each.stops, skip_special_tokens=each.skip_special_tokens, context=each.context)
         try:
             if prepared:
                 self._driver.submit([each.request for each in prepared], inbox)

@@ -171,7 +171,9 @@ class TextSession:
     def _begin(self, prepared: Sequence[PreparedRequest], generation: Generation) -> Generation:
         try:
             for each in prepared:
-                self._tracker.add(each.request, each.stops, context=each.context)
+                self._tracker.add(
+                    each.request, each.stops, skip_special_tokens=each.skip_special_tokens, context=each.context
+                )
             self.engine.add([each.request for each in prepared])
         except BaseException:
             for each in prepared:

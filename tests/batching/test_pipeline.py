@@ -65,6 +65,8 @@ def test_ignore_eos_shows_end_of_text_and_keeps_stop_strings(make_pipeline: Make
     assert str(pipe("x", ignore_eos=True, max_new_tokens=4)[0]) == "a</s>b</s>"
     stopped = pipe("x", ignore_eos=True, stop="STOP")[0]
     assert (str(stopped), stopped.finish_reason) == ("a</s>b</s>", "stop")
+    skipped = pipe("x", ignore_eos=True, max_new_tokens=4, skip_special_tokens=True)[0]
+    assert (str(skipped), skipped.generated_length) == ("ab", 4)
 
 
 def test_full_text_is_the_prompt_and_the_answer(make_pipeline: Make) -> None:

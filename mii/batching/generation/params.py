@@ -42,7 +42,6 @@ _HINTS = {
     "stop_strings": "use stop",
     "stop_sequences": "use stop",
     "random_seed": "use seed",
-    "skip_special_tokens": "special tokens stay in the text",
 }
 
 
@@ -97,6 +96,9 @@ class GenerateParamsConfig(ConfigModel):
     seed: Seed | None = Field(default=None, description="makes the answer repeatable; None: a new one each time")
     stop: list[str] = Field(
         default=[], description="a text, or a list of texts, at which the answer ends; not part of it"
+    )
+    skip_special_tokens: bool = Field(
+        default=False, description="leave special tokens out of the answer's text; they are counted all the same"
     )
 
     @classmethod

@@ -45,6 +45,7 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         "min_p": 0.0,
         "seed": None,
         "stop": [],
+        "skip_special_tokens": False,
     }
 
 
