@@ -16,7 +16,7 @@ from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13modelresponse.proto\x12\rmodelresponse\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1cgoogle/protobuf/struct.proto\"\xf3\x01\n\x05Value\x12\x10\n\x06svalue\x18\x01 \x01(\tH\x00\x12\x10\n\x06ivalue\x18\x02 \x01(\x03H\x00\x12\x10\n\x06\x66value\x18\x03 \x01(\x02H\x00\x12\x10\n\x06\x62value\x18\x04 \x01(\x08H\x00\x12+\n\x06mvalue\x18\x05 \x01(\x0b\x32\x19.modelresponse.DictionaryH\x00\x12%\n\x06lvalue\x18\x06 \x01(\x0b\x32\x13.modelresponse.ListH\x00\x12,\n\x06nvalue\x18\x07 \x01(\x0e\x32\x1a.google.protobuf.NullValueH\x00\x12\x10\n\x06\x64value\x18\x08 \x01(\x01H\x00\x42\x0e\n\x0coneof_values\"\x88\x01\n\nDictionary\x12\x35\n\x06values\x18\x01 \x03(\x0b\x32%.modelresponse.Dictionary.ValuesEntry\x1a\x43\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.modelresponse.Value:\x02\x38\x01\",\n\x04List\x12$\n\x06values\x18\x01 \x03(\x0b\x32\x14.modelresponse.Value\"\xbb\x01\n\x13SingleStringRequest\x12\x0f\n\x07request\x18\x01 \x01(\t\x12I\n\x0cquery_kwargs\x18\x02 \x03(\x0b\x32\x33.modelresponse.SingleStringRequest.QueryKwargsEntry\x1aH\n\x10QueryKwargsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.modelresponse.Value:\x02\x38\x01\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\xe9\x01\n\x12MultiStringRequest\x12\x0f\n\x07request\x18\x01 \x03(\t\x12H\n\x0cquery_kwargs\x18\x02 \x03(\x0b\x32\x32.modelresponse.MultiStringRequest.QueryKwargsEntry\x12.\n\rtoken_prompts\x18\x03 \x03(\x0b\x32\x17.modelresponse.TokenIds\x1aH\n\x10QueryKwargsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.modelresponse.Value:\x02\x38\x01\"{\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12(\n\x03top\x18\x04 \x03(\x0b\x32\x1b.modelresponse.TokenLogprobB\n\n\x08_logprob\"\xa2\x02\n\x15SingleGenerationReply\x12\x10\n\x08response\x18\x01 \x01(\t\x12\x15\n\rfinish_reason\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x03\x12\x18\n\x10generated_tokens\x18\x04 \x01(\x03\x12\x12\n\ntime_taken\x18\x05 \x01(\x02\x12\x18\n\x10model_time_taken\x18\x06 \x01(\x02\x12\r\n\x05index\x18\x07 \x01(\x05\x12-\n\x08logprobs\x18\x08 \x03(\x0b\x32\x1b.modelresponse.TokenLogprob\x12\r\n\x05\x65rror\x18\t \x01(\t\x12\x34\n\x0fprompt_logprobs\x18\n \x03(\x0b\x32\x1b.modelresponse.TokenLogprob\"N\n\x14MultiGenerationReply\x12\x36\n\x08response\x18\x01 \x03(\x0b\x32$.modelresponse.SingleGenerationReply\"\\\n\x0bHealthReply\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12.\n\x08replicas\x18\x03 \x03(\x0b\x32\x1c.modelresponse.ReplicaHealth\"\x9b\x01\n\rReplicaHealth\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x12\n\nmax_length\x18\x04 \x01(\x03\x12\x12\n\nvocab_size\x18\x05 \x01(\x03\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x13\n\x0boutstanding\x18\x08 \x01(\x03\"\x1a\n\nStatsReply\x12\x0c\n\x04json\x18\x01 \x01(\x0c\x32\x8c\x03\n\rModelResponse\x12=\n\tTerminate\x12\x16.google.protobuf.Empty\x1a\x16.google.protobuf.Empty\"\x00\x12Z\n\x0eGeneratorReply\x12!.modelresponse.MultiStringRequest\x1a#.modelresponse.MultiGenerationReply\"\x00\x12\x62\n\x14GeneratorReplyStream\x12!.modelresponse.MultiStringRequest\x1a#.modelresponse.MultiGenerationReply\"\x00\x30\x01\x12>\n\x06Health\x12\x16.google.protobuf.Empty\x1a\x1a.modelresponse.HealthReply\"\x00\x12<\n\x05Stats\x12\x16.google.protobuf.Empty\x1a\x19.modelresponse.StatsReply\"\x00\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x13modelresponse.proto\x12\rmodelresponse\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1cgoogle/protobuf/struct.proto\"\x81\x02\n\x05Value\x12\x10\n\x06svalue\x18\x01 \x01(\tH\x00\x12\x10\n\x06ivalue\x18\x02 \x01(\x03H\x00\x12\x10\n\x06\x66value\x18\x03 \x01(\x02H\x00\x12\x10\n\x06\x62value\x18\x04 \x01(\x08H\x00\x12+\n\x06mvalue\x18\x05 \x01(\x0b\x32\x19.modelresponse.DictionaryH\x00\x12%\n\x06lvalue\x18\x06 \x01(\x0b\x32\x13.modelresponse.ListH\x00\x12,\n\x06nvalue\x18\x07 \x01(\x0e\x32\x1a.google.protobuf.NullValueH\x00\x12\x13\n\x06\x64value\x18\x08 \x01(\x01H\x01\x88\x01\x01\x42\x0e\n\x0coneof_valuesB\t\n\x07_dvalue\"\x88\x01\n\nDictionary\x12\x35\n\x06values\x18\x01 \x03(\x0b\x32%.modelresponse.Dictionary.ValuesEntry\x1a\x43\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.modelresponse.Value:\x02\x38\x01\",\n\x04List\x12$\n\x06values\x18\x01 \x03(\x0b\x32\x14.modelresponse.Value\"\xbb\x01\n\x13SingleStringRequest\x12\x0f\n\x07request\x18\x01 \x01(\t\x12I\n\x0cquery_kwargs\x18\x02 \x03(\x0b\x32\x33.modelresponse.SingleStringRequest.QueryKwargsEntry\x1aH\n\x10QueryKwargsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.modelresponse.Value:\x02\x38\x01\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\"\xfc\x01\n\x12MultiStringRequest\x12\x0f\n\x07request\x18\x01 \x03(\t\x12H\n\x0cquery_kwargs\x18\x02 \x03(\x0b\x32\x32.modelresponse.MultiStringRequest.QueryKwargsEntry\x12.\n\rtoken_prompts\x18\x03 \x03(\x0b\x32\x17.modelresponse.TokenIds\x12\x11\n\tpositions\x18\x04 \x03(\x05\x1aH\n\x10QueryKwargsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12#\n\x05value\x18\x02 \x01(\x0b\x32\x14.modelresponse.Value:\x02\x38\x01\"{\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\x05\x12\r\n\x05token\x18\x02 \x01(\x0c\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12(\n\x03top\x18\x04 \x03(\x0b\x32\x1b.modelresponse.TokenLogprobB\n\n\x08_logprob\"\xa2\x02\n\x15SingleGenerationReply\x12\x10\n\x08response\x18\x01 \x01(\t\x12\x15\n\rfinish_reason\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x03\x12\x18\n\x10generated_tokens\x18\x04 \x01(\x03\x12\x12\n\ntime_taken\x18\x05 \x01(\x02\x12\x18\n\x10model_time_taken\x18\x06 \x01(\x02\x12\r\n\x05index\x18\x07 \x01(\x05\x12-\n\x08logprobs\x18\x08 \x03(\x0b\x32\x1b.modelresponse.TokenLogprob\x12\r\n\x05\x65rror\x18\t \x01(\t\x12\x34\n\x0fprompt_logprobs\x18\n \x03(\x0b\x32\x1b.modelresponse.TokenLogprob\"N\n\x14MultiGenerationReply\x12\x36\n\x08response\x18\x01 \x03(\x0b\x32$.modelresponse.SingleGenerationReply\"\\\n\x0bHealthReply\x12\r\n\x05ready\x18\x01 \x01(\x08\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12.\n\x08replicas\x18\x03 \x03(\x0b\x32\x1c.modelresponse.ReplicaHealth\"\x9b\x01\n\rReplicaHealth\x12\x0f\n\x07\x61\x64\x64ress\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x12\n\nmax_length\x18\x04 \x01(\x03\x12\x12\n\nvocab_size\x18\x05 \x01(\x03\x12\x0e\n\x06\x64\x65vice\x18\x06 \x01(\t\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x13\n\x0boutstanding\x18\x08 \x01(\x03\"\x1a\n\nStatsReply\x12\x0c\n\x04json\x18\x01 \x01(\x0c\x32\x8c\x03\n\rModelResponse\x12=\n\tTerminate\x12\x16.google.protobuf.Empty\x1a\x16.google.protobuf.Empty\"\x00\x12Z\n\x0eGeneratorReply\x12!.modelresponse.MultiStringRequest\x1a#.modelresponse.MultiGenerationReply\"\x00\x12\x62\n\x14GeneratorReplyStream\x12!.modelresponse.MultiStringRequest\x1a#.modelresponse.MultiGenerationReply\"\x00\x30\x01\x12>\n\x06Health\x12\x16.google.protobuf.Empty\x1a\x1a.modelresponse.HealthReply\"\x00\x12<\n\x05Stats\x12\x16.google.protobuf.Empty\x1a\x19.modelresponse.StatsReply\"\x00\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -30,35 +30,35 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_MULTISTRINGREQUEST_QUERYKWARGSENTRY']._options = None
   _globals['_MULTISTRINGREQUEST_QUERYKWARGSENTRY']._serialized_options = b'8\001'
   _globals['_VALUE']._serialized_start=98
-  _globals['_VALUE']._serialized_end=341
-  _globals['_DICTIONARY']._serialized_start=344
-  _globals['_DICTIONARY']._serialized_end=480
-  _globals['_DICTIONARY_VALUESENTRY']._serialized_start=413
-  _globals['_DICTIONARY_VALUESENTRY']._serialized_end=480
-  _globals['_LIST']._serialized_start=482
-  _globals['_LIST']._serialized_end=526
-  _globals['_SINGLESTRINGREQUEST']._serialized_start=529
-  _globals['_SINGLESTRINGREQUEST']._serialized_end=716
-  _globals['_SINGLESTRINGREQUEST_QUERYKWARGSENTRY']._serialized_start=644
-  _globals['_SINGLESTRINGREQUEST_QUERYKWARGSENTRY']._serialized_end=716
-  _globals['_TOKENIDS']._serialized_start=718
-  _globals['_TOKENIDS']._serialized_end=741
-  _globals['_MULTISTRINGREQUEST']._serialized_start=744
-  _globals['_MULTISTRINGREQUEST']._serialized_end=977
-  _globals['_MULTISTRINGREQUEST_QUERYKWARGSENTRY']._serialized_start=644
-  _globals['_MULTISTRINGREQUEST_QUERYKWARGSENTRY']._serialized_end=716
-  _globals['_TOKENLOGPROB']._serialized_start=979
-  _globals['_TOKENLOGPROB']._serialized_end=1102
-  _globals['_SINGLEGENERATIONREPLY']._serialized_start=1105
-  _globals['_SINGLEGENERATIONREPLY']._serialized_end=1395
-  _globals['_MULTIGENERATIONREPLY']._serialized_start=1397
-  _globals['_MULTIGENERATIONREPLY']._serialized_end=1475
-  _globals['_HEALTHREPLY']._serialized_start=1477
-  _globals['_HEALTHREPLY']._serialized_end=1569
-  _globals['_REPLICAHEALTH']._serialized_start=1572
-  _globals['_REPLICAHEALTH']._serialized_end=1727
-  _globals['_STATSREPLY']._serialized_start=1729
-  _globals['_STATSREPLY']._serialized_end=1755
-  _globals['_MODELRESPONSE']._serialized_start=1758
-  _globals['_MODELRESPONSE']._serialized_end=2154
+  _globals['_VALUE']._serialized_end=355
+  _globals['_DICTIONARY']._serialized_start=358
+  _globals['_DICTIONARY']._serialized_end=494
+  _globals['_DICTIONARY_VALUESENTRY']._serialized_start=427
+  _globals['_DICTIONARY_VALUESENTRY']._serialized_end=494
+  _globals['_LIST']._serialized_start=496
+  _globals['_LIST']._serialized_end=540
+  _globals['_SINGLESTRINGREQUEST']._serialized_start=543
+  _globals['_SINGLESTRINGREQUEST']._serialized_end=730
+  _globals['_SINGLESTRINGREQUEST_QUERYKWARGSENTRY']._serialized_start=658
+  _globals['_SINGLESTRINGREQUEST_QUERYKWARGSENTRY']._serialized_end=730
+  _globals['_TOKENIDS']._serialized_start=732
+  _globals['_TOKENIDS']._serialized_end=755
+  _globals['_MULTISTRINGREQUEST']._serialized_start=758
+  _globals['_MULTISTRINGREQUEST']._serialized_end=1010
+  _globals['_MULTISTRINGREQUEST_QUERYKWARGSENTRY']._serialized_start=658
+  _globals['_MULTISTRINGREQUEST_QUERYKWARGSENTRY']._serialized_end=730
+  _globals['_TOKENLOGPROB']._serialized_start=1012
+  _globals['_TOKENLOGPROB']._serialized_end=1135
+  _globals['_SINGLEGENERATIONREPLY']._serialized_start=1138
+  _globals['_SINGLEGENERATIONREPLY']._serialized_end=1428
+  _globals['_MULTIGENERATIONREPLY']._serialized_start=1430
+  _globals['_MULTIGENERATIONREPLY']._serialized_end=1508
+  _globals['_HEALTHREPLY']._serialized_start=1510
+  _globals['_HEALTHREPLY']._serialized_end=1602
+  _globals['_REPLICAHEALTH']._serialized_start=1605
+  _globals['_REPLICAHEALTH']._serialized_end=1760
+  _globals['_STATSREPLY']._serialized_start=1762
+  _globals['_STATSREPLY']._serialized_end=1788
+  _globals['_MODELRESPONSE']._serialized_start=1791
+  _globals['_MODELRESPONSE']._serialized_end=2187
 # @@protoc_insertion_point(module_scope)

@@ -68,7 +68,7 @@ class TokenIds(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class MultiStringRequest(_message.Message):
-    __slots__ = ("request", "query_kwargs", "token_prompts")
+    __slots__ = ("request", "query_kwargs", "token_prompts", "positions")
     class QueryKwargsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -79,10 +79,12 @@ class MultiStringRequest(_message.Message):
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     QUERY_KWARGS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_PROMPTS_FIELD_NUMBER: _ClassVar[int]
+    POSITIONS_FIELD_NUMBER: _ClassVar[int]
     request: _containers.RepeatedScalarFieldContainer[str]
     query_kwargs: _containers.MessageMap[str, Value]
     token_prompts: _containers.RepeatedCompositeFieldContainer[TokenIds]
-    def __init__(self, request: _Optional[_Iterable[str]] = ..., query_kwargs: _Optional[_Mapping[str, Value]] = ..., token_prompts: _Optional[_Iterable[_Union[TokenIds, _Mapping]]] = ...) -> None: ...
+    positions: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request: _Optional[_Iterable[str]] = ..., query_kwargs: _Optional[_Mapping[str, Value]] = ..., token_prompts: _Optional[_Iterable[_Union[TokenIds, _Mapping]]] = ..., positions: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class TokenLogprob(_message.Message):
     __slots__ = ("token_id", "token", "logprob", "top")
