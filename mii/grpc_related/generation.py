@@ -23,6 +23,7 @@ class Piece(msgspec.Struct, frozen=True):
         text: the text that is new since the last piece.
         prompt_length: tokens of the prompt.
         generated_length: tokens of the answer so far.
+        model_seconds: from the answer's first token to the last one so far.
         finish_reason: NONE while the answer runs.
         error: why the answer ended without being complete, if it did.
     """
@@ -31,6 +32,7 @@ class Piece(msgspec.Struct, frozen=True):
     text: str
     prompt_length: int
     generated_length: int
+    model_seconds: float = 0.0
     finish_reason: GenerationFinishReason = GenerationFinishReason.NONE
     error: str | None = None
 
@@ -71,7 +73,13 @@ class _Answer:
     def piece(self, reason: GenerationFinishReason, error: str | None = None) -> Piece:
         """All that is new, and it is new no longer."""
         text, self.texts = "".join(self.texts), []
-        return Piece(self.prepared.index, text, self.prepared.prompt_length, self.length, reason, error)
+        seconds = self.timing.last - self.timing.first
+        return Piece(self.prepared.index, text, self.prepared.prompt_length, self.length, seconds, reason, error)
+
+    def whole(self) -> Piece:
+        """The answer in full, with the prompt's text where it is wanted."""
+        self.texts.insert(0, self.prepared.text or "")
+        return self.piece(self.reason, self.error)
 
 
 class Generation:
@@ -146,7 +154,7 @@ class Generation:
             await self._wait()
         if self._failure is not None:
             raise self._failure
-        return [answer.piece(answer.reason, answer.error) for answer in self._answers.values()]
+        return [answer.whole() for answer in self._answers.values()]
 
     async def take(self) -> tuple[list[Piece], list[Piece]]:
         """What is new, once something is and it is this stream's turn.

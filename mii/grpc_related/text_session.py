@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+import msgspec
 
 from mii import errors
 from mii.backend.engine_client import EngineClient
@@ -64,12 +66,12 @@ class TextSession:
         self._generations: dict[int, Generation] = {}
         self._admitted = 0
         self._ready = asyncio.Event()
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise")
         self._pacer = Pacer(_MESSAGES_A_SECOND, _MESSAGES_AT_ONCE)
         self.metrics = ReplicaMetrics()
         self.engine = EngineClient(address, self, silence_seconds=silence_seconds)
+        self.on_state: Callable[[bool], None] = lambda ready: None
+        """Told whether there is an engine, when that changes."""
 
     def start(self) -> None:
         """Begins to connect to the engine."""
@@ -77,7 +79,7 @@ class TextSession:
 
     async def close(self) -> None:
         """Ends everything that still runs, and lets go of the engine."""
-        self._fail_all(ServerUnavailableError("the server is shutting down"))
+        self.fail_all(ServerUnavailableError("the server is shutting down"))
         await self.engine.close()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
@@ -88,14 +90,19 @@ class TextSession:
             await self._ready.wait()
         return self.engine.info
 
-    async def wait_idle(self) -> None:
-        """Sleeps until no call is left."""
-        await self._idle.wait()
-
     @property
     def outstanding(self) -> int:
         """Prompts that were taken and whose answers have not ended."""
         return self._admitted
+
+    def numbers(self) -> dict[str, Any]:
+        """What the replica counts, as JSON types: its own counts and the engine's."""
+        return {
+            "outstanding": self._admitted,
+            "queue_size": self._queue_size,
+            "engine": {**msgspec.structs.asdict(self.engine.stats), "lives": self.engine.lives},
+            **self.metrics.numbers(),
+        }
 
     # Calls
 
@@ -119,7 +126,7 @@ class TextSession:
             prepared = await self._read(prompts, options)
             return self._begin(prepared, Generation(prepared, started, self._pacer if streams else None))
         except BaseException:
-            self._release(len(prompts))
+            self._admitted -= len(prompts)
             raise
 
     def close_call(self, generation: Generation, reason: str = "cancelled") -> None:
@@ -143,8 +150,6 @@ class TextSession:
         if self._admitted and self._admitted + count > self._queue_size:
             raise self._busy(count)
         self._admitted += count
-        if self._admitted:
-            self._idle.clear()
 
     def _busy(self, count: int) -> ServerBusyError:
         speed = self.metrics.ends_a_second(time.monotonic())
@@ -155,11 +160,6 @@ class TextSession:
         )
         error.retry_after = min(max(count / speed, shortest), longest) if speed else 1.0
         return error
-
-    def _release(self, count: int) -> None:
-        self._admitted -= count
-        if not self._admitted:
-            self._idle.set()
 
     async def _read(self, prompts: Sequence[Any], options: Mapping[str, Any]) -> list[PreparedRequest]:
         assert self._intake is not None
@@ -198,6 +198,7 @@ class TextSession:
                 seed=self._seed,
             )
         self._ready.set()
+        self.on_state(True)
 
     def on_outputs(self, outputs: Sequence[TokenOutput]) -> None:
         now, aborts, tokens = time.monotonic(), [], 0
@@ -229,7 +230,8 @@ class TextSession:
 
     def on_lost(self, reason: str) -> None:
         self.metrics.engine_losses += 1
-        self._fail_all(ServerUnavailableError(f"the engine that ran this request is lost: {reason}"))
+        self.on_state(False)
+        self.fail_all(ServerUnavailableError(f"the engine that ran this request is lost: {reason}"))
 
     def _text_of(self, output: TokenOutput) -> TextEvent | None:
         """The text of new tokens; a tokenizer that fails at them ends this request alone."""
@@ -241,7 +243,8 @@ class TextSession:
             reason = f"the tokenizer failed at the answer's tokens: {type(error).__name__}: {error}"
             return TextEvent(output.uid, "", 0, 0, error=reason, abort=output.finish_reason is None)
 
-    def _fail_all(self, error: Exception) -> None:
+    def fail_all(self, error: Exception) -> None:
+        """Ends every call with an error, at once."""
         for generation in set(self._generations.values()):
             self.close_call(generation, "error")
             generation.fail(error)
@@ -249,4 +252,4 @@ class TextSession:
     def _end(self, uid: int, reason: str, now: float) -> None:
         generation = self._generations.pop(uid)
         self.metrics.end(generation.timing(uid), generation.length(uid), str(reason), now)
-        self._release(1)
+        self._admitted -= 1

@@ -1,0 +1,86 @@
+"""The gRPC server of one replica: its service, the standard health and reflection services, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
+from grpc_health.v1.health import aio as health
+from grpc_reflection.v1alpha import reflection
+
+from mii.errors import PortTakenError, ServerUnavailableError
+from mii.grpc_related.options import SERVER_OPTIONS, SERVICE_NAME
+from mii.grpc_related.proto.modelresponse_pb2_grpc import add_ModelResponseServicer_to_server
+from mii.grpc_related.replica_service import ReplicaService
+from mii.grpc_related.text_session import TextSession
+
+__all__ = ["ReplicaServer"]
+
+# Calls beyond the queue that may be open: those whose answers are read late, and those that ask for the health.
+_MORE_CALLS = 1024
+_LAST_WORDS_SECONDS = 1.0
+
+
+class ReplicaServer:
+    """Serves a `TextSession`. Made within a running event loop.
+
+    Args:
+        session: what the calls share; it is the server's from now on.
+        queue_size: see `TextSession`.
+        token: see `ReplicaService`.
+        terminate: see `ReplicaService`.
+    """
+
+    def __init__(self, session: TextSession, *, queue_size: int, token: str, terminate: Callable[[str], None]) -> None:
+        self._session = session
+        self._service = ReplicaService(session, token, terminate)
+        self._health = health.HealthServicer()
+        self._server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=queue_size + _MORE_CALLS)
+        add_ModelResponseServicer_to_server(self._service, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE_NAME, HEALTH_NAME, reflection.SERVICE_NAME), self._server)
+        session.on_state = self._on_state
+        self._states: set[asyncio.Task[None]] = set()
+
+    async def start(self, host: str, port: int) -> int:
+        """Listens and begins to connect to the engine. Returns the port.
+
+        Args:
+            host: address to listen on.
+            port: 0 takes any that is free.
+
+        Raises:
+            PortTakenError: the port cannot be listened on.
+        """
+        try:
+            bound = self._server.add_insecure_port(f"{host}:{port}")
+        except RuntimeError as error:
+            raise PortTakenError(f"port {port} of {host} cannot be listened on: {error}") from error
+        await self._set_health(False)
+        await self._server.start()
+        self._session.start()
+        return int(bound)
+
+    async def stop(self, drain_seconds: float) -> None:
+        """Refuses new calls, lets those that run end, and ends the rest after `drain_seconds`."""
+        self._service.draining = True
+        await self._set_health(False)
+        stopped = asyncio.create_task(self._server.stop(drain_seconds + _LAST_WORDS_SECONDS))
+        await asyncio.wait([stopped], timeout=drain_seconds)
+        self._session.fail_all(ServerUnavailableError("the server is shutting down; what ran was given time to end"))
+        await stopped
+        await self._session.close()
+
+    def _on_state(self, ready: bool) -> None:
+        task = asyncio.create_task(self._set_health(ready and not self._service.draining))
+        self._states.add(task)
+        task.add_done_callback(self._states.discard)
+
+    async def _set_health(self, ready: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", SERVICE_NAME):
+            await self._health.set(name, status)

@@ -1,0 +1,171 @@
+"""The gRPC service of one replica."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from typing import Any, TypeAlias
+
+import grpc
+import grpc.aio
+
+from mii.errors import GenerationError, ServerUnavailableError
+from mii.grpc_related.convert import prompts_of, unpack_options
+from mii.grpc_related.generation import Generation, Piece
+from mii.grpc_related.proto.modelresponse_pb2 import (
+    HealthReply,
+    MultiGenerationReply,
+    MultiStringRequest,
+    ReplicaHealth,
+    StatsReply,
+)
+from mii.grpc_related.proto.modelresponse_pb2_grpc import ModelResponseServicer
+from mii.grpc_related.statuses import status_of
+from mii.grpc_related.text_session import TextSession
+from mii.logging import logger
+
+__all__ = ["REQUEST_ID", "TOKEN", "ReplicaService"]
+
+TOKEN = "mii-token"
+"""Metadata that shows that a caller may end the deployment."""
+REQUEST_ID = "mii-request-id"
+"""Metadata that names a request in the logs."""
+_HEALTH_SECONDS = 5.0
+_ERROR = "error"  # the finish reason of an answer that is not complete
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class ReplicaService(ModelResponseServicer):
+    """Answers calls over a `TextSession`.
+
+    Args:
+        session: the engine, tokenizer and queue.
+        token: what `Terminate` asks for.
+        terminate: ends the deployment; returns at once.
+    """
+
+    def __init__(self, session: TextSession, token: str, terminate: Callable[[str], None]) -> None:
+        self._session, self._token, self._terminate = session, token, terminate
+        self.draining = False
+        """Whether new calls are refused."""
+
+    async def GeneratorReply(self, request: MultiStringRequest, context: Context) -> MultiGenerationReply:
+        """All answers when the last one has ended. A call whose every answer failed has an error status."""
+        started, reply = time.monotonic(), MultiGenerationReply()
+        async with self._call(request, context, streams=False) as generation:
+            pieces = await generation.all()
+            _check_any_complete(pieces)
+            _write(reply, pieces, started)
+        return reply
+
+    async def GeneratorReplyStream(self, request: MultiStringRequest, context: Context) -> None:
+        """Pieces as they come. A stream of one prompt that fails has an error status; of several, the others go on."""
+        started = time.monotonic()
+        async with self._call(request, context, streams=True) as generation:
+            while True:
+                pieces, last = await generation.take()
+                if not pieces:
+                    return
+                for part in (pieces, last):
+                    if len(generation) == 1:
+                        _check_any_complete(part)
+                    if part:
+                        reply = MultiGenerationReply()
+                        _write(reply, part, started)
+                        await context.write(reply)
+
+    async def Health(self, request: Any, context: Context) -> HealthReply:
+        """Asks the engine itself, so a hung one is not called ready."""
+        reason, engine = "", self._session.engine
+        try:
+            await engine.ask(_HEALTH_SECONDS)
+        except (ServerUnavailableError, TimeoutError) as error:
+            reason = str(error)
+        if self.draining:
+            reason = "the server is shutting down"
+        replica = ReplicaHealth(ready=not reason, reason=reason, outstanding=self._session.outstanding)
+        if engine.info is not None:
+            replica.max_length, replica.vocab_size = engine.info.max_length, engine.info.vocab_size
+            replica.device, replica.dtype = engine.info.device, engine.info.dtype
+        return HealthReply(ready=replica.ready, reason=reason, replicas=[replica])
+
+    async def Stats(self, request: Any, context: Context) -> StatsReply:
+        """What the replica counts; see `TextSession.numbers`."""
+        return StatsReply(json=json.dumps(self._session.numbers()).encode())
+
+    async def Terminate(self, request: Any, context: Context) -> Any:
+        """Ends the whole deployment, for whoever has its token."""
+        given = _metadata(context, TOKEN)
+        if not hmac.compare_digest(given.encode(), self._token.encode()):
+            await context.abort(
+                grpc.StatusCode.PERMISSION_DENIED, f"the deployment's token is wanted as metadata {TOKEN!r}"
+            )
+        self._terminate(f"asked by {context.peer()}")
+        return type(request)()
+
+    @asynccontextmanager
+    async def _call(self, request: MultiStringRequest, context: Context, *, streams: bool) -> AsyncIterator[Generation]:
+        """A call from its prompts to its end, whatever ends it; errors become statuses."""
+        calls = self._session.metrics.calls
+        generation: Generation | None = None
+        try:
+            if self.draining:
+                raise ServerUnavailableError("the server is shutting down")
+            options = unpack_options(request)
+            options.pop("stream", None)  # the method says it
+            generation = await self._session.open(prompts_of(request), options, streams=streams)
+            yield generation
+            calls["OK"] += 1
+        except asyncio.CancelledError:
+            calls["CANCELLED"] += 1
+            raise
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            code, details, metadata = status_of(error)
+            calls[code.name] += 1
+            self._log(error, code, details, context)
+            await context.abort(code, details, metadata)
+        finally:
+            if generation is not None:
+                self._session.close_call(generation)
+
+    def _log(self, error: Exception, code: grpc.StatusCode, details: str, context: Context) -> None:
+        """Our own mistakes with their trace; what callers did wrong only for whoever looks closely."""
+        name = _metadata(context, REQUEST_ID) or "without an id"
+        if code is grpc.StatusCode.INTERNAL:
+            logger.error("request %s failed: %s", name, details, exc_info=error)
+        else:
+            logger.debug("request %s: %s: %s", name, code.name, details)
+
+
+def _check_any_complete(pieces: Iterable[Piece]) -> None:
+    """Raises `GenerationError` if every answer ended with an error."""
+    wrong = [piece.error for piece in pieces]
+    if wrong and all(wrong):
+        raise GenerationError(str(wrong[0]))
+
+
+def _write(reply: MultiGenerationReply, pieces: Iterable[Piece], started: float) -> None:
+    seconds = time.monotonic() - started
+    for piece in pieces:
+        failed = piece.error is not None
+        reply.response.add(
+            response=piece.text,
+            finish_reason=_ERROR if failed else piece.finish_reason.value,
+            prompt_tokens=piece.prompt_length,
+            generated_tokens=piece.generated_length,
+            time_taken=seconds,
+            model_time_taken=piece.model_seconds,
+            index=piece.index,
+            error=piece.error or "",
+        )
+
+
+def _metadata(context: Context, name: str) -> str:
+    values = [value for key, value in context.invocation_metadata() or () if key == name]
+    return str(values[0]) if values else ""
