@@ -32,7 +32,7 @@ SOURCES = ROOT / "csrc"
 LIBRARIES = ROOT / "mii" / "_lib"
 CACHE = ROOT / "build" / "native"
 
-CPU_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra")
+CPU_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra")
 # What each variant of csrc/cpu/isa may use. The order is the link order: where two objects hold the same inline
 # function of the standard library the linker keeps the first, which must be the one that runs on every machine.
 ISA_FLAGS = {
@@ -61,10 +61,6 @@ class Compiler:
 
     command: str
     version: str
-
-    @property
-    def is_gnu(self) -> bool:
-        return "clang" not in self.version
 
 
 @dataclass(frozen=True)
@@ -111,7 +107,6 @@ class Target:
     kind: str
     objects: tuple[Object, ...]
     link: tuple[str, ...]
-    link_tail: tuple[str, ...] = ()
 
     @property
     def path(self) -> Path:
@@ -145,11 +140,6 @@ def _cpu_target(say: Callable[[str], None]) -> Target:
     """The CPU library: csrc/cpu/*.cpp once, csrc/cpu/isa/*.cpp once per variant that the compiler can do."""
     cxx = _cxx()
     base = [cxx.command, *CPU_FLAGS, f"-I{SOURCES / 'include'}", f"-I{SOURCES / 'cpu'}"]
-    openmp = _accepts(base, ("-fopenmp",), "#include <omp.h>\n")
-    if openmp:
-        base.append("-fopenmp")
-    else:
-        say(f"note: {cxx.command} has no OpenMP; the CPU library will use one thread.")
     variants = {isa: flags for isa, flags in ISA_FLAGS.items() if _accepts(base, flags, _isa_probe(isa))}
     for isa in ISA_FLAGS.keys() - variants.keys():
         say(f"note: {cxx.command} cannot compile for {isa}; processors that have it will use the next best variant.")
@@ -161,10 +151,7 @@ def _cpu_target(say: Callable[[str], None]) -> Target:
         for source in sorted((SOURCES / "cpu" / "isa").glob("*.cpp")):
             command = (*base, *have, *flags, f"-DMII_ISA={isa}")
             objects.append(_object(source, "cpu", f"{source.stem}.{isa}", command, cxx))
-    # With gcc the OpenMP runtime stays unresolved: mii.ops.native makes torch's own copy of it visible first, so that
-    # both share one pool of threads. clang's calls go to a runtime that torch does not carry.
-    runtime = () if cxx.is_gnu or not openmp else ("-fopenmp",)
-    return Target("cpu", tuple(objects), (cxx.command, "-shared"), runtime)
+    return Target("cpu", tuple(objects), (cxx.command, "-shared", "-pthread"))
 
 
 def _isa_probe(isa: str) -> str:
@@ -227,14 +214,14 @@ def _compile(objects: Sequence[Object], jobs: int, say: Callable[[str], None]) -
 def _link(target: Target, say: Callable[[str], None]) -> None:
     """Links the library beside its place and moves it there in one step, so that a reader sees the old or the new."""
     key_file = CACHE / f"{target.kind}.key"
-    wanted = repr([target.link, target.link_tail, *(o.key_file.read_text() for o in target.objects)])
+    wanted = repr([target.link, *(o.key_file.read_text() for o in target.objects)])
     if target.path.exists() and key_file.exists() and key_file.read_text() == wanted + _hash(target.path):
         say(f"{target.path.relative_to(ROOT)} is up to date")
         return
     LIBRARIES.mkdir(parents=True, exist_ok=True)
     fresh = target.path.with_suffix(f".{os.getpid()}.tmp")
     try:
-        _run([*target.link, "-o", str(fresh), *(str(o.output) for o in target.objects), *target.link_tail])
+        _run([*target.link, "-o", str(fresh), *(str(o.output) for o in target.objects)])
         key_file.write_text(wanted + _hash(fresh))
         os.replace(fresh, target.path)
     finally:
