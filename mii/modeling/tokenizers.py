@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mii.errors import CheckpointError, PromptEncodingError, RequestError, TokenizerError
 from mii.modeling.checkpoint import Checkpoint, locate
-from mii.modeling.checkpoint.folder import read_json
-from mii.modeling.checkpoint.gguf import GGUFCheckpoint
+from mii.modeling.checkpoint.folder import find_weights, read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -275,14 +274,17 @@ def load_tokenizer(
             "transformers or a MIITokenizerWrapper."
         )
     path = _locate(str(source), revision, trust_remote_code)
-    if isinstance(checkpoint, GGUFCheckpoint) and _belongs(path, checkpoint):
-        return GGUFTokenizer(str(checkpoint.path), checkpoint.metadata)
+    metadata = getattr(checkpoint, "metadata", None)  # a GGUF file has it, and may hold the tokenizer
+    if checkpoint is not None and metadata is not None and _belongs(path, checkpoint):
+        return GGUFTokenizer(str(checkpoint.path), metadata)
+    if path.is_dir() and not _has_tokenizer(path) and any(path.glob("*.gguf")):
+        path = find_weights(path).files[0]
     if path.is_file():
         return _from_gguf(path)
     return HFTokenizer(_load_transformers(path, trust_remote_code))
 
 
-def _belongs(path: Path, checkpoint: GGUFCheckpoint) -> bool:
+def _belongs(path: Path, checkpoint: Checkpoint) -> bool:
     """Whether a GGUF checkpoint holds the tokenizer of a path: the file itself, or a folder with nothing else."""
     return path == checkpoint.path or (path == checkpoint.path.parent and not _has_tokenizer(path))
 
@@ -295,14 +297,13 @@ def _locate(name: str, revision: str | None, trust_remote_code: bool) -> Path:
 
 
 def _from_gguf(path: Path) -> MIITokenizerWrapper:
-    from mii.modeling.checkpoint.gguf.reader import GGUFFile
+    from mii.modeling.checkpoint.gguf.reader import read_metadata
 
     try:
-        file = GGUFFile(path)
+        metadata = read_metadata(path)
     except CheckpointError as error:
         raise TokenizerError(f"The tokenizer cannot be loaded. {error}") from error
-    file.close()
-    return GGUFTokenizer(str(path), file.metadata)
+    return GGUFTokenizer(str(path), metadata)
 
 
 def _has_tokenizer(folder: Path) -> bool:

@@ -10,12 +10,9 @@ from pathlib import Path
 
 from mii.errors import CheckpointError, CheckpointNotFoundError
 from mii.modeling.checkpoint.base import Checkpoint, checkpoint_size
-from mii.modeling.checkpoint.bin import BinCheckpoint
 from mii.modeling.checkpoint.default_model import find_default_model
 from mii.modeling.checkpoint.folder import find_weights, read_json, text_config
-from mii.modeling.checkpoint.gguf import GGUFCheckpoint
 from mii.modeling.checkpoint.hub import download, is_hub_id
-from mii.modeling.checkpoint.safetensors import SafetensorsCheckpoint
 
 __all__ = ["Checkpoint", "checkpoint_size", "find_default_model", "locate", "open_checkpoint", "text_config"]
 
@@ -42,9 +39,7 @@ def open_checkpoint(
         UnsupportedModelError: the architecture of a GGUF file is not known.
     """
     path = locate(model_name_or_path, revision=revision, trust_remote_code=trust_remote_code, token=token)
-    if path.is_file():
-        return GGUFCheckpoint(path)
-    return _open_folder(path)
+    return _open_gguf(path) if path.is_file() else _open_folder(path)
 
 
 def locate(
@@ -86,7 +81,18 @@ def _open_folder(path: Path) -> Checkpoint:
         generation_config = read_json(path / "generation_config.json", required=False)
         weights = find_weights(path)
     if weights.kind == "gguf":
-        return GGUFCheckpoint(weights.files[0])
+        return _open_gguf(weights.files[0])
+    # The formats load with torch, which whoever only wants a tokenizer does without.
     if weights.kind == "bin":
+        from mii.modeling.checkpoint.bin import BinCheckpoint
+
         return BinCheckpoint(path, weights, config, generation_config)
+    from mii.modeling.checkpoint.safetensors import SafetensorsCheckpoint
+
     return SafetensorsCheckpoint(path, weights, config, generation_config)
+
+
+def _open_gguf(path: Path) -> Checkpoint:
+    from mii.modeling.checkpoint.gguf.checkpoint import GGUFCheckpoint
+
+    return GGUFCheckpoint(path)

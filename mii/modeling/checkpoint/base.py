@@ -6,11 +6,12 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
-
-import torch
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mii.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Checkpoint(Protocol):

@@ -7,11 +7,12 @@ import os
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from mii.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch  # imported when the first tensor is made: whoever reads headers alone does without
 
 # Without a reservation a file larger than the memory can be mapped privately. Python names this flag from 3.13 on.
 _NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
@@ -41,14 +42,15 @@ class MappedFile:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be opened: {error.strerror}.") from error
         try:
-            self._buffer, self.data = self._map()
+            self._buffer = self._map()
         except BaseException:
             os.close(self._fd)
             self._fd = -1
             raise
-        self.size = self.data.numel()
+        self.size = len(self._buffer)
+        self._data: torch.Tensor | None = None
 
-    def _map(self) -> tuple[mmap.mmap, torch.Tensor]:
+    def _map(self) -> mmap.mmap:
         size = os.fstat(self._fd).st_size
         if size == 0:
             raise CheckpointError(f"{self.path} is empty. Copy or download it again.")
@@ -60,12 +62,21 @@ class MappedFile:
             raise CheckpointError(f"{self.path} cannot be mapped into memory: {error.strerror}.") from error
         if buffer[: len(_LFS_POINTER)] == _LFS_POINTER:
             raise CheckpointError(f"{self.path} is a Git LFS pointer, not the file itself. Run `git lfs pull` there.")
-        return buffer, torch.frombuffer(buffer, dtype=torch.uint8)
+        return buffer
 
     @property
     def buffer(self) -> mmap.mmap:
         """The bytes of the file, for parsing headers."""
         return self._buffer
+
+    @property
+    def data(self) -> torch.Tensor:
+        """[bytes of the file] uint8; empty once it is closed."""
+        if self._data is None:
+            import torch
+
+            self._data = torch.frombuffer(self._buffer, dtype=torch.uint8)
+        return self._data if self._fd >= 0 else self._data.new_empty(0)
 
     def tensor(self, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         """A view of the file from byte `offset` on; a copy only where the offset is no multiple of the item size."""
@@ -90,7 +101,6 @@ class MappedFile:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        self.data = self.data.new_empty(0)
 
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:

@@ -12,13 +12,15 @@ import mmap
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mii.errors import CheckpointError
-from mii.modeling.checkpoint.gguf.quants import TYPES, QuantType
 from mii.modeling.checkpoint.mapping import MappedFile
+
+if TYPE_CHECKING:
+    from mii.modeling.checkpoint.gguf.quants import QuantType
 
 _MAGIC = b"GGUF"
 _STRING, _ARRAY, _BOOL = 8, 9, 7
@@ -71,14 +73,7 @@ class GGUFFile:
             raise
 
     def _parse(self, cursor: _Cursor) -> None:
-        self.version = _version(self.path, cursor)
-        tensor_count, key_count = cursor.number("<Q", 8), cursor.number("<Q", 8)
-        self.metadata: dict[str, Any] = {}
-        for _ in range(cursor.plausible(key_count, 12)):
-            key = cursor.string()
-            if key in self.metadata:
-                raise CheckpointError(f"{self.path} is corrupt: metadata key {key!r} occurs twice.")
-            self.metadata[key] = cursor.value(cursor.number("<I", 4))
+        self.version, tensor_count, self.metadata = _head(cursor)
         described = [_description(cursor) for _ in range(cursor.plausible(tensor_count, 24))]
         alignment = self.metadata.get("general.alignment", 32)
         if type(alignment) is not int or alignment <= 0:
@@ -115,6 +110,32 @@ class GGUFFile:
         self.file.close()
 
 
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The keys of one file, among them its vocabulary; needs no torch.
+
+    Raises:
+        CheckpointError: it is no GGUF file, of another version, or truncated.
+    """
+    file = MappedFile(path)
+    try:
+        return _head(_Cursor(file))[2]
+    finally:
+        file.close()
+
+
+def _head(cursor: _Cursor) -> tuple[int, int, dict[str, Any]]:
+    """What comes before the tensors' descriptions: version, count of tensors, metadata."""
+    version = _version(cursor.path, cursor)
+    tensor_count, key_count = cursor.number("<Q", 8), cursor.number("<Q", 8)
+    metadata: dict[str, Any] = {}
+    for _ in range(cursor.plausible(key_count, 12)):
+        key = cursor.string()
+        if key in metadata:
+            raise CheckpointError(f"{cursor.path} is corrupt: metadata key {key!r} occurs twice.")
+        metadata[key] = cursor.value(cursor.number("<I", 4))
+    return version, tensor_count, metadata
+
+
 def _version(path: Path, cursor: _Cursor) -> int:
     magic = cursor.take(4)
     if magic != _MAGIC:
@@ -137,6 +158,8 @@ def _description(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
 
 
 def _type(path: Path, name: str, type_id: int) -> QuantType:
+    from mii.modeling.checkpoint.gguf.quants import TYPES
+
     if type_id not in TYPES:
         raise CheckpointError(f"{path}: tensor {name} is of type {type_id}, which this version of mii does not know.")
     return TYPES[type_id]
