@@ -41,6 +41,7 @@ def choose_ports(config: MIIConfig, reserved: Collection[int] = ()) -> MIIConfig
     config.generate_replica_configs()
     used = {config.port_number}
     for index, replica in enumerate(config.model_conf.replica_configs):
+        _check_replica(replica, index, config.model_conf.tensor_parallel)
         if replica.is_local:
             _settle_replica(replica, index, asked_replicas, free, used)
     if config.enable_restful_api:
@@ -142,6 +143,16 @@ def _settle_replica(replica: ReplicaConfig, index: int, asked: bool, free: _Free
             ports.append(free.next(port, {*used, *ports}, "127.0.0.1"))
         replica.tensor_parallel_ports = ports
     used.update(replica.tensor_parallel_ports)
+
+
+def _check_replica(replica: ReplicaConfig, index: int, tensor_parallel: int) -> None:
+    for name in ("tensor_parallel_ports", "gpu_indices"):
+        count = len(getattr(replica, name))
+        if count != tensor_parallel:
+            raise PlacementError(
+                f"replica_configs[{index}].{name} has {count} entries and tensor_parallel is {tensor_parallel}; give "
+                "one for each process, or leave replica_configs out"
+            )
 
 
 def _named(config: MIIConfig) -> dict[str, int]:

@@ -9,6 +9,7 @@ It is one thread that sleeps until a process says something, ends, or is due. Pr
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import selectors
 import signal
@@ -123,6 +124,7 @@ class Supervisor:
         self._wake_up.setblocking(False)
         signal.set_wakeup_fd(os.dup(write_end.fileno()), warn_on_full_buffer=False)
         write_end.close()
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started this may have blocked some
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -342,6 +344,8 @@ def main() -> None:
     starter, lock = (int(part) for part in os.environ.pop(STARTER_ENV).split(":"))
     os.set_inheritable(lock, False)
     folder = DeploymentFolder(Path(sys.argv[1]))
+    # What clears /tmp of old files leaves folders alone that somebody has locked (man 5 tmpfiles.d).
+    fcntl.flock(os.open(folder.path, os.O_RDONLY | os.O_CLOEXEC), fcntl.LOCK_SH)
     with socket.socket(fileno=starter) as connection:
         connection.set_inheritable(False)
         try:

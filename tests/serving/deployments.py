@@ -16,9 +16,9 @@ from mii.backend import deployment
 from mii.config import MIIConfig
 from mii.launch.folder import DeploymentFolder
 from mii.launch.state import BALANCER, Plan, Spec, engine_role, front_role, read_state
-from tests.serving.stand_in import Behaviour
+from tests.serving.idle_process import Behaviour
 
-STAND_IN = Path(__file__).with_name("stand_in.py")
+STAND_IN = Path(__file__).with_name("idle_process.py")
 
 
 def processes_of(folder: Path) -> dict[int, str]:

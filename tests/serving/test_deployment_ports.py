@@ -97,6 +97,15 @@ def test_ports_of_replicas_that_were_asked_for_are_kept_or_refused() -> None:
         choose_ports(asked)
 
 
+def test_replicas_without_their_ports_or_devices_are_refused() -> None:
+    for name, ports, devices in (("tensor_parallel_ports", [], [0]), ("gpu_indices", [free_block(1)], [])):
+        replica = {"hostname": "localhost", "tensor_parallel_ports": ports, "gpu_indices": devices}
+        with pytest.raises(
+            PlacementError, match=rf"replica_configs\[0\]\.{name} has 0 entries and tensor_parallel is 1"
+        ):
+            choose_ports(config({"replica_configs": [replica]}))
+
+
 def test_a_port_that_was_just_given_back_is_free() -> None:
     with listening() as port:
         client = socket.create_connection(("127.0.0.1", port))

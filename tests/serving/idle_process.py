@@ -1,4 +1,4 @@
-"""A process of a deployment that serves nothing, to try the supervisor on: ``stand_in.py FOLDER ROLE BEHAVIOUR``.
+"""A process of a deployment that serves nothing, to try the supervisor on: ``idle_process.py FOLDER ROLE BEHAVIOUR``.
 
 BEHAVIOUR is JSON; see `Behaviour`.
 """
