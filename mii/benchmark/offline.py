@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,9 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument(
         "--shape",
-        default="smollm2-135m",
         metavar="SHAPE",
-        help=f"{', '.join(SHAPES)}, or a model folder or .gguf file (default: %(default)s)",
+        help=f"{', '.join(SHAPES)}, or a model folder or .gguf file (default: smollm2-135m on a CPU, llama3-8b on a GPU)",
     )
     parser.add_argument(
         "--rows",
@@ -83,11 +82,13 @@ def run(args: argparse.Namespace) -> int:
         pydantic.ValidationError: An --option that ModelConfig does not take.
     """
     from mii.benchmark.report import make_report, print_report, write_json
+    from mii.engine.devices import choose_device
     from mii.logging import set_level
 
     if not args.verbose:
         set_level("warning")
 
+    args.shape = args.shape or ("llama3-8b" if choose_device(args.device).type == "cuda" else "smollm2-135m")
     report = make_report(**measure(args, say=lambda line: print(line, flush=True)))
     print_report(report)
     if args.json is not None:
@@ -101,22 +102,22 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
     from mii.benchmark.limits import describe_machine, measure_limits
     from mii.benchmark.memory import memory_ledger, reset_peak
     from mii.benchmark.roofline import Roofline
-    from mii.benchmark.rows import ROWS, Bench, first_token_row
+    from mii.benchmark.rows import ROWS, Bench, Row, first_token_row
     from mii.engine.devices import choose_device
 
-    machine = describe_machine(choose_device(args.device))
+    device = choose_device(args.device)
+    machine, names = describe_machine(device), _row_names(args, device.type)
     if machine["load_average"] > 0.5 * machine["cores"]:
         say(f"note: other programs use this machine (load {machine['load_average']:.1f}); figures will be too low.")
-    engine, load_seconds = load(args)
+    engine = load(args)
+    rows = [Row("ready", _process_age(), "s", False)]
     runner = engine.runner
     assert runner is not None
-    device, dtype, spec = runner.device, runner.dtype, runner.spec
-    names = _row_names(args, device.type)
+    dtype, spec = runner.dtype, runner.spec
     try:
         limits = measure_limits(device, dtype)
         reset_peak(device)
         bench = Bench(engine, Roofline.of(spec, dtype, limits), args.repeats)
-        rows = []
         for name in [name for name in names if name in ROWS]:
             rows.append(ROWS[name](bench))
             say(f"{name}: {rows[-1].value:,.4g} {rows[-1].unit}")
@@ -130,22 +131,25 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
         "layers": spec.num_layers,
         "dtype": str(dtype).removeprefix("torch."),
         "options": dict(args.option),
-        "load_s": load_seconds,
     }
     return {"model": model, "machine": machine, "limits": limits, "memory": memory, "rows": rows}
 
 
-def load(args: argparse.Namespace) -> tuple[Engine, float]:
-    """The engine, and the seconds from here until it could take requests (importing torch included)."""
-    begin = time.perf_counter()
+def load(args: argparse.Namespace) -> Engine:
+    """The engine of the shape or model that the arguments name."""
     from mii.config import ModelConfig
     from mii.engine import build_engine
 
     options: dict[str, Any] = {"device": args.device, "dtype": args.dtype, **dict(args.option)}
     config = ModelConfig(model_name_or_path=args.shape, **options)
     with _open(args, config.device) as checkpoint:
-        engine = build_engine(config, checkpoint)
-    return engine, time.perf_counter() - begin
+        return build_engine(config, checkpoint)
+
+
+def _process_age() -> float:
+    """Seconds since this process was started, by the kernel's books."""
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return float(Path("/proc/uptime").read_text().split()[0]) - started
 
 
 def _open(args: argparse.Namespace, device: str) -> Checkpoint:

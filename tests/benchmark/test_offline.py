@@ -29,13 +29,14 @@ def test_the_command_prints_and_writes_its_figures(
     arguments = parse("--shape", str(tiny_llama), "--rows", *rows, "--repeats", "1", "--json", str(path))
     assert offline.run(arguments) == 0
     report = json.loads(path.read_text())
-    assert [row["name"] for row in report["rows"]] == list(rows)
-    assert all(row["limit"] > 0 and row["share"] is not None for row in report["rows"])
+    assert [row["name"] for row in report["rows"]] == ["ready", *rows]
+    ready, decode, batch = report["rows"]
+    assert ready["value"] > 0
+    assert all(row["limit"] > 0 and row["share"] is not None for row in (decode, batch))
     assert report["model"]["layers"] == 2
     assert report["limits"]["bandwidth_bytes_per_s"] > 0
     assert report["memory_bytes"]["peak"] > report["memory_bytes"]["weights"] > 0
     assert {"date", "command", "machine", "versions"} <= report.keys()
-    decode, batch = report["rows"]
     assert decode["samples"] == [decode["value"]]
     assert decode["details"]["tokens_per_s"] == pytest.approx(1e3 / decode["value"])
     assert (batch["details"]["answer_tokens"], batch["details"]["prompt_tokens"]) == (16 * 64, 16 * 128)
@@ -45,7 +46,7 @@ def test_the_command_prints_and_writes_its_figures(
 
 
 def test_a_run_counts_what_came_back() -> None:
-    engine, _ = offline.load(parse("--layers", "1"))
+    engine = offline.load(parse("--shape", "smollm2-135m", "--layers", "1"))
     try:
         jobs = [*make_batch(3, 20, 7, engine.vocab_size), Job([5, 6, 7], 1)]
         run = run_jobs(engine, jobs)
@@ -58,7 +59,7 @@ def test_a_run_counts_what_came_back() -> None:
 
 
 def test_a_request_that_ends_early_is_no_figure() -> None:
-    engine, _ = offline.load(parse("--layers", "1", "--option", "max_length=64"))
+    engine = offline.load(parse("--shape", "smollm2-135m", "--layers", "1", "--option", "max_length=64"))
     try:
         with pytest.raises(RuntimeError, match="before their length"):
             run_jobs(engine, make_batch(2, 60, 10, engine.vocab_size))
@@ -67,7 +68,7 @@ def test_a_request_that_ends_early_is_no_figure() -> None:
 
 
 def test_a_real_model_folder_is_taken_as_it_is(tiny_llama: Path) -> None:
-    engine, _ = offline.load(parse("--shape", str(tiny_llama), "--dtype", "fp32"))
+    engine = offline.load(parse("--shape", str(tiny_llama), "--dtype", "fp32"))
     try:
         engine.add_request(EngineRequest(uid=1, prompt_ids=[5, 6], max_new_tokens=2))
         while engine.has_work:
