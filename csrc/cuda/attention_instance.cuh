@@ -26,8 +26,13 @@ int granted_shared() {
   std::call_once(asked[device], [device] {
     const void* function = reinterpret_cast<const void*>(kernel);
     const int bytes = shared_bytes<D>(function);
-    const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    granted[device] = bytes > 0 && cudaFuncSetAttribute(function, attribute, bytes) == cudaSuccess ? bytes : 0;
+    const auto set = [function](cudaFuncAttribute attribute, int value) {
+      return cudaFuncSetAttribute(function, attribute, value) == cudaSuccess;
+    };
+    const bool fits = bytes > 0 && set(cudaFuncAttributeMaxDynamicSharedMemorySize, bytes) &&
+                      set(cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
+    granted[device] = fits ? bytes : 0;
+    if (!fits) cudaGetLastError();
   });
   return granted[device];
 }

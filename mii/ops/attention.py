@@ -84,6 +84,7 @@ class AttentionPlan:
         _check_shape(q_heads, kv_heads, block_size, dtype)
         self.q_heads, self.kv_heads, self.head_dim = q_heads, kv_heads, head_dim
         self.block_size, self.window = block_size, max(0, window)
+        self.block_shape = torch.Size((kv_heads, block_size, head_dim))
         self.max_seqs, self.max_tokens = max_seqs, max_tokens
         self.dtype, self.device = dtype, torch.device(device)
         self.batch: AttentionBatch | None = None
@@ -256,24 +257,26 @@ def _check_tensors(
     plan: AttentionPlan,
     alibi_slopes: torch.Tensor | None,
 ) -> None:
-    width, cache_shape = plan.q_heads * plan.head_dim, (plan.kv_heads, plan.block_size, plan.head_dim)
+    width, dtype = plan.q_heads * plan.head_dim, plan.dtype
     for name, rows in (("out", out), ("q", q)):
-        if (
-            rows.shape[1:].numel() != width
-            or rows.stride(-1) != 1
-            or (rows.dim() == 3 and rows.stride(1) != plan.head_dim)
-        ):
+        if not _are_rows(rows, width, plan.head_dim):
             raise ValueError(
                 f"{name} has shape {tuple(rows.shape)} and strides {rows.stride()}: give rows of {plan.q_heads} heads "
                 f"x {plan.head_dim} elements, each row contiguous."
             )
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if cache.shape[1:] != cache_shape or not cache.is_contiguous():
+        if cache.shape[1:] != plan.block_shape or not cache.is_contiguous():
             raise ValueError(
                 f"{name} has shape {tuple(cache.shape)}: give a contiguous tensor [num_blocks, {plan.kv_heads} heads, "
                 f"{plan.block_size} tokens, {plan.head_dim}]."
             )
-    if any(t.dtype != plan.dtype for t in (out, q, k_cache, v_cache)):
-        raise ValueError(f"out, q, k_cache and v_cache must all be {plan.dtype}, the dtype that the plan was made for.")
+    if not (out.dtype == q.dtype == k_cache.dtype == v_cache.dtype == dtype):
+        raise ValueError(f"out, q, k_cache and v_cache must all be {dtype}, the dtype that the plan was made for.")
     if alibi_slopes is not None and (alibi_slopes.dtype != torch.float32 or alibi_slopes.numel() != plan.q_heads):
         raise ValueError(f"alibi_slopes must be {plan.q_heads} float32 values, one per query head.")
+
+
+def _are_rows(rows: torch.Tensor, width: int, head_dim: int) -> bool:
+    if rows.dim() == 2:
+        return rows.shape[1] == width and rows.stride(1) == 1
+    return rows.dim() == 3 and rows.shape[1:].numel() == width and rows.stride()[1:] == (head_dim, 1)

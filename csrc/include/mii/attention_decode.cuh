@@ -276,7 +276,7 @@ MII_DEVICE void decode_chunk(const AttentionParams& p, int chunk, int thread, un
   JobCursor& job = notes->decode.job[warp];
   if (lane == 0) job = loader.at;
   loader.look_up(p, warp);
-#pragma unroll
+#pragma unroll 1
   for (int i = 0; i < Shape::kDepth; ++i) {
     loader.load(p, p.a.k_cache, ring + 2 * i * Shape::kSlot, thread);
     loader.load(p, p.a.v_cache, ring + (2 * i + 1) * Shape::kSlot, thread);

@@ -135,7 +135,8 @@ struct Queue {
       notes->kind = static_cast<int>(blockIdx.x) < limit(p, kDecode) ? kDecode : kDone;
       notes->number = blockIdx.x;
     } else {
-      notes->kind = blockIdx.x >= gridDim.x / 2 ? kDecode : kPrefill;
+      const bool decode_first = blockIdx.x >= gridDim.x / 2 && limit(p, kDecode) > 0;
+      notes->kind = decode_first ? kDecode : kPrefill;
       notes->ahead = atomicAdd(p.space.queue + notes->kind, 1);
       next(p, notes);
     }
