@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shape",
         metavar="SHAPE",
-        help=f"{', '.join(SHAPES)}, or a model folder or .gguf file (default: smollm2-135m on a CPU, llama3-8b on a GPU)",
+        help=f"{', '.join(SHAPES)}, or a model folder or .gguf file (default: smollm2-135m, on a GPU llama3-8b)",
     )
     parser.add_argument(
         "--rows",

@@ -75,9 +75,7 @@ def print_report(report: Mapping[str, Any]) -> None:
 
     machine, model, limits = report["machine"], report["model"], report["limits"]
     console = Console(highlight=False)
-    console.print(
-        f"{machine.get('gpu', machine['cpu'])}, {model['name']}, {model['dtype']}, ready in {model['load_s']:.2f} s"
-    )
+    console.print(f"{machine.get('gpu', machine['cpu'])}, {model['name']}, {model['dtype']}")
     console.print(
         f"limits: {limits['bandwidth_bytes_per_s'] / 1e9:,.1f} GB/s, {limits['matmul_flop_per_s'] / 1e12:,.2f} TFLOP/s "
         f"({limits['how']})"
