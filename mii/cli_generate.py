@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from mii.cli_options import add_config_option
 from mii.cli_prompts import CommandPrompt, read_prompts
 from mii.errors import GenerationError
 
@@ -65,14 +66,7 @@ def add_model_options(group: argparse._ArgumentGroup, config: str) -> None:
     group.add_argument(
         "--trust-remote-code", action="store_true", default=None, help="run code of the checkpoint's own"
     )
-    group.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        type=_option,
-        metavar="NAME=VALUE",
-        help=f"a further field of {config}, its value as JSON: --option memory_fraction=0.5; may be repeated",
-    )
+    add_config_option(group)
 
 
 def _add_generation(group: argparse._ArgumentGroup) -> None:
@@ -104,16 +98,6 @@ def _add_generation(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--skip-special-tokens", action="store_true", default=None, help="leave special tokens out of the answer"
     )
-
-
-def _option(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,13 +10,13 @@ is read as it is.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mii.benchmark.shapes import MIXES, SHAPES
+from mii.cli_options import add_config_option
 from mii.errors import CheckpointNotFoundError
 
 if TYPE_CHECKING:
@@ -45,14 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=_positive, help="use only this many layers of the shape")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="auto", help="bf16, fp16 or fp32 (default: what the checkpoint says)")
-    parser.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        type=_option,
-        metavar="NAME=VALUE",
-        help="a further field of ModelConfig, its value as JSON: --option memory_fraction=0.5; may be repeated",
-    )
+    add_config_option(parser)
     parser.add_argument("--repeats", type=_positive, default=3, help="runs of each decoding figure (default: 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file too")
     parser.add_argument("--verbose", action="store_true", help="show the engine's log")
@@ -62,16 +55,6 @@ def _positive(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 up")
     return int(text)
-
-
-def _option(text: str) -> tuple[str, Any]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
 
 
 def run(args: argparse.Namespace) -> int:
