@@ -3,6 +3,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 #include "cpu.h"
 
@@ -56,9 +57,11 @@ void* scratch(size_t bytes) {
   Scratch& own = thread_scratch;
   if (own.size < bytes) {
     free(own.data);
-    own.size = (bytes + 4095) / 4096 * 4096;
-    own.data = aligned_alloc(64, own.size);
-    if (own.data == nullptr) abort();  // a few hundred KiB: nothing sensible is left to do without them
+    const size_t page = bytes < (1 << 20) ? 4096 : 2 << 20;
+    own.size = (bytes + page - 1) / page * page;
+    own.data = aligned_alloc(page, own.size);
+    if (own.data == nullptr) abort();  // a few MiB at most: nothing sensible is left to do without them
+    if (page > 4096) madvise(own.data, own.size, MADV_HUGEPAGE);
   }
   return own.data;
 }

@@ -55,3 +55,18 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         linear(torch.empty(2, 4), torch.randn(2, 8, dtype=torch.bfloat16), packed)
     with pytest.raises(ValueError, match="contiguous along a row"):
         pack_linear(torch.randn(8, 4).t())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_and_features_beyond_a_cache_equal_reference(dtype: torch.dtype) -> None:
+    """The blocked path: several passes over rows, spans of output features, blocks of input features, ragged ends."""
+    for rows, in_features, out_features in ((700, 2050, 50), (130, 9000, 40), (1100, 1000, 1060)):
+        weight = (torch.randn(out_features, in_features) * in_features**-0.5).to(dtype)
+        bias, x = torch.randn(out_features).to(dtype), torch.randn(rows, in_features + 1).to(dtype)[:, :in_features]
+        out = torch.full((rows, out_features + 3), torch.nan, dtype=dtype)
+        expected = torch.empty(rows, out_features, dtype=dtype)
+        packed = pack_linear(weight)
+        linear(out[:, :out_features], x, packed, bias)
+        linear_reference(expected, x, packed, bias)
+        assert_close(out[:, :out_features], expected, scale=2)
+        assert out[:, out_features:].isnan().all()

@@ -131,13 +131,14 @@ template <class T> void panels(const MiiLinear& a, int64_t begin, int64_t end) {
         store_n(x + r * depth + k, load_n(from + k, n), depth - k < W ? static_cast<int>(depth - k) : W);
       }
     }
+    const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock, step = (rows + blocks - 1) / blocks;
     int64_t panel = begin;
     for (; panel + kPair <= end; panel += kPair)
-      for (int64_t r = 0; r < rows; r += kRowBlock)
-        block_of<T, kPair>(static_cast<int>(rows - r < kRowBlock ? rows - r : kRowBlock), a, x + r * depth, depth, chunk + r, panel);
+      for (int64_t r = 0; r < rows; r += step)
+        block_of<T, kPair>(static_cast<int>(rows - r < step ? rows - r : step), a, x + r * depth, depth, chunk + r, panel);
     for (; panel < end; ++panel)
-      for (int64_t r = 0; r < rows; r += kRowBlock)
-        block_of<T, 1>(static_cast<int>(rows - r < kRowBlock ? rows - r : kRowBlock), a, x + r * depth, depth, chunk + r, panel);
+      for (int64_t r = 0; r < rows; r += step)
+        block_of<T, 1>(static_cast<int>(rows - r < step ? rows - r : step), a, x + r * depth, depth, chunk + r, panel);
   }
 }
 
@@ -157,13 +158,14 @@ int32_t linear_pack(const MiiLinearPack& a) {
 }
 
 int32_t linear(const MiiLinear& a) {
+  if (a.rows <= 0) return MII_OK;
   const int64_t count = panel_count(a.out_features);
 #if defined(__AMX_BF16__)
   if (a.dtype == MII_BF16) return linear_amx(a);
 #endif
   with_dtype(a.dtype, [&](auto tag) {
     parallel(count, a.rows * a.in_features * kPanel, [&](int64_t begin, int64_t end) {
-      if (a.rows > 0) panels<decltype(tag)>(a, begin, end);
+      panels<decltype(tag)>(a, begin, end);
     });
   });
   return MII_OK;

@@ -4,16 +4,15 @@
 // 16 output features (1 KiB, contiguous), so nothing is rearranged but the sums. Blocks of 2 x 2 tiles keep the tile unit
 // busy with four loads for four products; the two panels of weight stay in the first cache while the rows pass by from
 // the second, and the next two panels are fetched meanwhile.
-#include "amx.h"
-#include "linear.h"
+#include "linear_amx.h"
 
 #if defined(__AMX_BF16__)
 
 namespace mii::cpu::MII_ISA {
 namespace {
 
-constexpr int kTileRows = 16, kTileDepth = 32;  // bfloat16 elements; a tile row is 64 bytes
-constexpr int64_t kPanelStep = kPanel * kTileDepth;  // elements of one weight tile
+// From here on x no longer fits the second cache beside two panels of weight.
+constexpr int64_t kBlockedDepth = 2048, kBlockedElements = 1 << 19;
 
 // Tiles 0..3: sums (2 row tiles x 2 panels), 4 and 5: rows of x, 6 and 7: weights.
 struct Tiles {
@@ -26,36 +25,6 @@ struct Tiles {
     state.set({upper, upper, last, last, upper, last, 16, 16});
   }
 };
-
-struct Job {
-  const MiiLinear& a;
-  const bf16* x;      // the rows of this pass, row stride x_stride, readable up to a multiple of kTileDepth
-  int64_t x_stride, depth, first_row, rows;
-
-  const bf16* panel(int64_t p) const { return (const bf16*)a.weight + p * kPanel * depth; }
-};
-
-// Rounds, adds the bias and stores `rows` rows of sums [16][16] x panels at sums + p * 256.
-template <int P> MII_INLINE void store_sums(const Job& job, const float* sums, int64_t row, int rows, int64_t panel) {
-  const int64_t feature = panel * kPanel, left = job.a.out_features - feature;
-  const __mmask32 mask = left >= 32 ? 0xffffffffu : (1u << left) - 1;
-  __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-  if (job.a.bias != nullptr)
-    for (int p = 0; p < P; ++p) {
-      const int64_t n = left - p * kPanel;
-      bias[p] = load_n((const bf16*)job.a.bias + feature + p * kPanel, static_cast<int>(n < kPanel ? n : kPanel)).r;
-    }
-  bf16* out = (bf16*)job.a.out + (job.first_row + row) * job.a.out_stride + feature;
-  for (int r = 0; r < rows; ++r, out += job.a.out_stride) {
-    const __m512 low = _mm512_add_ps(_mm512_load_ps(sums + r * kPanel), bias[0]);
-    if constexpr (P == 2) {
-      const __m512 high = _mm512_add_ps(_mm512_load_ps(sums + 256 + r * kPanel), bias[1]);
-      _mm512_mask_storeu_epi16(out, mask, (__m512i)_mm512_cvtne2ps_pbh(high, low));
-    } else {
-      _mm256_mask_storeu_epi16(out, static_cast<__mmask16>(mask), (__m256i)_mm512_cvtneps_pbh(low));
-    }
-  }
-}
 
 // 17 to 32 rows by two panels. `next` is fetched meanwhile, 64 bytes at a time, `next_lines` in all.
 MII_INLINE void block_2x2(const Job& job, int64_t row, int rows, int64_t panel, const char* next, int next_lines) {
@@ -187,30 +156,22 @@ void multiply_row(const Job& job, int64_t begin, int64_t end) {
   for (; panel < end; ++panel) dot_panels<1>(job, panel);
 }
 
-// Rows whose copy in the second cache leaves room for the weights that pass by.
-int64_t rows_per_pass(int64_t depth) {
-  const int64_t rows = (5 << 18) / (2 * depth) / 32 * 32;
-  return rows < 128 ? 128 : rows;
-}
-
 // x copied to a multiple of kTileDepth, padding zeros.
-const bf16* padded_rows(const MiiLinear& a, int64_t first, int64_t rows, int64_t depth) {
-  bf16* copy = (bf16*)scratch(rows * depth * sizeof(bf16));
-  for (int64_t r = 0; r < rows; ++r) {
-    memcpy((void*)(copy + r * depth), (const bf16*)a.x + (first + r) * a.x_stride, a.in_features * sizeof(bf16));
+const bf16* padded_rows(const MiiLinear& a, int64_t depth) {
+  bf16* copy = (bf16*)scratch(a.rows * depth * sizeof(bf16));
+  for (int64_t r = 0; r < a.rows; ++r) {
+    memcpy((void*)(copy + r * depth), (const bf16*)a.x + r * a.x_stride, a.in_features * sizeof(bf16));
     memset((void*)(copy + r * depth + a.in_features), 0, (depth - a.in_features) * sizeof(bf16));
   }
   return copy;
 }
 
 void run(const MiiLinear& a, int64_t begin, int64_t end) {
-  const int64_t depth = padded_depth(MII_BF16, a.in_features), step = rows_per_pass(depth);
-  for (int64_t first = 0; first < a.rows; first += step) {
-    const int64_t rows = a.rows - first < step ? a.rows - first : step;
-    Job job = {a, (const bf16*)a.x + first * a.x_stride, a.x_stride, depth, first, rows};
-    if (depth != a.in_features) job.x = padded_rows(a, first, rows, depth), job.x_stride = depth;
-    rows == 1 ? multiply_row(job, begin, end) : multiply(job, begin, end);
-  }
+  const int64_t depth = padded_depth(MII_BF16, a.in_features);
+  if (a.rows > 64 && depth >= kBlockedDepth && a.rows * depth >= kBlockedElements) return linear_amx_blocked(a, begin, end);
+  Job job = {a, (const bf16*)a.x, a.x_stride, depth, 0, a.rows};
+  if (depth != a.in_features) job.x = padded_rows(a, depth), job.x_stride = depth;
+  a.rows == 1 ? multiply_row(job, begin, end) : multiply(job, begin, end);
 }
 
 }  // namespace
