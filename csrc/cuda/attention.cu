@@ -1,6 +1,8 @@
 // The C functions of attention: checks, and which kernel serves what.
 #include "attention.cuh"
 
+#include "mii/attention_mma.cuh"
+
 #include <mutex>
 
 namespace mii {
@@ -93,7 +95,7 @@ MII_API int32_t mii_attention(const MiiAttention* args, void* stream) {
                              workspace(*args, bounds),
                              args->q_heads / args->kv_heads,
                              log2_of(args->block_size),
-                             args->scale * 1.4426950408889634f};
+                             args->scale * kLog2e};
   return dispatch_head(args->head_dim, int32_t(MII_UNSUPPORTED),
                        [&](auto head) { return launch_tiled<decltype(head)::value>(p, bounds, stream); });
 }
