@@ -29,7 +29,10 @@ option values are `pydantic.ValidationError` (itself a `ValueError`), with messa
     │   └── PromptTooLongError                prompt against max_length or the KV cache; says both numbers
     ├── ServingError                          (RuntimeError) a deployment cannot answer now; trying again may help
     │   ├── ServerBusyError                   its queue is full; says when to come back
-    │   └── ServerUnavailableError            (ConnectionError) it is not there, is ending, or lost its engine
+    │   ├── ServerUnavailableError            (ConnectionError) it is not there, is ending, or lost its engine
+    │   ├── RequestTimeoutError               (TimeoutError) the answer was not complete in the time given
+    │   └── RequestCancelledError             somebody else ended the call
+    ├── AccessError                           (PermissionError) a deployment's token is wanted and was not given
     ├── GenerationError                       (RuntimeError) a running request ended with an error
     └── PipelineDestroyedError                (RuntimeError) a pipeline or engine used after destroy()
 """
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     from mii.batching.data_classes import Response
 
 __all__ = [
+    "AccessError",
     "ArgumentConflictError",
     "ArgumentTypeError",
     "CheckpointError",
@@ -63,7 +67,9 @@ __all__ = [
     "PromptEncodingError",
     "PromptTooLongError",
     "PromptTypeError",
+    "RequestCancelledError",
     "RequestError",
+    "RequestTimeoutError",
     "ServerBusyError",
     "ServerUnavailableError",
     "ServingError",
@@ -189,6 +195,18 @@ class ServerBusyError(ServingError):
 
 class ServerUnavailableError(ServingError, ConnectionError):
     """A deployment cannot be reached, is ending, or lost the engine that ran the request."""
+
+
+class RequestTimeoutError(ServingError, TimeoutError):
+    """The time that a call was given is over, and its answer is not complete. What it had running is ended."""
+
+
+class RequestCancelledError(ServingError):
+    """A call was ended by something else than its caller: a client that was closed, or a server that gave it up."""
+
+
+class AccessError(MIIError, PermissionError):
+    """What was asked for needs the deployment's token, which only its owner can read."""
 
 
 class GenerationError(MIIError, RuntimeError):

@@ -31,6 +31,7 @@ __all__ = ["pack_request", "pack_value", "positions_of", "prompts_of", "read_rep
 
 _INT64 = range(-(1 << 63), 1 << 63)
 _REASONS = {reason.value: reason for reason in GenerationFinishReason}
+_REASONS |= {"": GenerationFinishReason.NONE, "error": GenerationFinishReason.NONE}
 
 
 def pack_request(prompts: Iterable[str | Sequence[int]], options: Mapping[str, Any]) -> MultiStringRequest:
@@ -134,7 +135,7 @@ def unpack_value(value: Value) -> Any:
 
 
 def read_reply(reply: SingleGenerationReply) -> StreamedResponse:
-    """An answer, or a piece of one. The text of an answer that ended with an error is what there was of it.
+    """An answer, or a piece of one. One that ended with an error has no reason, and what text there was.
 
     Raises:
         KeyError: the finish reason is none that this version knows.
@@ -143,7 +144,7 @@ def read_reply(reply: SingleGenerationReply) -> StreamedResponse:
         generated_text=reply.response,
         prompt_length=reply.prompt_tokens,
         generated_length=reply.generated_tokens,
-        finish_reason=_REASONS[reply.finish_reason or "none"],
+        finish_reason=_REASONS[reply.finish_reason],
         index=reply.index,
     )
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["CHANNEL_OPTIONS", "MAX_MESSAGE_BYTES", "SERVER_OPTIONS", "SERVICE_NAME"]
+from mii.constants import GRPC_MAX_MESSAGE_BYTES as MAX_MESSAGE_BYTES
+
+__all__ = ["CHANNEL_OPTIONS", "MAX_MESSAGE_BYTES", "REQUEST_ID", "SERVER_OPTIONS", "SERVICE_NAME", "TOKEN"]
 
 SERVICE_NAME = "modelresponse.ModelResponse"
-MAX_MESSAGE_BYTES = 64 << 20
+TOKEN = "mii-token"
+"""Metadata that shows that a caller may end the deployment."""
+REQUEST_ID = "mii-request-id"
+"""Metadata that names a request in the logs."""
 _SIZES = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", MAX_MESSAGE_BYTES)]
 _KEEPALIVE = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000)]
 
@@ -15,4 +20,12 @@ SERVER_OPTIONS: list[tuple[str, int]] = [
     ("grpc.so_reuseport", 0),  # a port that another process has is an error
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),  # callers may look after their connections too
 ]
-CHANNEL_OPTIONS: list[tuple[str, int]] = [*_SIZES, *_KEEPALIVE]
+CHANNEL_OPTIONS: list[tuple[str, int]] = [
+    *_SIZES,
+    *_KEEPALIVE,
+    ("grpc.enable_http_proxy", 0),  # http_proxy is for the web
+    # What was restarted is found again soon; by default, gRPC's pauses grow to minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1_000),  # how long one attempt may take
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+]
