@@ -6,9 +6,11 @@ data: nothing of it is ever run.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote
 
 from pydantic import ValidationError
@@ -50,9 +52,18 @@ def save_deployment(config: MIIConfig) -> Path:
     # mkstemp makes the file with mode 600, and the rename shows readers the old file or the new one, never half of one.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".")
     with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(config.model_dump_json(by_alias=True, indent=2))
+        json.dump(_options(config), file, indent=2)
     os.replace(temporary, path)
     return path
+
+
+def _options(config: MIIConfig) -> dict[str, Any]:
+    """What was given, as JSON, so that a reader still sees what was left to the defaults; and what was chosen here."""
+    options = config.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    for name in ("deployment_name", "port_number", "restful_api_port"):
+        options[name] = getattr(config, name)
+    options["model_config"]["tensor_parallel"] = config.model_conf.tensor_parallel
+    return options
 
 
 def check_can_be_saved(config: MIIConfig) -> None:

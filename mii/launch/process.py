@@ -46,6 +46,7 @@ __all__ = ["CONTROL_ENV", "Failed", "Message", "Process", "Progress", "Ready", "
 CONTROL_ENV = "MII_SUPERVISOR"
 _LONGEST_TEXT = 900  # characters; a line stays under PIPE_BUF (4096 bytes), so threads cannot mix theirs
 _REPORT_SECONDS = 0.05
+_CPU_MEMORY_FRACTION = 0.8  # of what is free, for all replicas together
 PR_SET_PDEATHSIG = 1
 _ROLE = re.compile(r"replica-(\d+)-(?:front|engine(?:-(\d+))?)")
 
@@ -137,10 +138,20 @@ class Process:
 
     @property
     def model_config(self) -> ModelConfig:
-        """The model's config as this process loads it: it sees no devices but its own, so they count from 0."""
+        """The model's config as this process loads it.
+
+        It sees no devices but its own, so they count from 0. Replicas that share this machine's memory share what
+        `memory_fraction` allows.
+        """
         from mii.config import DEVICE_MAP_DEFAULT
 
-        return self.config.model_conf.model_copy(update={"device_map": DEVICE_MAP_DEFAULT, "progress": True})
+        model = self.config.model_conf
+        changes: dict[str, object] = {"device_map": DEVICE_MAP_DEFAULT, "progress": True}
+        sharing = sum(replica.is_local for replica in model.replica_configs)
+        if sharing > 1 and os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+            whole = model.memory_fraction if "memory_fraction" in model.model_fields_set else _CPU_MEMORY_FRACTION
+            changes["memory_fraction"] = whole / sharing
+        return model.model_copy(update=changes)
 
     @property
     def listen_host(self) -> str:

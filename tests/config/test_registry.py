@@ -35,6 +35,19 @@ def test_a_saved_deployment_is_found_under_any_name_and_stays_in_the_folder(fold
     assert deployment_names() == []
 
 
+def test_what_was_left_to_the_defaults_and_what_was_not_stays_known() -> None:
+    model = {"model_name_or_path": "m", "inference_engine_config": {"manager": {"max_ragged_batch_size": 64}}}
+    given = MIIConfig(model_config={**model, "replica_num": 2, "memory_fraction": 0.5, "device": "cpu"})
+    given.generate_replica_configs()
+    save_deployment(given)
+    found = get_mii_config("m")
+    assert found == given
+    assert found.model_conf.model_fields_set == given.model_conf.model_fields_set | {"tensor_parallel"}
+    manager = found.model_conf.inference_engine_config.state_manager
+    assert manager.model_fields_set == {"max_ragged_batch_size"}
+    assert "drain_seconds" not in found.model_fields_set
+
+
 def test_a_deployment_without_a_name_is_found_by_its_model() -> None:
     save_deployment(config())
     assert get_mii_config("some/model").deployment_name == "some/model-mii-deployment"

@@ -294,9 +294,9 @@ def test_a_port_that_was_asked_for_and_is_taken_is_an_error_with_its_owner(stand
             MIIServer(config(port_number=port))
 
 
-def test_starts_and_stops_in_a_row_leave_nothing(stand_ins: StandIns, cache: Path) -> None:
+def test_ten_starts_and_stops_in_a_row_leave_nothing(stand_ins: StandIns, cache: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
-    for _ in range(5):
+    for _ in range(10):
         MIIServer(config()).terminate()
         assert not any(path for path in cache.rglob("*") if not path.is_dir())
     wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before)

@@ -147,6 +147,7 @@ def test_it_knows_its_replica_its_config_and_its_devices_count_from_0(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MII_CACHE_PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     model = {"model_name_or_path": "m", "device": "cpu", "replica_num": 2, "device_map": [[0], [3]]}
     config = MIIConfig(deployment_name="demo", model_config=model)
     config.generate_replica_configs()
@@ -156,6 +157,10 @@ def test_it_knows_its_replica_its_config_and_its_devices_count_from_0(
     assert process.config == config
     assert process.replica_config == config.model_conf.replica_configs[1]
     assert process.model_config.device_map == "auto"
+    assert process.model_config.memory_fraction == config.model_conf.memory_fraction
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert process.model_config.memory_fraction == 0.4
+    assert "memory_fraction" in process.model_config.model_fields_set
     assert process.drain_seconds == config.drain_seconds
     assert process.listen_host == "127.0.0.1"
     assert process.engine_address.endswith("/engine-1.sock")
