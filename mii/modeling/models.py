@@ -1,4 +1,4 @@
-"""From a checkpoint to a model that can run: choose the family, make the parameters, read each tensor into its place."""
+"""From a checkpoint to a model that can run: choose the family, make parameters, read each tensor into its place."""
 
 from __future__ import annotations
 

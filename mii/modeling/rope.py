@@ -59,8 +59,8 @@ def trained_length(spec: RopeSpec) -> int:
 def rope_rows(spec: RopeSpec, start: int, size: int, prompt_length: int) -> torch.Tensor:
     """Rows [size, rotary_dim] of the "dynamic" kind for the tokens from `start` on of one long prompt and its answer.
 
-    A prompt longer than the trained length is rotated as a whole with the base of its own length; a generated token with
-    the base of the context that it ends.
+    A prompt longer than the trained length is rotated as a whole with the base of its own length; a generated token
+    with the base of the context that it ends.
     """
     rows = []
     for position in range(start, start + size):
@@ -110,7 +110,7 @@ def _llama3(spec: RopeSpec) -> tuple[torch.Tensor, float]:
 
 
 def _yarn(spec: RopeSpec) -> tuple[torch.Tensor, float]:
-    """Interpolates dimensions that turn rarely, keeps those that turn often, and scales attention by the table itself."""
+    """Interpolates dimensions that turn rarely, keeps those that turn often, and scales attention by the table."""
     scaling, width = spec.scaling, spec.rotary_dim
     factor = _number(spec, "factor")
     trained = float(scaling.get("original_max_position_embeddings") or _number(spec, "max_position_embeddings"))
@@ -129,7 +129,7 @@ def _yarn(spec: RopeSpec) -> tuple[torch.Tensor, float]:
 
 
 def _yarn_factor(scaling: Mapping[str, Any], factor: float) -> float:
-    """How much queries and keys grow together: given, or from the scale as in the paper (with DeepSeek's two weights)."""
+    """How much queries and keys grow together: given, or from the scale as in the paper (DeepSeek has two weights)."""
     given = scaling.get("attention_factor")
     if given is not None:
         return float(given)

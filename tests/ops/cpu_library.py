@@ -41,7 +41,7 @@ def using(isa: str) -> Iterator[native.Library]:
     library = _library(isa)
     if isinstance(library, str):
         pytest.skip(library)
-    with mock.patch.object(native, "library", lambda device: library):
+    with mock.patch.object(native, "library", return_value=library):
         yield library
 
 

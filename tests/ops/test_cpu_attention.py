@@ -1,4 +1,4 @@
-"""Paged attention: each instruction set against plain torch, over ragged batches with NaN in every unused cache slot."""
+"""Paged attention: each instruction set against plain torch, over ragged batches with NaN in all unused cache slots."""
 
 from __future__ import annotations
 

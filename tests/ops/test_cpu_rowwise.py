@@ -1,4 +1,4 @@
-"""Embedding, gather, norm, rotary embedding, activation and step preparation: each instruction set against plain torch."""
+"""Embedding, gather, norm, rotary embedding, activation and step preparation: each instruction set against torch."""
 
 from __future__ import annotations
 
@@ -100,7 +100,8 @@ def _check_rope(
     slots = torch.randperm(64)[:tokens].to(torch.int32)
     slots[tokens // 2] = -1
     options = {
-        "q_heads": q_heads, "kv_heads": kv_heads, "head_dim": head_dim, "rotary_dim": rotary_dim, "interleaved": interleaved,
+        "q_heads": q_heads, "kv_heads": kv_heads, "head_dim": head_dim,
+        "rotary_dim": rotary_dim, "interleaved": interleaved,
         "q_norm": torch.randn(head_dim).to(dtype) if normed else None,
         "k_norm": torch.randn(head_dim).to(dtype) if normed else None,
         "norm_kind": abi.RMS_PLUS1 if tokens > 10 else abi.RMS,

@@ -12,7 +12,7 @@ from mii.modeling.spec import ACTIVATIONS, ConfigReader, ModelSpec
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
-    """Llama's config fields; `attention_bias` puts biases on all four attention projections, `mlp_bias` on the MLP's."""
+    """Llama's config fields; `attention_bias` biases all four attention projections, `mlp_bias` the MLP."""
     read = ConfigReader(config)
     q_heads, kv_heads, head_dim = read.heads()
     layers = read.required_integer("num_hidden_layers")

@@ -1,4 +1,4 @@
-"""Mistral: Llama's wiring with a sliding window on every layer, no biases, and its own default for the norm's epsilon."""
+"""Mistral: Llama's wiring with a sliding window on every layer, no biases, and a norm epsilon of its own."""
 
 from __future__ import annotations
 
