@@ -5,14 +5,63 @@ Nothing here imports torch, so a front, a client or a test can use it at no cost
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
 from mii.constants import GenerationFinishReason
 
-__all__ = ["EngineRequest", "GenerationFinishReason", "Response", "SamplingParams", "StreamedResponse", "TokenOutput"]
+__all__ = [
+    "MAX_LOGPROBS",
+    "EngineRequest",
+    "GenerationFinishReason",
+    "Response",
+    "SamplingParams",
+    "StreamedResponse",
+    "TokenLogprob",
+    "TokenOutput",
+]
+
+MAX_LOGPROBS = 100
+"""Most alternatives that a request can have listed at each place of its text."""
+
+
+class TokenLogprob(msgspec.Struct, array_like=True, gc=False):
+    """How likely the model found a token at one place of a text.
+
+    It is the model's own distribution, before temperature, penalties, biases and filters, so it says what the model
+    thinks and does not depend on how tokens are chosen.
+
+    Args:
+        token_id: The token.
+        logprob: Natural logarithm of its probability; None for the first token of a prompt, which nothing comes before.
+        top: The most likely tokens at this place, most likely first, equal ones by id; as many as were asked for.
+        token: What the token adds to the text, as bytes: a token may be part of a character. Empty in what an engine
+            says, which knows no text.
+    """
+
+    token_id: int
+    logprob: float | None
+    top: tuple[TokenLogprob, ...] = ()
+    token: bytes = b""
+
+    def to_msg_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON types: the token as text too, with U+FFFD for what is no whole character."""
+        return {
+            "token_id": self.token_id,
+            "token": self.token.decode(errors="replace"),
+            "bytes": list(self.token),
+            "logprob": self.logprob,
+            "top": [each.to_msg_dict() for each in self.top],
+        }
+
+    @staticmethod
+    def from_msg_dict(msg: Mapping[str, Any]) -> TokenLogprob:
+        """The entry that `to_msg_dict` turned into `msg`."""
+        top = tuple(TokenLogprob.from_msg_dict(each) for each in msg["top"])
+        return TokenLogprob(msg["token_id"], msg["logprob"], top, bytes(msg["bytes"]))
 
 
 @dataclass
@@ -24,8 +73,13 @@ class Response:
         prompt_length: Tokens of the prompt, special tokens included.
         generated_length: Tokens generated so far, the one that ended the answer included.
         finish_reason: Why the answer ended; ``NONE`` while it still runs.
+        logprobs: For each generated token (while streaming: each new one) how likely the model found it, the one that
+            ended the answer included; None unless the call asked for it with `logprobs`.
+        prompt_logprobs: The same for each token of the prompt, while streaming in the first piece; None unless the call
+            asked for it with `prompt_logprobs`.
 
-    ``str()`` and ``repr()`` are the text alone, so a printed list of responses is a list of texts.
+    ``str()`` and ``repr()`` are the text alone, so a printed list of responses is a list of texts. Responses are equal
+    when their texts, lengths and reasons are.
 
     >>> response = Response("a library", 3, 2, GenerationFinishReason.STOP)
     >>> response, response.finish_reason == "stop"
@@ -36,15 +90,22 @@ class Response:
     prompt_length: int
     generated_length: int
     finish_reason: GenerationFinishReason
+    logprobs: list[TokenLogprob] | None = field(default=None, compare=False, kw_only=True)
+    prompt_logprobs: list[TokenLogprob] | None = field(default=None, compare=False, kw_only=True)
 
     def to_msg_dict(self) -> dict[str, Any]:
-        """The four fields as plain JSON types."""
-        return {
+        """The four fields as plain JSON types; log-probabilities too, where there are some."""
+        message: dict[str, Any] = {
             "generated_text": self.generated_text,
             "prompt_length": self.prompt_length,
             "generated_length": self.generated_length,
             "finish_reason": GenerationFinishReason(self.finish_reason).value,
         }
+        for name in ("logprobs", "prompt_logprobs"):
+            entries: Iterable[TokenLogprob] | None = getattr(self, name)
+            if entries is not None:
+                message[name] = [entry.to_msg_dict() for entry in entries]
+        return message
 
     @staticmethod
     def from_msg_dict(msg: dict[str, Any]) -> Response:
@@ -59,6 +120,8 @@ class Response:
             prompt_length=msg["prompt_length"],
             generated_length=msg["generated_length"],
             finish_reason=GenerationFinishReason(msg["finish_reason"]),
+            logprobs=_read_logprobs(msg.get("logprobs")),
+            prompt_logprobs=_read_logprobs(msg.get("prompt_logprobs")),
         )
 
     def __repr__(self) -> str:
@@ -66,6 +129,10 @@ class Response:
 
     def __str__(self) -> str:
         return self.generated_text
+
+
+def _read_logprobs(entries: Iterable[Mapping[str, Any]] | None) -> list[TokenLogprob] | None:
+    return None if entries is None else [TokenLogprob.from_msg_dict(entry) for entry in entries]
 
 
 @dataclass(repr=False)
@@ -79,8 +146,11 @@ class StreamedResponse(Response):
     index: int = 0
 
 
-class SamplingParams(msgspec.Struct, frozen=True):
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     """How the next token of one request is chosen.
+
+    The model's logits are changed by the penalties, the biases and the allowed tokens, in this order, then divided by
+    the temperature, then filtered by top-k, min-p and top-p.
 
     Args:
         temperature: Divides the logits; 0 is greedy.
@@ -88,6 +158,12 @@ class SamplingParams(msgspec.Struct, frozen=True):
         top_p: Only the most likely tokens that together reach this probability; 1 is off.
         min_p: Only tokens at least this share as likely as the most likely one; 0 is off.
         seed: Key of the random numbers, 0 to 2**63 - 1; with the position it fixes each draw.
+        repetition_penalty: Tokens of prompt or answer: positive logits are divided by it, negative ones multiplied; 1
+            is off.
+        frequency_penalty: Taken off a token's logit for each time that the answer has it; 0 is off.
+        presence_penalty: Taken off the logit of each token that the answer has; 0 is off.
+        logit_bias: Added to the logits of these tokens.
+        allowed_ids: Only these tokens are ever chosen; empty: all.
     """
 
     temperature: float = 0.0
@@ -95,9 +171,24 @@ class SamplingParams(msgspec.Struct, frozen=True):
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    allowed_ids: tuple[int, ...] = ()
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether a token's logit depends on the tokens before it in a way that is not the model's."""
+        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether tokens are chosen from anything but the model's own logits."""
+        return self.penalizes or bool(self.logit_bias or self.allowed_ids)
 
 
-class EngineRequest(msgspec.Struct):
+class EngineRequest(msgspec.Struct, omit_defaults=True):
     """One prompt as an engine takes it.
 
     Args:
@@ -107,6 +198,10 @@ class EngineRequest(msgspec.Struct):
         min_new_tokens: No token of `stop_ids` is chosen before this many tokens are generated.
         stop_ids: Tokens that end the request; the one that does is the last of its tokens.
         sampling: How tokens are chosen.
+        logprobs: Say of each generated token how likely the model found it, and the same of this many most likely
+            tokens in its place; None: say nothing.
+        prompt_logprobs: The same for each token of the prompt. Such a prompt is computed in full: what the cache has of
+            it is not used.
     """
 
     uid: int
@@ -115,9 +210,11 @@ class EngineRequest(msgspec.Struct):
     min_new_tokens: int = 0
     stop_ids: tuple[int, ...] = ()
     sampling: SamplingParams = SamplingParams()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
-class TokenOutput(msgspec.Struct):
+class TokenOutput(msgspec.Struct, omit_defaults=True):
     """What one engine step says about one request.
 
     Args:
@@ -125,9 +222,14 @@ class TokenOutput(msgspec.Struct):
         token_ids: Its new tokens.
         finish_reason: ``None`` while it runs, else ``"stop"``, ``"length"`` or ``"error"``.
         error: What went wrong, a sentence, when `finish_reason` is ``"error"``.
+        logprobs: An entry for each of the new tokens, where the request asks for them.
+        prompt_logprobs: An entry for each token of the prompt, with the request's first new token, where it asks for
+            them.
     """
 
     uid: int
     token_ids: list[int]
     finish_reason: str | None = None
     error: str | None = None
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
