@@ -108,7 +108,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
