@@ -92,7 +92,7 @@ class Intake:
                 which of several.
         """
         call = self._begin_call(options)
-        given = _as_list(prompts)
+        given = prompt_list(prompts)
         read = []
         for index, (prompt, ids) in enumerate(zip(given, self._all_ids(given), strict=True)):
             with _naming_prompt(index, len(given)):
@@ -183,7 +183,7 @@ def _checked_text(text: str) -> str:
     return text
 
 
-def _as_list(prompts: Any) -> list[Any]:
+def prompt_list(prompts: Any) -> list[Any]:
     """The prompts of a call: one on its own is a list of one."""
     if isinstance(prompts, str):
         return [prompts]

@@ -47,7 +47,7 @@ def pack_request(prompts: Iterable[str | Sequence[int]], options: Mapping[str, A
         if isinstance(prompt, str):
             texts[index] = prompt
         else:
-            tokens[index] = prompt
+            tokens[index] = prompt.tolist() if hasattr(prompt, "tolist") else prompt
     places = [*texts, *tokens]
     try:
         return MultiStringRequest(

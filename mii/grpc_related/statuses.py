@@ -56,15 +56,15 @@ def status_of(error: Exception) -> Status:
     return code, _details(error), tuple(metadata)
 
 
-def error_of(call: EndedCall) -> MIIError:
-    """What `mii.errors` has for the end of a call.
+def error_of(call: EndedCall, message: str | None = None) -> MIIError:
+    """What `mii.errors` has for the end of a call, with the server's words or with `message`.
 
     It is a `grpc.RpcError` too, with `code()`, `details()` and `trailing_metadata()`, so callers of DeepSpeed-MII's
     client catch what they used to.
     """
-    code, details = call.code(), call.details() or ""
-    metadata = tuple((str(key), value) for key, value in call.trailing_metadata() or ())
-    return _rebuild(_class_name(code, dict(metadata)), details or f"the call ended with {code}", code, metadata)
+    code, metadata = call.code(), tuple((str(key), value) for key, value in call.trailing_metadata() or ())
+    message = message or call.details() or f"the call ended with {code}"
+    return _rebuild(_class_name(code, dict(metadata)), message, code, metadata)
 
 
 def _class_name(code: grpc.StatusCode, metadata: dict[str, Any]) -> str:
