@@ -55,10 +55,6 @@ class DeploymentFolder:
         link = self.path / "run"
         return Path(os.readlink(link)) if link.is_symlink() else link
 
-    def remote_script(self, role: str) -> Path:
-        """What DeepSpeed's launcher runs on another host for this role."""
-        return self.path / f"{role}.py"
-
     def log(self, role: str) -> Path:
         """Everything that a process of this role prints."""
         return self.path / "logs" / f"{role}.log"
