@@ -14,12 +14,14 @@ from mii.grpc_related.pacer import Pacer
 
 __all__ = ["Generation", "Piece", "Timing"]
 
+_RUNS = GenerationFinishReason.NONE
+
 
 class Piece(msgspec.Struct, frozen=True):
     """What is new of one prompt's answer.
 
     Args:
-        index: the prompt's place in the call.
+        index: the prompt's place in the call that the client made.
         text: the text that is new since the last piece.
         prompt_length: tokens of the prompt.
         generated_length: tokens of the answer so far.
@@ -48,12 +50,13 @@ class Timing(msgspec.Struct):
 class _Answer:
     """One prompt's answer: what the reader has not taken yet, and where it stands."""
 
-    __slots__ = ("ended", "error", "fresh", "length", "prepared", "reason", "texts", "timing")
+    __slots__ = ("ended", "error", "fresh", "length", "place", "prepared", "reason", "shown", "texts", "timing")
 
-    def __init__(self, prepared: PreparedRequest, now: float) -> None:
-        self.prepared = prepared
+    def __init__(self, prepared: PreparedRequest, place: int, now: float) -> None:
+        self.prepared, self.place = prepared, place
         self.texts: list[str] = []
         self.length = 0
+        self.shown = 0
         self.fresh = False
         self.ended = False
         self.reason = GenerationFinishReason.NONE
@@ -74,7 +77,8 @@ class _Answer:
         """All that is new, and it is new no longer."""
         text, self.texts = "".join(self.texts), []
         seconds = self.timing.last - self.timing.first
-        return Piece(self.prepared.index, text, self.prepared.prompt_length, self.length, seconds, reason, error)
+        self.shown = self.length
+        return Piece(self.place, text, self.prepared.prompt_length, self.length, seconds, reason, error)
 
     def whole(self) -> Piece:
         """The answer in full, with the prompt's text where it is wanted."""
@@ -88,11 +92,17 @@ class Generation:
     Args:
         prepared: the prompts.
         now: the time.
+        places: for each prompt the number that its pieces have; None: counted from 0.
         pacer: gives a stream its turn to send; None: the answers are wanted when all have ended.
     """
 
-    def __init__(self, prepared: Sequence[PreparedRequest], now: float, pacer: Pacer | None) -> None:
-        self._answers = {each.request.uid: _Answer(each, now) for each in prepared}
+    def __init__(
+        self, prepared: Sequence[PreparedRequest], now: float, places: Sequence[int] | None, pacer: Pacer | None
+    ) -> None:
+        places = range(len(prepared)) if places is None else places
+        self._answers = {
+            each.request.uid: _Answer(each, place, now) for each, place in zip(prepared, places, strict=True)
+        }
         self._open = set(self._answers)
         self._fresh: list[_Answer] = []
         self._pacer = pacer
@@ -129,7 +139,7 @@ class Generation:
         if self._pacer is None:
             if not self._open:
                 self._wake()
-        elif not answer.fresh:
+        elif not answer.fresh and (event.new_tokens or event.text or answer.ended):
             answer.fresh = True
             self._fresh.append(answer)
             self._ask()
@@ -160,7 +170,7 @@ class Generation:
         """What is new, once something is and it is this stream's turn.
 
         Returns:
-            The pieces of text, and of the answers that have ended a last piece each, without text. Nothing at all once
+            The pieces of text, and of the answers that have ended a last piece each, without text. Both are empty once
             everything was taken.
 
         Raises:
@@ -173,7 +183,7 @@ class Generation:
         if self._failure is not None:
             raise self._failure
         fresh, self._fresh = self._fresh, []
-        pieces = [answer.piece(GenerationFinishReason.NONE) for answer in fresh]
+        pieces = [answer.piece(_RUNS) for answer in fresh if answer.texts or answer.length > answer.shown]
         last = [answer.piece(answer.reason, answer.error) for answer in fresh if answer.ended]
         for answer in fresh:
             answer.fresh = False

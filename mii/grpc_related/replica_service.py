@@ -14,7 +14,7 @@ import grpc
 import grpc.aio
 
 from mii.errors import GenerationError, ServerUnavailableError
-from mii.grpc_related.convert import prompts_of, unpack_options
+from mii.grpc_related.convert import positions_of, prompts_of, unpack_options
 from mii.grpc_related.generation import Generation, Piece
 from mii.grpc_related.proto.modelresponse_pb2 import (
     HealthReply,
@@ -35,7 +35,6 @@ TOKEN = "mii-token"
 REQUEST_ID = "mii-request-id"
 """Metadata that names a request in the logs."""
 _HEALTH_SECONDS = 5.0
-_ERROR = "error"  # the finish reason of an answer that is not complete
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
@@ -68,11 +67,11 @@ class ReplicaService(ModelResponseServicer):
         async with self._call(request, context, streams=True) as generation:
             while True:
                 pieces, last = await generation.take()
-                if not pieces:
-                    return
+                if not pieces and not last:
+                    break
+                if len(generation) == 1:
+                    _check_any_complete(last)
                 for part in (pieces, last):
-                    if len(generation) == 1:
-                        _check_any_complete(part)
                     if part:
                         reply = MultiGenerationReply()
                         _write(reply, part, started)
@@ -117,7 +116,8 @@ class ReplicaService(ModelResponseServicer):
                 raise ServerUnavailableError("the server is shutting down")
             options = unpack_options(request)
             options.pop("stream", None)  # the method says it
-            generation = await self._session.open(prompts_of(request), options, streams=streams)
+            prompts, places = prompts_of(request), positions_of(request)
+            generation = await self._session.open(prompts, options, places=places, streams=streams)
             yield generation
             calls["OK"] += 1
         except asyncio.CancelledError:
@@ -153,10 +153,9 @@ def _check_any_complete(pieces: Iterable[Piece]) -> None:
 def _write(reply: MultiGenerationReply, pieces: Iterable[Piece], started: float) -> None:
     seconds = time.monotonic() - started
     for piece in pieces:
-        failed = piece.error is not None
         reply.response.add(
             response=piece.text,
-            finish_reason=_ERROR if failed else piece.finish_reason.value,
+            finish_reason=piece.finish_reason.value,
             prompt_tokens=piece.prompt_length,
             generated_tokens=piece.generated_length,
             time_taken=seconds,

@@ -22,6 +22,7 @@ from mii.batching.generation.detokenizer import TokenDecoder
 from mii.batching.intake import Intake, PreparedRequest, name_prompt
 from mii.batching.tracker import RequestTracker, TextEvent
 from mii.errors import GenerationError, RequestError, ServerBusyError, ServerUnavailableError
+from mii.grpc_related.conversations import CHAT, fill_templates
 from mii.grpc_related.generation import Generation
 from mii.grpc_related.pacer import Pacer
 from mii.grpc_related.replica_metrics import ReplicaMetrics
@@ -32,8 +33,8 @@ __all__ = ["TextSession"]
 # Prompts of more characters (or token ids) in all are tokenised beside the event loop, which they would hold up.
 _INLINE_CHARACTERS = 8192
 # Stream messages a second in all, and at once.
-_MESSAGES_A_SECOND = 10_000
-_MESSAGES_AT_ONCE = 64
+_MESSAGES_A_SECOND = 8_000
+_MESSAGES_AT_ONCE = 256
 _RETRY_SECONDS = (0.1, 30.0)
 
 
@@ -106,12 +107,15 @@ class TextSession:
 
     # Calls
 
-    async def open(self, prompts: Sequence[Any], options: Mapping[str, Any], *, streams: bool) -> Generation:
+    async def open(
+        self, prompts: Sequence[Any], options: Mapping[str, Any], *, places: Sequence[int] | None = None, streams: bool
+    ) -> Generation:
         """Takes a call's prompts, all or none, and begins to generate. Whoever opens must `close_call`.
 
         Args:
             prompts: texts, or lists of token ids.
             options: see `GenerateParamsConfig`.
+            places: for each prompt the number that its pieces have; None: counted from 0.
             streams: whether pieces are wanted as they come (`Generation.take`), or all at the end (`Generation.all`).
 
         Raises:
@@ -124,7 +128,7 @@ class TextSession:
         try:
             started = time.monotonic()
             prepared = await self._read(prompts, options)
-            return self._begin(prepared, Generation(prepared, started, self._pacer if streams else None))
+            return self._begin(prepared, Generation(prepared, started, places, self._pacer if streams else None))
         except BaseException:
             self._admitted -= len(prompts)
             raise
@@ -163,10 +167,15 @@ class TextSession:
 
     async def _read(self, prompts: Sequence[Any], options: Mapping[str, Any]) -> list[PreparedRequest]:
         assert self._intake is not None
-        if sum(map(len, prompts)) <= _INLINE_CHARACTERS:
+        if CHAT not in options and sum(map(len, prompts)) <= _INLINE_CHARACTERS:
             return self._intake.read(prompts, options)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._intake.read, prompts, options)
+        return await loop.run_in_executor(self._executor, self._read_beside, self._intake, prompts, dict(options))
+
+    def _read_beside(self, intake: Intake, prompts: Sequence[Any], options: dict[str, Any]) -> list[PreparedRequest]:
+        """What takes a while: long prompts, and chat templates, the first of which loads the library for them."""
+        chat = options.pop(CHAT, None)
+        return intake.read(prompts if chat is None else fill_templates(self._tokenizer, prompts, chat), options)
 
     def _begin(self, prepared: Sequence[PreparedRequest], generation: Generation) -> Generation:
         try:
