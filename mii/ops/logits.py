@@ -19,57 +19,102 @@ from typing import NamedTuple, Protocol
 import torch
 
 
-def top_logprobs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k most probable tokens of every row with their log-probabilities.
+# Logits that are looked at together: bounds the memory for what is made of them, some 30 bytes each. On a CPU what is
+# made of them also stays in the cache.
+_BLOCK = {"cpu": 1 << 17, "cuda": 1 << 22}
 
-    Exact: by logit, equal ones by id, so the first is the greedy token. NaN counts as -inf.
+
+class Scores(NamedTuple):
+    """What rows of logits say about tokens. Log-probabilities are those of the softmax, natural logarithms."""
+
+    chosen: torch.Tensor  # float32 [rows]: of the token that was asked about
+    top: torch.Tensor  # float32 [rows, k]: of the most probable tokens, best first
+    top_ids: torch.Tensor  # int32 [rows, k]
+
+
+def score(logits: torch.Tensor, ids: torch.Tensor, k: int) -> Scores:
+    """The log-probability of one token in each row, and the k most probable ones.
+
+    Exact: the best are found by logit, equal ones by id, so the first is the greedy token; sums are made in float64, so
+    a result does not depend on how many rows there are. NaN counts as -inf. Where nothing is finite, +inf has 0 and
+    -inf has -inf.
 
     Args:
         logits: float32, float16 or bfloat16 [rows, vocab].
-        k: 1 to vocab.
-
-    Returns:
-        Log softmax in float32 [rows, k], best first, and ids int32 [rows, k].
+        ids: int32 or int64 [rows].
+        k: 0 to vocab. A smaller k gives the first of what a larger one gives.
 
     Raises:
         ValueError: k is out of range.
 
     Example:
-        >>> top_logprobs(torch.tensor([[0.0, 1.0, 1.0]]), 2)[1]
+        >>> score(torch.tensor([[0.0, 1.0, 1.0]]), torch.tensor([0]), 2).top_ids
         tensor([[1, 2]], dtype=torch.int32)
     """
-    vocab = logits.shape[1]
-    if not 1 <= k <= vocab:
-        raise ValueError(f"{k} log-probabilities were asked for; the vocabulary allows 1 to {vocab}.")
-    values = _clean(logits)
+    rows, vocab = logits.shape
+    if not 0 <= k <= vocab:
+        raise ValueError(f"{k} log-probabilities were asked for; the vocabulary allows 0 to {vocab}.")
+    out = Scores(
+        torch.empty(rows, device=logits.device),
+        torch.empty(rows, k, device=logits.device),
+        torch.empty(rows, k, dtype=torch.int32, device=logits.device),
+    )
+    step = max(1, _BLOCK.get(logits.device.type, 1 << 20) // vocab)
+    for start in range(0, rows, step):
+        piece = slice(start, start + step)
+        values = _clean(logits[piece])
+        total = _log_total(values)
+        out.chosen[piece] = _relative(values, ids[piece].long().unsqueeze(1), total).squeeze(1)
+        if k:
+            best = _best(values, k)
+            out.top[piece], out.top_ids[piece] = _relative(values, best, total), best
+    return out
+
+
+def _best(values: torch.Tensor, k: int) -> torch.Tensor:
+    """Ids int64 [rows, k] of the k largest values of each row, equal ones by id."""
+    if values.device.type != "cpu":
+        return best_together(values, k)
+    return torch.stack([_best_of_row(row, k) for row in values])
+
+
+def best_together(values: torch.Tensor, k: int) -> torch.Tensor:
+    """`_best` of all rows without a look at any value: a search for integers that hold value and id."""
+    last = values.shape[1] - 1
     bits = (values + 0.0).view(torch.int32)  # -0 becomes +0: they are equal
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
-    last_ids = torch.arange(vocab - 1, -1, -1, device=logits.device)
-    best = ((ordered.long() << 32) + last_ids).topk(k, dim=1).values
-    ids = vocab - 1 - (best & 0xFFFFFFFF)
-    return _relative(values, ids), ids.int()
+    reverse_ids = torch.arange(last, -1, -1, device=values.device)
+    return last - ((ordered.long() << 32) + reverse_ids).topk(k, dim=1).values.bitwise_and_(0xFFFFFFFF)
 
 
-def token_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Log softmax of each row at one token, float32 [rows].
-
-    Args:
-        logits: float32, float16 or bfloat16 [rows, vocab]; NaN counts as -inf.
-        ids: int32 or int64 [rows].
-    """
-    return _relative(_clean(logits), ids.long().unsqueeze(1)).squeeze(1)
+def _best_of_row(row: torch.Tensor, k: int) -> torch.Tensor:
+    """All that reach the k-th largest value, in the order of ids, then sorted."""
+    candidates = (row >= row.topk(k).values[-1]).nonzero().squeeze(1)
+    return candidates[row[candidates].sort(descending=True, stable=True).indices[:k]]
 
 
-def _relative(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def _log_total(values: torch.Tensor) -> torch.Tensor:
+    """Logarithm of the sum of exponentials, float64 [rows, 1]."""
+    best = values.amax(1, keepdim=True)
+    total = (values - best).exp_().sum(1, keepdim=True, dtype=torch.float64).log_() + best
+    return torch.where(best.isinf(), best, total)
+
+
+def _relative(values: torch.Tensor, ids: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     """Log softmax at ids; 0 at +inf and -inf at -inf, also where nothing is finite."""
     chosen = values.gather(1, ids)
     infinite = torch.where(chosen > 0, 0.0, float("-inf"))
-    return torch.where(chosen.isinf(), infinite, chosen - values.logsumexp(1, keepdim=True))
+    return torch.where(chosen.isinf(), infinite, (chosen - total).float())
 
 
 def _clean(logits: torch.Tensor) -> torch.Tensor:
-    values = logits.float()
-    return values.masked_fill(values.isnan(), float("-inf"))
+    return logits.float().nan_to_num(float("-inf"), float("inf"), float("-inf"))
+
+
+def upload(values: Sequence[float], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    """Numbers of the host as a tensor on the device, without waiting for what the device still does."""
+    host = torch.tensor(values, dtype=dtype)
+    return host.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else host.to(device)
 
 
 class PenaltyChoice(Protocol):
@@ -87,7 +132,8 @@ class PenaltyChoice(Protocol):
 class PenaltyTable:
     """Penalties of every slot and what the slots' requests have said so far, on the device.
 
-    The two tables take 5 bytes for each slot and token of the vocabulary: make one when a request first needs it.
+    The two tables take 5 bytes for each slot and token of the vocabulary: make one when a request first needs it, with
+    slots for the requests that have penalties only.
 
     Attributes:
         repetition, frequency, presence: float32 [slots].
@@ -112,17 +158,28 @@ class PenaltyTable:
             prompt=torch.zeros(slots, vocab, dtype=torch.bool, device=device),
         )
 
+    @property
+    def slots(self) -> int:
+        return self.repetition.shape[0]
+
+    def grown(self, slots: int) -> PenaltyTable:
+        """A table of more slots with all that this one holds."""
+        device, vocab = self.counts.device, self.counts.shape[1]
+        larger = PenaltyTable.allocate(slots, vocab, device)
+        for name in ("repetition", "frequency", "presence", "counts", "prompt"):
+            getattr(larger, name)[: self.slots] = getattr(self, name)
+        return larger
+
     def assign(
         self, slot: int, choice: PenaltyChoice, prompt_ids: Sequence[int], answer_ids: Sequence[int] = ()
     ) -> None:
         """Starts a request in a slot; `answer_ids` are what it had said before it was preempted."""
-        device, vocab = self.counts.device, self.counts.shape[1]
+        device = self.counts.device
         for name in ("repetition", "frequency", "presence"):
-            getattr(self, name)[slot] = getattr(choice, f"{name}_penalty")
-        self.prompt[slot] = False
-        self.prompt[slot, torch.tensor(prompt_ids, dtype=torch.int64, device=device)] = True
-        answer = torch.tensor(answer_ids, dtype=torch.int64, device=device)
-        self.counts[slot] = torch.bincount(answer, minlength=vocab).int()
+            getattr(self, name)[slot].fill_(getattr(choice, f"{name}_penalty"))
+        self.prompt[slot].fill_(False).index_fill_(0, upload(prompt_ids, torch.int64, device), True)
+        answer = upload(answer_ids, torch.int64, device)
+        self.counts[slot].zero_().scatter_add_(0, answer, torch.ones_like(answer, dtype=torch.int32))
 
     def record(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
         """Counts one new token for each row; rows with slot -1 count nothing. Both int32 [rows]."""
@@ -153,8 +210,9 @@ class Bias(NamedTuple):
             if not 0 <= token < vocab:
                 raise ValueError(f"logit_bias names token {token}; the vocabulary has tokens 0 to {vocab - 1}.")
         rows, ids, values = zip(*entries, strict=True) if entries else ((), (), ())
-        places = torch.tensor([rows, ids], dtype=torch.int64).to(device)
-        return cls(places[0], places[1], torch.tensor(values, dtype=torch.float32).to(device))
+        return cls(
+            upload(rows, torch.int64, device), upload(ids, torch.int64, device), upload(values, torch.float32, device)
+        )
 
 
 def apply_penalties(

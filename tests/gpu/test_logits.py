@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mii.ops.logits import Bias, PenaltyTable, apply_penalties, top_logprobs
-from tests.ops.test_logits import Penalties, check_top_logprobs
+from mii.ops.logits import Bias, PenaltyTable, apply_penalties, score
+from tests.ops.test_logits import Penalties, check_scores
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("vocab", [7, 128256])
-def test_top_logprobs_are_those_of_a_stable_sort(vocab: int, dtype: torch.dtype) -> None:
-    check_top_logprobs("cuda", dtype, vocab)
+def test_scores_are_those_of_a_stable_sort_and_of_each_row_alone(vocab: int, dtype: torch.dtype) -> None:
+    check_scores("cuda", dtype, vocab)
 
 
 def test_a_graph_follows_what_is_recorded() -> None:
@@ -28,7 +28,7 @@ def test_a_graph_follows_what_is_recorded() -> None:
     def step() -> None:
         tables["cuda"].record(slots, tokens)
         apply_penalties(out, logits, slots, table=tables["cuda"], bias=bias)
-        top_logprobs(out, 5)
+        score(out, tokens, 5)
 
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()

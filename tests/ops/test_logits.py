@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from mii.ops.logits import Bias, PenaltyTable, apply_penalties, token_logprobs, top_logprobs
+from mii.ops.logits import Bias, PenaltyTable, apply_penalties, best_together, score
 
 INF, NAN = float("inf"), float("nan")
 DEVICE = "cpu"
@@ -27,36 +27,49 @@ def penalized(logits: torch.Tensor, table: PenaltyTable, slots: list[int]) -> to
     return out
 
 
-def check_top_logprobs(device: str, dtype: torch.dtype, vocab: int) -> None:
+def check_scores(device: str, dtype: torch.dtype, vocab: int) -> None:
     logits = (3 * torch.randn(9, vocab, device=device)).to(dtype)
-    k = min(20, vocab)
-    values, ids = top_logprobs(logits, k)
+    k, chosen = min(20, vocab), torch.randint(0, vocab, (9,), device=device)
+    scores = score(logits, chosen.int(), k)
     expected = logits.double().log_softmax(1)
-    torch.testing.assert_close(values.double(), expected.topk(k, dim=1).values, atol=1e-5, rtol=1e-6)
-    torch.testing.assert_close(values.double(), expected.gather(1, ids.long()), atol=1e-5, rtol=1e-6)
+    torch.testing.assert_close(scores.top.double(), expected.topk(k, dim=1).values, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(scores.top.double(), expected.gather(1, scores.top_ids.long()), atol=1e-6, rtol=1e-6)
     order = torch.sort(logits.float(), dim=1, descending=True, stable=True).indices[:, :k]
-    assert torch.equal(ids.long(), order)  # equal logits in the order of ids
-    chosen = torch.randint(0, vocab, (9,), device=device)
-    assert (token_logprobs(logits, chosen) - expected.gather(1, chosen.unsqueeze(1)).squeeze(1)).abs().max() < 1e-5
+    assert torch.equal(scores.top_ids.long(), order)  # equal logits in the order of ids
+    assert (scores.chosen - expected.gather(1, chosen.unsqueeze(1)).squeeze(1)).abs().max() < 2e-6
+    for row in range(9):  # whoever else is asked about, and however many alternatives others want
+        alone = score(logits[row : row + 1], chosen[row : row + 1], k // 2)
+        assert torch.equal(alone.chosen, scores.chosen[row : row + 1])
+        assert torch.equal(alone.top, scores.top[row : row + 1, : k // 2])
+        assert torch.equal(alone.top_ids, scores.top_ids[row : row + 1, : k // 2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("vocab", [1, 7, 1000, 128256])
-def test_top_logprobs_are_those_of_a_stable_sort(vocab: int, dtype: torch.dtype) -> None:
-    check_top_logprobs(DEVICE, dtype, vocab)
+def test_scores_are_those_of_a_stable_sort_and_of_each_row_alone(vocab: int, dtype: torch.dtype) -> None:
+    check_scores(DEVICE, dtype, vocab)
 
 
 def test_impossible_tokens_come_last_and_hopeless_rows_have_no_nan() -> None:
     logits = torch.tensor([[NAN, 1.0, -INF, 1.0], [-INF] * 4, [NAN] * 4, [0.0, INF, -0.0, 1.0]])
-    values, ids = top_logprobs(logits, 4)
+    chosen, values, ids = score(logits, torch.tensor([0, 1, 2, 0]), 4)
     assert ids.tolist() == [[1, 3, 0, 2], [0, 1, 2, 3], [0, 1, 2, 3], [1, 3, 0, 2]]
-    assert not values.isnan().any() and values[1].eq(-INF).all() and values[3, 0] == 0
+    assert not values.isnan().any() and values[1].eq(-INF).all() and values[3].tolist() == [0, -INF, -INF, -INF]
     assert values[0, 0] == pytest.approx(-0.693147, abs=1e-6)
+    assert chosen.eq(-INF).all()
 
 
-def test_more_logprobs_than_tokens_are_refused() -> None:
-    with pytest.raises(ValueError, match="the vocabulary allows 1 to 5"):
-        top_logprobs(torch.zeros(1, 5), 6)
+def test_the_search_that_looks_at_no_value_finds_the_same() -> None:
+    logits = (3 * torch.randn(9, 1000)).bfloat16().float()  # many are equal
+    logits[0, 5:], logits[1] = -INF, 0.0
+    logits[2, 7], logits[2, 9], logits[3, ::2] = INF, INF, -0.0
+    assert torch.equal(best_together(logits, 50).int(), score(logits, torch.zeros(9), 50).top_ids)
+
+
+def test_no_alternatives_may_be_asked_for_and_more_than_there_are_tokens_may_not() -> None:
+    assert score(torch.zeros(2, 4), torch.tensor([3, 0]), 0).chosen.tolist() == pytest.approx([-1.386294] * 2)
+    with pytest.raises(ValueError, match="the vocabulary allows 0 to 5"):
+        score(torch.zeros(1, 5), torch.tensor([0]), 6)
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.0, 1.3])
@@ -117,3 +130,13 @@ def test_bad_arguments_are_refused_with_the_reason() -> None:
     logits = torch.zeros(2, 6, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="out must be float32"):
         apply_penalties(logits, logits, torch.zeros(2, dtype=torch.int32))
+
+
+def test_a_table_grows_without_losing_what_it_holds() -> None:
+    logits, table = torch.randn(1, 20), PenaltyTable.allocate(2, 20)
+    table.assign(1, Penalties(1.5, 0.25, 0.5), [3, 4], [5, 5])
+    before = penalized(logits, table, [1])
+    larger = table.grown(5)
+    assert larger.slots == 5
+    assert torch.equal(penalized(logits, larger, [1]), before)
+    assert torch.equal(penalized(logits, larger, [4]), logits)
