@@ -49,11 +49,11 @@ class PreparedRequest:
 
 @dataclass(frozen=True)
 class _Call:
-    """What the prompts of a call share. Equal prompts differ, because `seeds` gives each its own."""
+    """What the prompts of a call share. Equal prompts differ, because each draws with the call's seed and its place."""
 
     params: GenerateParamsConfig
     stops: StopStrings
-    seeds: random.Random
+    seed: int
     stop_ids: Sequence[int]
     begin_id: int | None
 
@@ -79,12 +79,15 @@ class Intake:
         self._call_seeds = random.Random(seed)
         self._uids = itertools.count(1)
 
-    def read(self, prompts: Any, options: Mapping[str, Any]) -> list[PreparedRequest]:
+    def read(
+        self, prompts: Any, options: Mapping[str, Any], places: Sequence[int] | None = None
+    ) -> list[PreparedRequest]:
         """The requests of one call, in the order of its prompts.
 
         Args:
             prompts: A string, a list of strings, a list of token ids or a list of such lists; arrays count as lists.
             options: Generation options by name, see `GenerateParamsConfig`.
+            places: Where these prompts are a part of a call, the place of each in that; None: they are all of it.
 
         Raises:
             pydantic.ValidationError: An option is unknown, of the wrong type or out of range.
@@ -93,10 +96,12 @@ class Intake:
         """
         call = self._begin_call(options)
         given = prompt_list(prompts)
+        whole = places is None or list(places) == list(range(len(given)))
+        names = [_Name(place, len(given) if whole else None) for place in places or range(len(given))]
         read = []
-        for index, (prompt, ids) in enumerate(zip(given, self._all_ids(given), strict=True)):
-            with _naming_prompt(index, len(given)):
-                read.append(self._prepare(prompt, ids, index, call))
+        for prompt, ids, name in zip(given, self._all_ids(given, names), names, strict=True):
+            with name.in_errors():
+                read.append(self._prepare(prompt, ids, name.place, call))
         return read
 
     def _begin_call(self, options: Mapping[str, Any]) -> _Call:
@@ -107,16 +112,16 @@ class Intake:
         return _Call(
             params=params.model_copy(update={"seed": None}),
             stops=StopStrings(params.stop),
-            seeds=random.Random(seed),
+            seed=seed,
             stop_ids=ends,
             begin_id=getattr(self._tokenizer, "bos_token_id", None),
         )
 
-    def _all_ids(self, prompts: list[Any]) -> list[list[int]]:
+    def _all_ids(self, prompts: list[Any], names: list[_Name]) -> list[list[int]]:
         """The tokens of each prompt, texts encoded together where the tokenizer can."""
         given = []
-        for index, prompt in enumerate(prompts):
-            with _naming_prompt(index, len(prompts)):
+        for prompt, name in zip(prompts, names, strict=True):
+            with name.in_errors():
                 given.append(_checked_text(prompt) if isinstance(prompt, str) else self._checked_ids(prompt))
         texts = [prompt for prompt in given if isinstance(prompt, str)]
         if texts and hasattr(self._tokenizer, "encode_batch"):  # faster, and other threads can run meanwhile
@@ -126,8 +131,9 @@ class Intake:
         return [next(encoded) if isinstance(prompt, str) else prompt for prompt in given]
 
     def _prepare(self, prompt: Any, ids: list[int], index: int, call: _Call) -> PreparedRequest:
+        seeds = random.Random(index << 64 | call.seed)
         request = call.params.engine_request(
-            next(self._uids), ids, max_length=self._max_length, stop_ids=call.stop_ids, seeds=call.seeds
+            next(self._uids), ids, max_length=self._max_length, stop_ids=call.stop_ids, seeds=seeds
         )
         text = None
         if call.params.return_full_text:
@@ -156,20 +162,28 @@ class Intake:
         return str(self._tokenizer.decode(ids[1:] if ids[0] == begin_id else ids))
 
 
-def name_prompt(error: Exception, index: int, count: int) -> Exception:
-    """An error about one of a call's prompts, with its place in the message."""
-    return type(error)(f"prompt {index} of {count} (counted from 0): {error}")
+def name_prompt(error: Exception, index: int, count: int | None) -> Exception:
+    """An error about one of a call's prompts, with its place in the message; `count` None: of an unknown number."""
+    of_all = "" if count is None else f" of {count}"
+    return type(error)(f"prompt {index}{of_all} (counted from 0): {error}")
 
 
-@contextmanager
-def _naming_prompt(index: int, count: int) -> Iterator[None]:
-    """Errors of the request inside say which of several prompts they are about."""
-    try:
-        yield
-    except RequestError as error:
-        if count == 1:
-            raise
-        raise name_prompt(error, index, count) from error
+@dataclass(frozen=True)
+class _Name:
+    """What errors call a prompt: its place in the call, and of how many, where that is known."""
+
+    place: int
+    count: int | None
+
+    @contextmanager
+    def in_errors(self) -> Iterator[None]:
+        """Errors of the request inside say which of several prompts they are about."""
+        try:
+            yield
+        except RequestError as error:
+            if self.count == 1:
+                raise
+            raise name_prompt(error, self.place, self.count) from error
 
 
 def _checked_text(text: str) -> str:

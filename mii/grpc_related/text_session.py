@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -127,7 +128,7 @@ class TextSession:
         self._admit(len(prompts))
         try:
             started = time.monotonic()
-            prepared = await self._read(prompts, options)
+            prepared = await self._read(prompts, options, places)
             return self._begin(prepared, Generation(prepared, started, places, self._pacer if streams else None))
         except BaseException:
             self._admitted -= len(prompts)
@@ -165,17 +166,22 @@ class TextSession:
         error.retry_after = min(max(count / speed, shortest), longest) if speed else 1.0
         return error
 
-    async def _read(self, prompts: Sequence[Any], options: Mapping[str, Any]) -> list[PreparedRequest]:
+    async def _read(
+        self, prompts: Sequence[Any], options: Mapping[str, Any], places: Sequence[int] | None
+    ) -> list[PreparedRequest]:
         assert self._intake is not None
         if CHAT not in options and sum(map(len, prompts)) <= _INLINE_CHARACTERS:
-            return self._intake.read(prompts, options)
+            return self._intake.read(prompts, options, places)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._executor, self._read_beside, self._intake, prompts, dict(options))
+        read = partial(self._read_beside, self._intake, prompts, dict(options), places)
+        return await loop.run_in_executor(self._executor, read)
 
-    def _read_beside(self, intake: Intake, prompts: Sequence[Any], options: dict[str, Any]) -> list[PreparedRequest]:
+    def _read_beside(
+        self, intake: Intake, prompts: Sequence[Any], options: dict[str, Any], places: Sequence[int] | None
+    ) -> list[PreparedRequest]:
         """What takes a while: long prompts, and chat templates, the first of which loads the library for them."""
         chat = options.pop(CHAT, None)
-        return intake.read(prompts if chat is None else fill_templates(self._tokenizer, prompts, chat), options)
+        return intake.read(prompts if chat is None else fill_templates(self._tokenizer, prompts, chat), options, places)
 
     def _begin(self, prepared: Sequence[PreparedRequest], generation: Generation) -> Generation:
         try:
