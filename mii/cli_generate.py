@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mii.cli_options import add_config_option
+from mii.cli_options import add_config_option, name_and_value
 from mii.cli_prompts import CommandPrompt, read_prompts
 from mii.errors import GenerationError
 
@@ -91,6 +91,14 @@ def _add_generation(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--stop", action="append", metavar="TEXT", help="end an answer before this text; may be repeated"
     )
+    group.add_argument(
+        "--stop-token-id",
+        action="append",
+        dest="stop_token_ids",
+        type=int,
+        metavar="ID",
+        help="end an answer at this token; may be repeated",
+    )
     group.add_argument("--ignore-eos", action="store_true", default=None, help="go on after end-of-text")
     group.add_argument(
         "--return-full-text", action="store_true", default=None, help="write the prompt before the answer"
@@ -98,6 +106,39 @@ def _add_generation(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--skip-special-tokens", action="store_true", default=None, help="leave special tokens out of the answer"
     )
+    _add_logits(group)
+
+
+def _add_logits(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--repetition-penalty", type=float, metavar="R", help="above 1: less of what prompt and answer have already"
+    )
+    group.add_argument("--presence-penalty", type=float, metavar="P", help="-2 to 2: less of what the answer has")
+    group.add_argument(
+        "--frequency-penalty", type=float, metavar="F", help="-2 to 2: the same, for each time that the answer has it"
+    )
+    group.add_argument(
+        "--logit-bias", action=_Biases, type=name_and_value, metavar="ID=BIAS", help="-100 to 100 for a token; may be repeated"
+    )
+    group.add_argument(
+        "--allowed-token-id",
+        action="append",
+        dest="allowed_token_ids",
+        type=int,
+        metavar="ID",
+        help="a token that answers may have (default: all); may be repeated",
+    )
+    group.add_argument(
+        "--logprobs", type=int, metavar="N", help="with --json: log-probabilities of the answer, and N alternatives"
+    )
+    group.add_argument("--prompt-logprobs", type=int, metavar="N", help="the same for the prompt")
+
+
+class _Biases(argparse.Action):
+    """Gathers ID=BIAS into a dict."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        setattr(namespace, self.dest, {**(getattr(namespace, self.dest) or {}), values[0]: values[1]})
 
 
 def run(args: argparse.Namespace) -> int:

@@ -48,12 +48,15 @@ class TokenLogprob(msgspec.Struct, array_like=True, gc=False):
     token: bytes = b""
 
     def to_msg_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON types: the token as text too, with U+FFFD for what is no whole character."""
+        """The fields as plain JSON types: the token as text too, with U+FFFD for what is no whole character.
+
+        JSON has no infinity: what the model gives no chance at all has -9999, as in OpenAI's answers.
+        """
         return {
             "token_id": self.token_id,
             "token": self.token.decode(errors="replace"),
             "bytes": list(self.token),
-            "logprob": self.logprob,
+            "logprob": None if self.logprob is None else max(self.logprob, -9999.0),
             "top": [each.to_msg_dict() for each in self.top],
         }
 

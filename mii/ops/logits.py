@@ -18,7 +18,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-
 # Logits that are looked at together: bounds the memory for what is made of them, some 30 bytes each. On a CPU what is
 # made of them also stays in the cache.
 _BLOCK = {"cpu": 1 << 17, "cuda": 1 << 22}

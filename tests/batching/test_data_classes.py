@@ -15,6 +15,7 @@ from mii.batching.data_classes import (
     Response,
     SamplingParams,
     StreamedResponse,
+    TokenLogprob,
     TokenOutput,
 )
 
@@ -47,16 +48,42 @@ def test_a_response_survives_json() -> None:
     assert back.finish_reason is GenerationFinishReason.LENGTH
 
 
+def test_log_probabilities_are_no_part_of_a_response_s_text_or_equality() -> None:
+    entry = TokenLogprob(5, -0.5, (TokenLogprob(5, -0.5), TokenLogprob(6, float("-inf"), token=b"\xc3")), b"\xc3")
+    response = Response("a", 1, 1, GenerationFinishReason.STOP, logprobs=[entry], prompt_logprobs=[])
+    assert repr(response) == str(response) == "a"
+    assert response == Response("a", 1, 1, GenerationFinishReason.STOP)
+    message = json.loads(json.dumps(response.to_msg_dict(), allow_nan=False))
+    assert message["logprobs"][0]["top"][1] == {
+        "token_id": 6,
+        "token": "\ufffd",
+        "bytes": [0xC3],
+        "logprob": -9999.0,
+        "top": [],
+    }
+    back = Response.from_msg_dict(message)
+    assert back.logprobs is not None
+    assert (back.logprobs[0].token, back.logprobs[0].top[0]) == (b"\xc3", entry.top[0])
+    assert back.prompt_logprobs == []
+
+
 @pytest.mark.parametrize(
     "message",
     [
         EngineRequest(7, [1, 2], 3, 1, (2, 9), SamplingParams(0.5, 4, 0.9, 0.1, 2**63 - 1)),
+        EngineRequest(7, [1], 3, sampling=SamplingParams(logit_bias={5: -1.5}, allowed_ids=(5, 6)), logprobs=0),
         TokenOutput(7, [3], "stop"),
+        TokenOutput(7, [3], logprobs=[TokenLogprob(3, -1.5, (TokenLogprob(4, -0.5),))], prompt_logprobs=[]),
         TokenOutput(7, [], "error", "no room"),
     ],
 )
 def test_engine_messages_survive_msgpack(message: msgspec.Struct) -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=type(message)) == message
+
+
+def test_what_is_not_asked_for_takes_no_room_in_a_message() -> None:
+    assert len(msgspec.msgpack.encode(TokenOutput(7, [3]))) == len(msgspec.msgpack.encode({"uid": 7, "token_ids": [3]}))
+    assert b"sampling" not in msgspec.msgpack.encode(EngineRequest(7, [1], 3))
 
 
 def test_the_pipelines_and_their_messages_load_without_torch() -> None:

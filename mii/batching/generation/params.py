@@ -8,13 +8,14 @@ Example:
 
 from __future__ import annotations
 
+import operator
 import random
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
-from mii.batching.data_classes import EngineRequest, SamplingParams
+from mii.batching.data_classes import MAX_LOGPROBS, EngineRequest, SamplingParams
 from mii.errors import EmptyPromptError, PromptTooLongError
 from mii.validation import ConfigModel, NonNegativeInt, Number, PositiveInt, Seed
 
@@ -32,25 +33,32 @@ _HINTS = {
     "best_of": _NOT_DONE,
     "num_return_sequences": "give the prompt several times: pipe([prompt] * n)",
     "num_beams": _NOT_DONE,
-    "repetition_penalty": _NOT_DONE,
-    "presence_penalty": _NOT_DONE,
-    "frequency_penalty": _NOT_DONE,
-    "logit_bias": _NOT_DONE,
-    "logprobs": _NOT_DONE,
-    "eos_token_id": "the checkpoint's own end-of-text ids are used; add texts to end at with stop",
-    "stop_token_ids": "give texts to end at with stop",
+    "length_penalty": _NOT_DONE,
+    "top_logprobs": "use logprobs=n for a token's own log-probability and those of the n most likely ones",
+    "echo": "use return_full_text=True for the prompt's text, prompt_logprobs=n for its log-probabilities",
+    "bad_words": "use logit_bias={token id: -100}",
+    "bad_words_ids": "use logit_bias={token id: -100}",
+    "suppress_tokens": "use logit_bias={token id: -100}",
+    "eos_token_id": "the checkpoint's own end-of-text ids are used; add others with stop_token_ids",
     "stop_strings": "use stop",
     "stop_sequences": "use stop",
     "random_seed": "use seed",
 }
 
 
+TokenId = Annotated[NonNegativeInt, Field(lt=2**31)]
+Penalty = Annotated[Number, Field(ge=-2, le=2)]
+Logprobs = Annotated[NonNegativeInt, Field(le=MAX_LOGPROBS)]
+
+
 class GenerateParamsConfig(ConfigModel):
     """What a caller may set for one call; it holds for every prompt of the call.
 
-    The text ends at the first end-of-text token of the checkpoint (not with `ignore_eos`), at the first of the `stop`
-    texts, after `max_new_tokens`, or where prompt and answer together reach `max_length`. Tokens are drawn from the
-    probabilities after `temperature`, then `top_k`, then `top_p`, then `min_p`.
+    The text ends at the first end-of-text token of the checkpoint (not with `ignore_eos`), at the first of
+    `stop_token_ids`, at the first of the `stop` texts, after `max_new_tokens`, or where prompt and answer together
+    reach `max_length`. The model's logits are changed by the penalties (`repetition_penalty` first), then `logit_bias`,
+    then `allowed_token_ids`; tokens are drawn from the probabilities after `temperature`, then `top_k`, then `min_p`,
+    then `top_p`. Log-probabilities are the model's own, before all of this.
 
     Raises:
         pydantic.ValidationError: an option is unknown, of the wrong type or out of range.
@@ -97,9 +105,33 @@ class GenerateParamsConfig(ConfigModel):
     stop: list[str] = Field(
         default=[], description="a text, or a list of texts, at which the answer ends; not part of it"
     )
+    stop_token_ids: list[TokenId] = Field(
+        default=[], description="tokens that end the answer, also with ignore_eos; not part of its text"
+    )
     skip_special_tokens: bool = Field(
         default=False, description="leave special tokens out of the answer's text; they are counted all the same"
     )
+    repetition_penalty: Number = Field(
+        default=1.0, gt=0, description="above 1 makes tokens of prompt and answer less likely; 1 turns it off"
+    )
+    presence_penalty: Penalty = Field(
+        default=0.0, description="taken off the logits of tokens that the answer has, from -2 to 2; 0 turns it off"
+    )
+    frequency_penalty: Penalty = Field(
+        default=0.0, description="the same for each time that the answer has them, from -2 to 2; 0 turns it off"
+    )
+    logit_bias: dict[int, Annotated[Number, Field(ge=-100, le=100)]] = Field(
+        default={}, description="token ids with what is added to their logits, from -100 to 100"
+    )
+    allowed_token_ids: list[TokenId] | None = Field(
+        default=None, description="the only tokens that the answer may have; None allows all"
+    )
+    logprobs: Logprobs | None = Field(
+        default=None,
+        description="give log-probabilities of the answer's tokens, and of so many most likely ones in place of each; "
+        "None gives none",
+    )
+    prompt_logprobs: Logprobs | None = Field(default=None, description="the same for the prompt's tokens")
 
     @classmethod
     def option_names(cls) -> list[str]:
@@ -120,6 +152,28 @@ class GenerateParamsConfig(ConfigModel):
         if "" in value:
             raise ValueError("an empty text would end every answer at once; leave it out")
         return sorted(value)
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _keys_are_numbers(cls, value: Any) -> Any:
+        """JSON and protobuf have maps with texts as keys only."""
+        if not isinstance(value, Mapping):
+            return {} if value is None else value
+        bias = {_token_id(key): each for key, each in value.items()}
+        if len(bias) < len(value):
+            raise ValueError("a token is named twice, as a number and as a text")
+        return bias
+
+    @field_validator("stop_token_ids", "allowed_token_ids", mode="before")
+    @classmethod
+    def _ids_are_a_list(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None:
+            return [] if info.field_name == "stop_token_ids" else None
+        value = value.tolist() if hasattr(value, "tolist") else value
+        ids = list(value) if isinstance(value, (tuple, set, frozenset, range)) else value
+        if ids == [] and info.field_name == "allowed_token_ids":
+            raise ValueError("no token would be left to choose; None allows all")
+        return ids
 
     def check_together(self) -> None:
         if self.prompt_length is not None and self.max_length is not None:
@@ -155,11 +209,18 @@ class GenerateParamsConfig(ConfigModel):
         Args:
             seeds: gives a seed where the call has none; seed this generator to make a whole run repeatable.
         """
+        changes: dict[str, Any] = {
+            "repetition_penalty": self.repetition_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
+            "logit_bias": self.logit_bias,
+            "allowed_ids": tuple(sorted(set(self.allowed_token_ids or ()))),
+        }
         temperature = 1.0 if self.temperature is None else self.temperature
         if not self.do_sample or temperature < _GREEDY_BELOW:
-            return SamplingParams(temperature=0.0)
+            return SamplingParams(temperature=0.0, **changes)
         seed = seeds.getrandbits(63) if self.seed is None else self.seed
-        return SamplingParams(temperature, self.top_k or 0, self.top_p, self.min_p, seed)
+        return SamplingParams(temperature, self.top_k or 0, self.top_p, self.min_p, seed, **changes)
 
     def engine_request(
         self, uid: int, prompt_ids: list[int], *, max_length: int, stop_ids: Sequence[int], seeds: random.Random
@@ -170,7 +231,7 @@ class GenerateParamsConfig(ConfigModel):
             uid: names the request.
             prompt_ids: the prompt's tokens.
             max_length: the engine's limit for prompt plus answer, in tokens.
-            stop_ids: the end-of-text tokens; left out with `ignore_eos`.
+            stop_ids: the end-of-text tokens; left out with `ignore_eos`, which `stop_token_ids` are not.
             seeds: see `sampling`.
 
         Raises:
@@ -185,9 +246,23 @@ class GenerateParamsConfig(ConfigModel):
             prompt_ids=prompt_ids,
             max_new_tokens=max_new_tokens,
             min_new_tokens=min(self.min_new_tokens, max_new_tokens),
-            stop_ids=() if self.ignore_eos else tuple(stop_ids),
+            stop_ids=tuple(dict.fromkeys((*(() if self.ignore_eos else stop_ids), *self.stop_token_ids))),
             sampling=self.sampling(seeds),
+            logprobs=self.logprobs,
+            prompt_logprobs=self.prompt_logprobs,
         )
+
+
+def _token_id(key: Any) -> int:
+    """A key of `logit_bias` as a number."""
+    number = -1
+    if isinstance(key, str):
+        number = int(key) if key.isascii() and key.isdecimal() and len(key) <= 10 else -1
+    elif hasattr(key, "__index__") and not isinstance(key, bool):
+        number = operator.index(key)
+    if not 0 <= number < 2**31:
+        raise ValueError(f"it has the key {repr(key)[:40]}; its keys are token ids, as numbers or as texts of digits")
+    return number
 
 
 def _too_long(prompt_length: int, limit: int) -> str:

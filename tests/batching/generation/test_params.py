@@ -45,7 +45,15 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         "min_p": 0.0,
         "seed": None,
         "stop": [],
+        "stop_token_ids": [],
         "skip_special_tokens": False,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "logit_bias": {},
+        "allowed_token_ids": None,
+        "logprobs": None,
+        "prompt_logprobs": None,
     }
 
 
@@ -72,6 +80,24 @@ def test_the_defaults_are_those_of_the_contract() -> None:
         ("stop", 5, "must be a valid list"),
         ("stop", [""], "an empty text would end every answer at once"),
         ("stop", "", "an empty text would end every answer at once"),
+        ("stop_token_ids", 5, "must be a valid list"),
+        ("repetition_penalty", 0, "1 turns it off"),
+        ("repetition_penalty", float("inf"), "must be a finite number"),
+        ("presence_penalty", 2.1, "from -2 to 2"),
+        ("frequency_penalty", -2.1, "from -2 to 2"),
+        ("frequency_penalty", None, "0 turns it off"),
+        ("logit_bias", [5], "must be a valid dictionary"),
+        ("logit_bias", {"x": 1}, "it has the key 'x'; its keys are token ids"),
+        ("logit_bias", {-1: 1}, "it has the key -1"),
+        ("logit_bias", {True: 1}, "it has the key True"),
+        ("logit_bias", {1.0: 1}, "it has the key 1.0"),
+        ("logit_bias", {str(2**31): 1}, "it has the key '2147483648'"),
+        ("logit_bias", {"9" * 5000: 1}, "it has the key '9999"),
+        ("logit_bias", {"5": 1, 5: 2}, "a token is named twice, as a number and as a text"),
+        ("allowed_token_ids", [], "no token would be left to choose; None allows all"),
+        ("logprobs", True, "a number is needed, not True or False"),
+        ("logprobs", 101, "must be less than or equal to 100"),
+        ("prompt_logprobs", -1, "must be greater than or equal to 0"),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(option: str, value: object, words: str) -> None:
@@ -84,7 +110,11 @@ def test_a_misspelt_option_gets_the_nearest_name_and_others_apis_names_get_ours(
     assert refusal(max_new_token=3) == "unknown option 'max_new_token'; did you mean 'max_new_tokens'?"
     assert refusal(max_tokens=3) == "unknown option 'max_tokens'; use max_new_tokens"
     assert refusal(n=2) == "unknown option 'n'; give the prompt n times: pipe([prompt] * n)"
-    assert refusal(repetition_penalty=1.1) == "unknown option 'repetition_penalty'; mii does not do this"
+    assert refusal(best_of=2) == "unknown option 'best_of'; mii does not do this"
+    assert refusal(repitition_penalty=2) == "unknown option 'repitition_penalty'; did you mean 'repetition_penalty'?"
+    assert refusal(freq_penalty=2) == "unknown option 'freq_penalty'; did you mean 'frequency_penalty'?"
+    assert refusal(allowed_tokens=[2]) == "unknown option 'allowed_tokens'; did you mean 'allowed_token_ids'?"
+    assert refusal(top_logprobs=2).startswith("unknown option 'top_logprobs'; use logprobs=n")
     assert "options are: max_length, max_new_tokens" in refusal(zzz=1)
 
 
@@ -187,6 +217,31 @@ def test_end_of_text_ends_the_answer_unless_it_is_ignored() -> None:
     assert request([1]).stop_ids == ENDS
     assert request([1], stop="x").stop_ids == ENDS
     assert request([1], ignore_eos=True).stop_ids == ()
+
+
+def test_tokens_to_stop_at_are_added_to_the_ends_of_text_and_hold_without_them() -> None:
+    assert request([1], stop_token_ids=[9, 2]).stop_ids == (*ENDS, 9)
+    assert request([1], stop_token_ids=(9,), ignore_eos=True).stop_ids == (9,)
+    assert request([1], stop_token_ids=None).stop_ids == ENDS
+
+
+@pytest.mark.parametrize("greedy", [{}, {"temperature": 0}, {"do_sample": False}])
+def test_what_changes_logits_reaches_the_engine_greedy_or_not(greedy: dict[str, Any]) -> None:
+    plain = request([1], **greedy).sampling
+    assert not plain.changes_logits
+    options = {"repetition_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": -0.5}
+    made = request([1], **greedy, **options, logit_bias={"7": 1, 8: -2.5}, allowed_token_ids={9, 7}).sampling
+    assert {name: getattr(made, name) for name in options} == options
+    assert (made.logit_bias, made.allowed_ids) == ({7: 1.0, 8: -2.5}, (7, 9))
+    assert made.changes_logits
+    assert made.temperature == plain.temperature
+    assert request([1], logit_bias=None, allowed_token_ids=None).sampling.changes_logits is False
+
+
+def test_log_probabilities_are_asked_for_by_the_request() -> None:
+    made = request([1], logprobs=0, prompt_logprobs=5)
+    assert (made.logprobs, made.prompt_logprobs) == (0, 5)
+    assert (request([1]).logprobs, request([1]).prompt_logprobs) == (None, None)
 
 
 def test_a_prompt_without_tokens_is_refused() -> None:
