@@ -19,7 +19,7 @@ struct WorkList {
   int32_t items;
   int32_t decodes;  // the first so many items have one query token
   int32_t joins;    // the first so many items are part 0 of an item that was cut
-  int64_t cost;   // elements of keys that all query rows look at
+  int64_t cost;     // elements of keys that all query rows look at
   WorkItem item[1];
 };
 

@@ -35,7 +35,8 @@ struct Plan {
   }
 
   void add(WorkItem item) {
-    list.cost += static_cast<int64_t>(item.tokens) * (a.q_heads / a.kv_heads) * (item.key_end - item.key_begin) * a.head_dim;
+    list.cost +=
+        static_cast<int64_t>(item.tokens) * (a.q_heads / a.kv_heads) * (item.key_end - item.key_begin) * a.head_dim;
     list.item[list.items++] = item;
   }
 

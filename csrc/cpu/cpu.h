@@ -1,7 +1,7 @@
 // What the CPU library's files share: the instruction set chosen at run time, errors, scratch memory, the kernel table.
 //
 // csrc/cpu/*.cpp       compiled once, with baseline flags: checks arguments, exports the C functions.
-// csrc/cpu/isa/*.cpp   compiled once per instruction set with -DMII_ISA=<plain|avx2|avx512|amx>; everything in them lives
+// csrc/cpu/isa/*.cpp   compiled once per instruction set with -DMII_ISA=<plain|avx2|avx512|amx>; everything in them is
 //                      in namespace mii::cpu::MII_ISA, and each set offers one `kernels` table.
 // Code under isa/ must not instantiate standard library templates: the linker keeps one copy of an inline function, and
 // that one might use instructions which the running processor lacks.

@@ -73,16 +73,21 @@ Isa limit() {
 const Kernels* kernels_of(Isa isa) {
   switch (isa) {
 #if defined(MII_HAVE_AMX)
-    case Isa::amx: return &amx::kernels;
+    case Isa::amx:
+      return &amx::kernels;
 #endif
 #if defined(MII_HAVE_AVX512)
-    case Isa::avx512: return &avx512::kernels;
+    case Isa::avx512:
+      return &avx512::kernels;
 #endif
 #if defined(MII_HAVE_AVX2)
-    case Isa::avx2: return &avx2::kernels;
+    case Isa::avx2:
+      return &avx2::kernels;
 #endif
-    case Isa::plain: return &plain::kernels;
-    default: return nullptr;
+    case Isa::plain:
+      return &plain::kernels;
+    default:
+      return nullptr;
   }
 }
 

@@ -38,7 +38,8 @@ int32_t check_pack(const MiiLinearPack& a) {
 int32_t check_attention(const MiiAttention& a) {
   if (!known_dtype(a.dtype)) return bad_dtype("attention", a.dtype);
   if (a.head_dim <= 0 || a.kv_heads <= 0 || a.q_heads <= 0 || a.q_heads % a.kv_heads != 0)
-    return fail(MII_INVALID, "attention needs q_heads to be a multiple of kv_heads and a head_dim above 0; got %d, %d, %d",
+    return fail(MII_INVALID,
+                "attention needs q_heads to be a multiple of kv_heads and a head_dim above 0; got %d, %d, %d",
                 a.q_heads, a.kv_heads, a.head_dim);
   if (a.block_size <= 0 || (a.block_size & (a.block_size - 1)) != 0)
     return fail(MII_INVALID, "attention needs a block_size that is a power of two, not %d", a.block_size);
@@ -161,15 +162,16 @@ const char* mii_last_error(void) { return last_error; }
 const char* mii_build_info(void) {
   static const char* const names[] = {"plain", "avx2", "avx512", "amx"};
   thread_local char text[128];
-  const char* built = "plain"
+  const char* built =
+      "plain"
 #if defined(MII_HAVE_AVX2)
-                      " avx2"
+      " avx2"
 #endif
 #if defined(MII_HAVE_AVX512)
-                      " avx512"
+      " avx512"
 #endif
 #if defined(MII_HAVE_AMX)
-                      " amx"
+      " amx"
 #endif
       ;
   snprintf(text, sizeof text, "cpu; gcc %s; built for %s; using %s", __VERSION__, built,

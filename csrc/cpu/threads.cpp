@@ -28,8 +28,9 @@ void pause() {
 }
 
 struct Pool {
-  // What there is to do. `open` is (job number << 32 | parts that nobody claimed yet). A thread claims a part by counting
-  // it down; once that succeeded the job cannot end before the thread is done, so only then it reads the other fields.
+  // What there is to do. `open` is (job number << 32 | parts that nobody claimed yet). A thread claims a part by
+  // counting it down; once that succeeded the job cannot end before the thread is done, so only then it reads the other
+  // fields.
   alignas(64) std::atomic<uint64_t> open{0};
   void (*body)(void*, int64_t) = nullptr;
   void* context = nullptr;
@@ -50,7 +51,8 @@ long futex(int operation, uint32_t value) {
 void work() {
   uint64_t open = pool.open.load(std::memory_order_acquire);
   while (static_cast<uint32_t>(open) != 0) {
-    if (!pool.open.compare_exchange_weak(open, open - 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+    if (!pool.open.compare_exchange_weak(open, open - 1, std::memory_order_acq_rel, std::memory_order_acquire))
+      continue;
     pool.body(pool.context, static_cast<uint32_t>(open) - 1);
     pool.done.fetch_add(1, std::memory_order_acq_rel);
     open = pool.open.load(std::memory_order_acquire);
@@ -124,7 +126,8 @@ void run_parts(int64_t parts, void (*body)(void*, int64_t), void* context) {
   pool.ticket.fetch_add(1);
   if (pool.sleepers.load() > 0) futex(FUTEX_WAKE, static_cast<uint32_t>(threads) - 1);
   work();
-  for (int spin = 0; pool.done.load(std::memory_order_acquire) < parts; ++spin) spin < kSpins ? pause() : (void)sched_yield();
+  for (int spin = 0; pool.done.load(std::memory_order_acquire) < parts; ++spin)
+    spin < kSpins ? pause() : (void)sched_yield();
   pool.busy.store(false, std::memory_order_release);
 }
 

@@ -1,7 +1,7 @@
-// The library's own threads. An operation is cut into parts which all threads claim one by one, the caller included, and
-// the caller waits only for parts that somebody claimed. So a thread that the system keeps from running (a busy machine)
-// costs nothing but its help, where a fork-join runtime would wait for it at every operation, and handing out work takes
-// well under a microsecond.
+// The library's own threads. An operation is cut into parts which all threads claim one by one, the caller included,
+// and the caller waits only for parts that somebody claimed. So a thread that the system keeps from running (a busy
+// machine) costs nothing but its help, where a fork-join runtime would wait for it at every operation, and handing out
+// work takes well under a microsecond.
 #pragma once
 #include <stdint.h>
 

@@ -51,7 +51,8 @@ MII_INLINE void transpose_16x16(__m512i (&r)[16]) {
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {  // r[4g + i]: column i of each 128-bit part, rows 4g .. 4g + 3
     const __m512i a = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88), b = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-    const __m512i c = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88), d = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+    const __m512i c = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88),
+                  d = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
     t[i] = _mm512_shuffle_i32x4(a, c, 0x88);
     t[8 + i] = _mm512_shuffle_i32x4(a, c, 0xdd);
     t[4 + i] = _mm512_shuffle_i32x4(b, d, 0x88);

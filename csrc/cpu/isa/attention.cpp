@@ -1,15 +1,15 @@
-// Causal attention over the paged cache (see MiiAttention): online softmax over blocks of keys (Milakov and Gimelshein 2018,
-// Dao et al. 2022), in float. Query rows are (token, query head of the group), so a block of keys is read once for all query
-// heads that share it. The plan cuts a step into items that the threads take in turn; a long decode is cut along the keys
-// too and its parts are joined at the end.
+// Causal attention over the paged cache (see MiiAttention): online softmax over blocks of keys (Milakov and Gimelshein
+// 2018, Dao et al. 2022), in float. Query rows are (token, query head of the group), so a block of keys is read once
+// for all query heads that share it. The plan cuts a step into items that the threads take in turn; a long decode is
+// cut along the keys too and its parts are joined at the end.
 #include "attention_decode_amx.h"
 #include "attention_item.h"
 
 namespace mii::cpu::MII_ISA {
 namespace {
 
-constexpr int kKeys = 64;      // keys of a block
-constexpr int kRowGroup = 6;   // query rows in registers at once
+constexpr int kKeys = 64;     // keys of a block
+constexpr int kRowGroup = 6;  // query rows in registers at once
 
 struct Buffers {  // of one item, in this thread's scratch memory
   float *q, *k, *scores, *sums, *max, *total;
@@ -28,9 +28,13 @@ struct Buffers {  // of one item, in this thread's scratch memory
   }
 };
 
-template <class T> MII_INLINE V load_tail(const T* p, int left) { return left >= W ? load(p) : load_n(p, left); }
+template <class T>
+MII_INLINE V load_tail(const T* p, int left) {
+  return left >= W ? load(p) : load_n(p, left);
+}
 
-template <class T> void load_queries(const Item<T>& item, const Buffers& b) {
+template <class T>
+void load_queries(const Item<T>& item, const Buffers& b) {
   const int d = item.a.head_dim;
   const V scale = set1(item.a.scale);
   for (int r = 0; r < item.rows; ++r) {
@@ -42,9 +46,10 @@ template <class T> void load_queries(const Item<T>& item, const Buffers& b) {
   }
 }
 
-// ---- scores: few rows, dot products straight from the cache -----------------------------------------------------------
+// ---- scores: few rows, dot products straight from the cache ---------------------------------------------------------
 
-template <class T, int R> MII_INLINE void dot_rows(const T* k, const Buffers& b, int row, int d, int key) {
+template <class T, int R>
+MII_INLINE void dot_rows(const T* k, const Buffers& b, int row, int d, int key) {
   V sums[R];
   for (int r = 0; r < R; ++r) sums[r] = set1(0.0f);
   for (int i = 0; i < d; i += W) {
@@ -54,21 +59,24 @@ template <class T, int R> MII_INLINE void dot_rows(const T* k, const Buffers& b,
   for (int r = 0; r < R; ++r) b.scores[(row + r) * kKeys + key] = sum(sums[r]);
 }
 
-template <class T, int R = kRowGroup> MII_INLINE void dot_rows_of(int rows, const T* k, const Buffers& b, int row, int d, int key) {
+template <class T, int R = kRowGroup>
+MII_INLINE void dot_rows_of(int rows, const T* k, const Buffers& b, int row, int d, int key) {
   if (rows == R) return dot_rows<T, R>(k, b, row, d, key);
   if constexpr (R > 1) dot_rows_of<T, R - 1>(rows, k, b, row, d, key);
 }
 
-template <class T> void dot_scores(const Item<T>& item, const Buffers& b, const T* const* keys, int lo, int count) {
+template <class T>
+void dot_scores(const Item<T>& item, const Buffers& b, const T* const* keys, int lo, int count) {
   for (int row = 0; row < item.rows; row += kRowGroup) {
     const int rows = item.rows - row < kRowGroup ? item.rows - row : kRowGroup;
     for (int key = lo; key < count; ++key) dot_rows_of<T>(rows, keys[key], b, row, item.a.head_dim, key);
   }
 }
 
-// ---- scores: many rows, keys transposed to [head_dim][kKeys] floats first ---------------------------------------------
+// ---- scores: many rows, keys transposed to [head_dim][kKeys] floats first -------------------------------------------
 
-template <class T> void transpose_keys(const Item<T>& item, const Buffers& b, const T* const* keys, int lo, int count) {
+template <class T>
+void transpose_keys(const Item<T>& item, const Buffers& b, const T* const* keys, int lo, int count) {
   const int d = item.a.head_dim;
   float row[W];
   for (int i = 0; i < d; i += W) {
@@ -109,11 +117,13 @@ void block_scores(const Buffers& b, int rows, int d) {
 // ---- softmax ------------------------------------------------------------------------------------------------------
 
 // Soft-cap, alibi and the mask of one row; keys first .. first + kKeys, of which [lo, count) belong to the item.
-template <class T> MII_INLINE void shape_scores(const Item<T>& item, float* scores, int row, int first, int lo, int count) {
+template <class T>
+MII_INLINE void shape_scores(const Item<T>& item, float* scores, int row, int first, int lo, int count) {
   const MiiAttention& a = item.a;
   const int position = item.position + row / item.group;
   if (a.softcap > 0.0f)
-    for (int i = 0; i < kKeys; i += W) store(scores + i, tanh(load(scores + i) * set1(1.0f / a.softcap)) * set1(a.softcap));
+    for (int i = 0; i < kKeys; i += W)
+      store(scores + i, tanh(load(scores + i) * set1(1.0f / a.softcap)) * set1(a.softcap));
   if (a.alibi_slopes != nullptr) {
     const float slope = a.alibi_slopes[item.head * item.group + row % item.group];
     for (int i = lo; i < count; ++i) scores[i] += slope * static_cast<float>(first + i - position);
@@ -138,24 +148,26 @@ void softmax_row(const Buffers& b, int row) {
   V total = set1(0.0f);
   const V shift = set1(now);
   for (int i = 0; i < kKeys; i += W) {
-    // Masked scores give e^-80, which vanishes beside 1; less would make products below the normal numbers, which are slow.
+    // Masked scores give e^-80, which vanishes beside 1; less would make subnormal products, which are slow.
     const V p = exp(max(set1(-80.0f), load(scores + i) - shift));
     total = total + p;
     store(scores + i, p);
   }
   if (now != before) {
     const float factor = before == kNone ? 0.0f : expf(before - now);
-    for (int i = 0; i < b.width; i += W) store(b.sums + row * b.width + i, load(b.sums + row * b.width + i) * set1(factor));
+    for (int i = 0; i < b.width; i += W)
+      store(b.sums + row * b.width + i, load(b.sums + row * b.width + i) * set1(factor));
     b.total[row] *= factor;
     b.max[row] = now;
   }
   b.total[row] += sum(total);
 }
 
-// ---- the keys of a block ----------------------------------------------------------------------------------------------
+// ---- the keys of a block --------------------------------------------------------------------------------------------
 
 // Where the keys first .. first + kKeys lie, of which [lo, count) belong to the item.
-template <class T> struct KeyBlock {
+template <class T>
+struct KeyBlock {
   int first, lo, count;
   const T *keys[kKeys], *values[kKeys];
 
@@ -171,8 +183,8 @@ template <class T> struct KeyBlock {
   }
   void find_first(const Item<T>& item) { find(item, item.key_begin / 16 * 16); }
 
-  // Has part `part` of `parts` of the keys and values fetched: blocks of the cache lie anywhere, so the processor cannot
-  // foresee the next one.
+  // Has part `part` of `parts` of the keys and values fetched: blocks of the cache lie anywhere, so the processor
+  // cannot foresee the next one.
   MII_INLINE_MEMBER void fetch(int part, int parts, int64_t bytes) const {
     for (int i = lo + part; i < count; i += parts)
       for (int64_t at = 0; at < bytes; at += 64) {
@@ -186,7 +198,8 @@ template <class T> struct KeyBlock {
 
 // Dimensions at .. at + C * W of R rows; kFull: none of them lies past head_dim. Meanwhile `next` is fetched.
 template <class T, int R, int C, bool kFull>
-MII_INLINE void add_values(const Buffers& b, const KeyBlock<T>& block, int row, int at, int left, const KeyBlock<T>* next, int64_t bytes) {
+MII_INLINE void add_values(const Buffers& b, const KeyBlock<T>& block, int row, int at, int left,
+                           const KeyBlock<T>* next, int64_t bytes) {
   V sums[R][C];
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) sums[r][c] = load(b.sums + (row + r) * b.width + at + c * W);
@@ -207,7 +220,8 @@ MII_INLINE void add_values(const Buffers& b, const KeyBlock<T>& block, int row, 
 
 constexpr int kValueVectors = W == 16 ? 4 : 2;
 
-template <class T, int R> void add_values_row(const Buffers& b, const KeyBlock<T>& block, int row, int d, const KeyBlock<T>* next) {
+template <class T, int R>
+void add_values_row(const Buffers& b, const KeyBlock<T>& block, int row, int d, const KeyBlock<T>* next) {
   const int64_t bytes = d * static_cast<int64_t>(sizeof(T));
   int at = 0;
   for (; at + kValueVectors * W <= d; at += kValueVectors * W, next = nullptr)
@@ -217,7 +231,8 @@ template <class T, int R> void add_values_row(const Buffers& b, const KeyBlock<T
 }
 
 template <class T, int R = kRowGroup>
-MII_INLINE void add_values_of(int rows, const Buffers& b, const KeyBlock<T>& block, int row, int d, const KeyBlock<T>* next) {
+MII_INLINE void add_values_of(int rows, const Buffers& b, const KeyBlock<T>& block, int row, int d,
+                              const KeyBlock<T>* next) {
   if (rows == R) return add_values_row<T, R>(b, block, row, d, next);
   if constexpr (R > 1) add_values_of<T, R - 1>(rows, b, block, row, d, next);
 }
@@ -227,7 +242,8 @@ MII_INLINE void add_values_of(int rows, const Buffers& b, const KeyBlock<T>& blo
 constexpr int kDotRows = 2 * kRowGroup;  // up to so many rows the keys are not worth a transposition
 
 // `next` is what this thread does afterwards, or null: its first keys are fetched during the last block of this item.
-template <class T> void attend(const Item<T>& item, const Buffers& b, const Item<T>* next) {
+template <class T>
+void attend(const Item<T>& item, const Buffers& b, const Item<T>* next) {
   load_queries(item, b);
 #if defined(__AMX_BF16__)
   const bool tiles = is_same<T, bf16> && DecodeTiles::serves(item.a, item.rows);
@@ -267,7 +283,8 @@ template <class T> void attend(const Item<T>& item, const Buffers& b, const Item
   }
 }
 
-template <class T> void write_rows(const Item<T>& item, const Buffers& b) {
+template <class T>
+void write_rows(const Item<T>& item, const Buffers& b) {
   const int d = item.a.head_dim;
   for (int r = 0; r < item.rows; ++r) {
     const V factor = set1(b.total[r] > 0.0f ? 1.0f / b.total[r] : 0.0f);
@@ -282,7 +299,8 @@ MII_INLINE float* part_row(const MiiAttention& a, int slot, int row) {
   return (float*)a.workspace + (static_cast<int64_t>(slot) * group + row) * (a.head_dim + 2);
 }
 
-template <class T> void write_part(const Item<T>& item, const Buffers& b) {
+template <class T>
+void write_part(const Item<T>& item, const Buffers& b) {
   for (int r = 0; r < item.rows; ++r) {
     float* to = part_row(item.a, item.slot + item.part, r);
     to[0] = b.max[r];
@@ -291,7 +309,8 @@ template <class T> void write_part(const Item<T>& item, const Buffers& b) {
   }
 }
 
-template <class T> void join_parts(const Item<T>& item) {
+template <class T>
+void join_parts(const Item<T>& item) {
   const int d = item.a.head_dim;
   for (int r = 0; r < item.rows; ++r) {
     float top = kNone, total = 0.0f, factors[kMaxParts];
@@ -311,7 +330,8 @@ template <class T> void join_parts(const Item<T>& item) {
   }
 }
 
-template <class T> void run_item(const Item<T>& item, const Item<T>* next) {
+template <class T>
+void run_item(const Item<T>& item, const Item<T>* next) {
 #if defined(__AMX_BF16__)
   if constexpr (is_same<T, bf16>)
     if (item.tokens > 1) return attend_amx(item);
@@ -322,7 +342,8 @@ template <class T> void run_item(const Item<T>& item, const Item<T>* next) {
 }
 
 // Items [begin, end) of the list, one after another.
-template <class T> void run_items(const MiiAttention& a, int begin, int end) {
+template <class T>
+void run_items(const MiiAttention& a, int begin, int end) {
   const WorkItem* items = ((const WorkList*)a.work)->item;
   for (int i = begin; i < end; ++i) {
     const Item<T> item(a, items[i]), next(a, items[i + 1 < end ? i + 1 : i]);
@@ -331,7 +352,8 @@ template <class T> void run_items(const MiiAttention& a, int begin, int end) {
 }
 
 // Decodes are claimed some at a time, so that a thread knows which keys it needs next; prompts one by one.
-template <class T> void run(const MiiAttention& a) {
+template <class T>
+void run(const MiiAttention& a) {
   const WorkList& list = *(const WorkList*)a.work;
   const auto join = [&](int64_t i) { join_parts<T>(Item<T>(a, list.item[i])); };
   if (list.cost < 1 << 13) {

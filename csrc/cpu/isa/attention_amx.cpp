@@ -4,8 +4,9 @@
 // tiles of the item (the tile unit wants pairs of the summed dimension side by side):
 //   K  [head_dim / 32][4 key tiles]  tiles of 16 pairs of dimensions x 16 keys
 //   V  [2 halves][head_dim / 16]     tiles of 16 pairs of keys x 16 dimensions, dimensions in the order of `kDimOrder`
-// Then, per row tile: scores = Q K^T (16 x 64 floats), softmax along the rows, which leaves the probabilities as bfloat16
-// rows, just as the tile unit reads its left operand, and sums += P V. Dimensions are padded with zeros to a multiple of 32.
+// Then, per row tile: scores = Q K^T (16 x 64 floats), softmax along the rows, which leaves the probabilities as
+// bfloat16 rows, just as the tile unit reads its left operand, and sums += P V. Dimensions are padded with zeros to a
+// multiple of 32.
 #include "attention_item.h"
 
 #include "amx.h"
@@ -45,8 +46,8 @@ struct Amx {
     max = (float*)take(rows * 4);
   }
 
-  int head(int tile) const { return tile / tiles_per_head; }                  // query head within the group
-  int first_token(int tile) const { return tile % tiles_per_head * kRows; }   // within the item
+  int head(int tile) const { return tile / tiles_per_head; }                 // query head within the group
+  int first_token(int tile) const { return tile % tiles_per_head * kRows; }  // within the item
   int tokens(int tile) const {
     const int left = item.tokens - first_token(tile);
     return left < kRows ? left : kRows;
@@ -81,7 +82,8 @@ void pack_keys(const Amx& m, int first, int count) {
   const bf16* cache = (const bf16*)m.item.a.k_cache;
   for (int tile = 0; tile < kKeys / 16; ++tile) {
     const bf16* rows[16];
-    for (int i = 0; i < 16; ++i) rows[i] = tile * 16 + i < count ? cache + m.item.offset(first + tile * 16 + i) : nullptr;
+    for (int i = 0; i < 16; ++i)
+      rows[i] = tile * 16 + i < count ? cache + m.item.offset(first + tile * 16 + i) : nullptr;
     for (int s = 0; s < m.depth / 32; ++s) {
       __m512i r[16];
       for (int i = 0; i < 16; ++i)
@@ -93,10 +95,10 @@ void pack_keys(const Amx& m, int first, int count) {
   }
 }
 
-// Interleaving two rows of 32 dimensions within 128-bit parts gives dimensions 0-3, 8-11, 16-19, 24-27 in the low result
-// and the others in the high one; this order puts [low | high] back.
-alignas(64) constexpr uint16_t kDimOrder[32] = {0,  1,  2,  3,  16, 17, 18, 19, 4,  5,  6,  7,  20, 21, 22, 23,
-                                                8,  9,  10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31};
+// Interleaving two rows of 32 dimensions within 128-bit parts gives dimensions 0-3, 8-11, 16-19, 24-27 in the low
+// result and the others in the high one; this order puts [low | high] back.
+alignas(64) constexpr uint16_t kDimOrder[32] = {0, 1, 2,  3,  16, 17, 18, 19, 4,  5,  6,  7,  20, 21, 22, 23,
+                                                8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31};
 
 void pack_values(const Amx& m, int first, int count) {
   const bf16* cache = (const bf16*)m.item.a.v_cache;
@@ -114,7 +116,7 @@ void pack_values(const Amx& m, int first, int count) {
   }
 }
 
-// ---- one row tile by one block of keys --------------------------------------------------------------------------------
+// ---- one row tile by one block of keys ------------------------------------------------------------------------------
 
 // Where the scores of a row tile lie: two buffers take turns, so that the next scores are made during a softmax.
 MII_INLINE float* scores_of(const Amx& m, int tile) { return m.scores + tile % 2 * kRows * kKeys; }
@@ -183,8 +185,8 @@ MII_INLINE void shape_tile(const Amx& m, int tile, int first, int count) {
   if (a.softcap > 0.0f || a.alibi_slopes != nullptr)
     for (int r = 0; r < rows; ++r)
       shape_row(m, scores + r * kKeys, m.head(tile), static_cast<float>(m.item.position + token + r - first));
-  const bool full = seen_keys(m.item, token, first, count).to == kKeys &&
-                    seen_keys(m.item, token + rows - 1, first, count).from == 0;
+  const bool full =
+      seen_keys(m.item, token, first, count).to == kKeys && seen_keys(m.item, token + rows - 1, first, count).from == 0;
   for (int r = 0; r < rows && !full; ++r) mask_row(scores + r * kKeys, seen_keys(m.item, token + r, first, count));
 }
 
@@ -211,7 +213,8 @@ MII_INLINE __m512 maxima(const __m512 (&r)[16]) {
   }
 #pragma GCC unroll 2
   for (int i = 0; i < 2; ++i)
-    c[i] = _mm512_max_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88), _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
+    c[i] = _mm512_max_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88),
+                         _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xdd));
   return _mm512_max_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xdd));
 }
 
@@ -221,8 +224,8 @@ void rescale_tile(float* sums, int columns, const float* factors) {
       _mm512_store_ps(sums, _mm512_mul_ps(_mm512_load_ps(sums), _mm512_set1_ps(factors[r])));
 }
 
-// Scores -> probabilities against the running maximum, as bfloat16 rows in m.p; what was summed before is rescaled where
-// the maximum grew. Rows of padding run along with zeros for scores.
+// Scores -> probabilities against the running maximum, as bfloat16 rows in m.p; what was summed before is rescaled
+// where the maximum grew. Rows of padding run along with zeros for scores.
 void softmax_tile(const Amx& m, int tile) {
   const float* scores = scores_of(m, tile);
   const bool shaped = m.item.a.softcap > 0.0f || m.item.a.alibi_slopes != nullptr;
@@ -293,7 +296,8 @@ void write_rows(const Amx& m) {
       bf16* out = m.item.out((m.first_token(tile) + r) * m.item.group + m.head(tile));
       const float* sums = m.sums + tile * kRows * m.depth + r * 16;
       for (int d = 0; d < head_dim; d += 32, sums += 512) {
-        const __m512 low = _mm512_mul_ps(_mm512_load_ps(sums), factor), high = _mm512_mul_ps(_mm512_load_ps(sums + 256), factor);
+        const __m512 low = _mm512_mul_ps(_mm512_load_ps(sums), factor),
+                     high = _mm512_mul_ps(_mm512_load_ps(sums + 256), factor);
         const __m512i row = _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(high, low));
         const int n = head_dim - d;
         if (n >= 32) _mm512_storeu_si512(out + d, row);

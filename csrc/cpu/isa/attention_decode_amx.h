@@ -1,5 +1,5 @@
-// Scores of single tokens in bfloat16 on AMX tiles: the keys are read as they lie in the cache, 16 at a time, as the left
-// operand, and the query heads of the group, at most 16, are the columns of the right one.
+// Scores of single tokens in bfloat16 on AMX tiles: the keys are read as they lie in the cache, 16 at a time, as the
+// left operand, and the query heads of the group, at most 16, are the columns of the right one.
 #pragma once
 #include "amx.h"
 #include "attention_item.h"
@@ -10,7 +10,9 @@ namespace mii::cpu::MII_ISA {
 
 class DecodeTiles {
  public:
-  static bool serves(const MiiAttention& a, int rows) { return a.head_dim % 32 == 0 && a.head_dim <= kMaxDepth && rows <= 16; }
+  static bool serves(const MiiAttention& a, int rows) {
+    return a.head_dim % 32 == 0 && a.head_dim <= kMaxDepth && rows <= 16;
+  }
 
   explicit DecodeTiles(bool used) : used_(used) {}
   ~DecodeTiles() {

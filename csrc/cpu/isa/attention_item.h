@@ -8,7 +8,8 @@ namespace mii::cpu::MII_ISA {
 constexpr float kNone = -INFINITY;
 
 // Row r of an item is (token r / group, query head r % group of the KV head's group).
-template <class T> struct Item : WorkItem {
+template <class T>
+struct Item : WorkItem {
   const MiiAttention& a;
   int group, rows, position;  // query heads per KV head; rows of the item; position of its first token
   int block_shift;            // log2 of the block size

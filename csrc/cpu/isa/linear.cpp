@@ -12,7 +12,8 @@ namespace {
 
 // ---- packing ------------------------------------------------------------------------------------------------------
 
-template <class T> void pack_panel(const MiiLinearPack& a, int64_t panel) {
+template <class T>
+void pack_panel(const MiiLinearPack& a, int64_t panel) {
   const int64_t depth = padded_depth(a.dtype, a.in_features);
   constexpr bool kPairs = is_same<T, bf16>;
   T* to = (T*)a.packed + panel * kPanel * depth;
@@ -27,26 +28,30 @@ template <class T> void pack_panel(const MiiLinearPack& a, int64_t panel) {
   }
 }
 
-// ---- the product: R rows of x by P panels, sums in registers -------------------------------------------------------------
+// ---- the product: R rows of x by P panels, sums in registers --------------------------------------------------------
 
 constexpr int kVectors = kPanel / W;
 constexpr int kRowBlock = W == 16 ? 12 : (W == 8 ? 4 : 2);
 constexpr int kRowChunk = 96;  // rows whose float copy stays in the second cache while the weight passes by
 
 // One step of the packed weight: kVectors vectors per input feature of the step.
-template <class T> struct Step {  // float32, float16: one input feature
+template <class T>
+struct Step {  // float32, float16: one input feature
   static constexpr int kFeatures = 1;
   MII_INLINE V load_part(const T* w, int v, int) { return load(w + v * W); }
 };
-template <> struct Step<bf16> {  // two input features, interleaved
+template <>
+struct Step<bf16> {  // two input features, interleaved
   static constexpr int kFeatures = 2;
   MII_INLINE V load_part(const bf16* w, int v, int feature) {
 #if defined(__AVX512F__)
     const __m512i pair = _mm512_loadu_si512(w + v * 2 * W);
-    return {_mm512_castsi512_ps(feature ? _mm512_and_si512(pair, _mm512_set1_epi32(0xffff0000)) : _mm512_slli_epi32(pair, 16))};
+    return {_mm512_castsi512_ps(feature ? _mm512_and_si512(pair, _mm512_set1_epi32(0xffff0000))
+                                        : _mm512_slli_epi32(pair, 16))};
 #elif defined(__AVX2__)
     const __m256i pair = _mm256_loadu_si256((const __m256i*)(w + v * 2 * W));
-    return {_mm256_castsi256_ps(feature ? _mm256_and_si256(pair, _mm256_set1_epi32(0xffff0000)) : _mm256_slli_epi32(pair, 16))};
+    return {_mm256_castsi256_ps(feature ? _mm256_and_si256(pair, _mm256_set1_epi32(0xffff0000))
+                                        : _mm256_slli_epi32(pair, 16))};
 #else
     BitLanes pair;
     memcpy(&pair, w + v * 2 * W, 16);
@@ -55,7 +60,8 @@ template <> struct Step<bf16> {  // two input features, interleaved
   }
 };
 
-template <class T> MII_INLINE void finish(const MiiLinear& a, int64_t row, int64_t feature, V x) {
+template <class T>
+MII_INLINE void finish(const MiiLinear& a, int64_t row, int64_t feature, V x) {
   const int64_t left = a.out_features - feature;
   if (left <= 0) return;
   const int n = static_cast<int>(left < W ? left : W);
@@ -65,7 +71,8 @@ template <class T> MII_INLINE void finish(const MiiLinear& a, int64_t row, int64
 }
 
 // x: float copy of the rows, row stride `depth`.
-template <class T, int R, int P> void block(const MiiLinear& a, const float* x, int64_t depth, int64_t row, int64_t panel) {
+template <class T, int R, int P>
+void block(const MiiLinear& a, const float* x, int64_t depth, int64_t row, int64_t panel) {
   using S = Step<T>;
   constexpr int kUnroll = R * P * kVectors <= 4 ? 2 : 1;  // too few sums to hide the latency of an addition
   V sums[kUnroll][R][P][kVectors];
@@ -83,7 +90,8 @@ template <class T, int R, int P> void block(const MiiLinear& a, const float* x, 
 #pragma GCC unroll 2
       for (int f = 0; f < S::kFeatures; ++f) {
         if (R <= 4 && f == 0)  // few rows: the weights come from memory, not from a cache
-          for (int p = 0; p < P; ++p) __builtin_prefetch((const char*)(w + p * kPanel * depth + (s + u) * kStepSize) + 1024, 0, 2);
+          for (int p = 0; p < P; ++p)
+            __builtin_prefetch((const char*)(w + p * kPanel * depth + (s + u) * kStepSize) + 1024, 0, 2);
         V weights[P][kVectors];
         for (int p = 0; p < P; ++p)
           for (int v = 0; v < kVectors; ++v)
@@ -117,7 +125,8 @@ MII_INLINE void block_of(int rows, const MiiLinear& a, const float* x, int64_t d
   if constexpr (R > 1) block_of<T, P, R - 1>(rows, a, x, depth, row, panel);
 }
 
-template <class T> void panels(const MiiLinear& a, int64_t begin, int64_t end) {
+template <class T>
+void panels(const MiiLinear& a, int64_t begin, int64_t end) {
   const int64_t depth = padded_depth(a.dtype, a.in_features);
   constexpr int kPair = W == 16 ? 2 : 1;
   float* x = (float*)scratch(kRowChunk * depth * sizeof(float));
@@ -135,7 +144,8 @@ template <class T> void panels(const MiiLinear& a, int64_t begin, int64_t end) {
     int64_t panel = begin;
     for (; panel + kPair <= end; panel += kPair)
       for (int64_t r = 0; r < rows; r += step)
-        block_of<T, kPair>(static_cast<int>(rows - r < step ? rows - r : step), a, x + r * depth, depth, chunk + r, panel);
+        block_of<T, kPair>(static_cast<int>(rows - r < step ? rows - r : step), a, x + r * depth, depth, chunk + r,
+                           panel);
     for (; panel < end; ++panel)
       for (int64_t r = 0; r < rows; r += step)
         block_of<T, 1>(static_cast<int>(rows - r < step ? rows - r : step), a, x + r * depth, depth, chunk + r, panel);
@@ -164,9 +174,8 @@ int32_t linear(const MiiLinear& a) {
   if (a.dtype == MII_BF16) return linear_amx(a);
 #endif
   with_dtype(a.dtype, [&](auto tag) {
-    parallel(count, a.rows * a.in_features * kPanel, [&](int64_t begin, int64_t end) {
-      panels<decltype(tag)>(a, begin, end);
-    });
+    parallel(count, a.rows * a.in_features * kPanel,
+             [&](int64_t begin, int64_t end) { panels<decltype(tag)>(a, begin, end); });
   });
   return MII_OK;
 }

@@ -1,9 +1,9 @@
 // The bfloat16 matrix product on AMX tiles (and AVX512-BF16 dot products for a single row).
 //
-// A tile holds 16 rows of x by 32 input features as they lie in memory, a tile of the packed weight the same 32 features of
-// 16 output features (1 KiB, contiguous), so nothing is rearranged but the sums. Blocks of 2 x 2 tiles keep the tile unit
-// busy with four loads for four products; the two panels of weight stay in the first cache while the rows pass by from
-// the second, and the next two panels are fetched meanwhile.
+// A tile holds 16 rows of x by 32 input features as they lie in memory, a tile of the packed weight the same 32
+// features of 16 output features (1 KiB, contiguous), so nothing is rearranged but the sums. Blocks of 2 x 2 tiles keep
+// the tile unit busy with four loads for four products; the two panels of weight stay in the first cache while the rows
+// pass by from the second, and the next two panels are fetched meanwhile.
 #include "linear_amx.h"
 
 #if defined(__AMX_BF16__)
@@ -76,7 +76,8 @@ MII_INLINE void block_2x1(const Job& job, int64_t row, int rows, int64_t panel) 
 }
 
 // Up to 16 rows by P panels (1 or 2).
-template <int P> MII_INLINE void block_1(const Job& job, int64_t row, int rows, int64_t panel) {
+template <int P>
+MII_INLINE void block_1(const Job& job, int64_t row, int rows, int64_t panel) {
   alignas(64) float sums[2 * 256];
   const bf16 *x = job.x + row * job.x_stride, *w0 = job.panel(panel), *w1 = job.panel(panel + (P == 2));
   const int64_t stride = job.x_stride * 2;
@@ -122,7 +123,8 @@ void multiply(const Job& job, int64_t begin, int64_t end) {
 
 // One row by P panels: a vector holds 16 output features, an instruction takes two input features. Four panels are four
 // streams through memory, which keeps more of it on the way than one; 1 KiB ahead is fetched into the second cache.
-template <int P> MII_INLINE void dot_panels(const Job& job, int64_t panel) {
+template <int P>
+MII_INLINE void dot_panels(const Job& job, int64_t panel) {
   constexpr int kChains = 4 / P;
   __m512 sums[P][kChains];
   for (int p = 0; p < P; ++p)
@@ -168,7 +170,8 @@ const bf16* padded_rows(const MiiLinear& a, int64_t depth) {
 
 void run(const MiiLinear& a, int64_t begin, int64_t end) {
   const int64_t depth = padded_depth(MII_BF16, a.in_features);
-  if (a.rows > 64 && depth >= kBlockedDepth && a.rows * depth >= kBlockedElements) return linear_amx_blocked(a, begin, end);
+  if (a.rows > 64 && depth >= kBlockedDepth && a.rows * depth >= kBlockedElements)
+    return linear_amx_blocked(a, begin, end);
   Job job = {a, (const bf16*)a.x, a.x_stride, depth, 0, a.rows};
   if (depth != a.in_features) job.x = padded_rows(a, depth), job.x_stride = depth;
   a.rows == 1 ? multiply_row(job, begin, end) : multiply(job, begin, end);
@@ -178,9 +181,8 @@ void run(const MiiLinear& a, int64_t begin, int64_t end) {
 
 int32_t linear_amx(const MiiLinear& a) {
   const int64_t pairs = (panel_count(a.out_features) + 1) / 2, count = panel_count(a.out_features);
-  parallel(pairs, a.rows * a.in_features * kPanel, [&](int64_t begin, int64_t end) {
-    run(a, 2 * begin, 2 * end < count ? 2 * end : count);
-  });
+  parallel(pairs, a.rows * a.in_features * kPanel,
+           [&](int64_t begin, int64_t end) { run(a, 2 * begin, 2 * end < count ? 2 * end : count); });
   return MII_OK;
 }
 

@@ -11,14 +11,15 @@ constexpr int kTileRows = 16, kTileDepth = 32;  // bfloat16 elements; a tile row
 
 struct Job {
   const MiiLinear& a;
-  const bf16* x;      // the rows of this pass, row stride x_stride, readable up to a multiple of kTileDepth
+  const bf16* x;  // the rows of this pass, row stride x_stride, readable up to a multiple of kTileDepth
   int64_t x_stride, depth, first_row, rows;
 
   const bf16* panel(int64_t p) const { return (const bf16*)a.weight + p * kPanel * depth; }
 };
 
 // Rounds, adds the bias and stores `rows` rows of sums [16][16] x panels at sums + p * 256.
-template <int P> MII_INLINE void store_sums(const Job& job, const float* sums, int64_t row, int rows, int64_t panel) {
+template <int P>
+MII_INLINE void store_sums(const Job& job, const float* sums, int64_t row, int rows, int64_t panel) {
   const int64_t feature = panel * kPanel, left = job.a.out_features - feature;
   const __mmask32 mask = left >= 32 ? 0xffffffffu : (1u << left) - 1;
   __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};

@@ -1,6 +1,6 @@
 // The bfloat16 product of many rows with many input features on AMX tiles, blocked as in Goto and van de Geijn (2008):
-// x is rearranged once into tiles; then, for a span of output features and a block of input features, the part of x stays
-// in the second cache, two panels of weight in the first, and the sums of the span go back and forth as floats.
+// x is rearranged once into tiles; then, for a span of output features and a block of input features, the part of x
+// stays in the second cache, two panels of weight in the first, and the sums of the span go back and forth as floats.
 #include "linear_amx.h"
 
 #if defined(__AMX_BF16__)
@@ -9,18 +9,18 @@ namespace mii::cpu::MII_ISA {
 namespace {
 
 constexpr int kTile = kTileRows * kTileDepth;
-constexpr int64_t kSpan = 32;                 // panels of a span: 512 output features
-constexpr int64_t kBlockSteps = 12;           // tile depths of a block: 384 input features
+constexpr int64_t kSpan = 32;        // panels of a span: 512 output features
+constexpr int64_t kBlockSteps = 12;  // tile depths of a block: 384 input features
 constexpr int64_t kMostRows = 512, kLeastRows = 128;
-constexpr int64_t kRowsBytes = 4 << 20;       // of rearranged x, which each thread has for itself
+constexpr int64_t kRowsBytes = 4 << 20;  // of rearranged x, which each thread has for itself
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Pass {  // some rows of x against a range of panels
   Job job;
   int64_t steps, block_steps, row_blocks;  // tile depths in all and of a block; blocks of 32 rows
-  bf16* x;      // [blocks of depth][row block][step][2] tiles
-  float* sums;  // [pair of panels of the span][row block][4] tiles of 16 x 16
+  bf16* x;                                 // [blocks of depth][row block][step][2] tiles
+  float* sums;                             // [pair of panels of the span][row block][4] tiles of 16 x 16
 };
 
 // One row of 32 input features; what lies past the end is zeros.
@@ -36,7 +36,8 @@ void rearrange(const Pass& p) {
     for (int64_t block = 0; block < p.row_blocks; ++block)
       for (int64_t s = first; s < p.steps && s < first + p.block_steps; ++s)
         for (int64_t r = block * 32; r < block * 32 + 32; ++r, to += 32)
-          _mm512_store_si512(to, r < p.job.rows ? load_step(p.job.a, p.job.first_row + r, s * 32) : _mm512_setzero_si512());
+          _mm512_store_si512(to,
+                             r < p.job.rows ? load_step(p.job.a, p.job.first_row + r, s * 32) : _mm512_setzero_si512());
 }
 
 // 32 rows by two panels over `steps` tile depths, added to what `sums` holds unless this is the first block.
@@ -113,7 +114,8 @@ void linear_amx_blocked(const MiiLinear& a, int64_t begin, int64_t end) {
   const int64_t depth = padded_depth(MII_BF16, a.in_features), steps = depth / kTileDepth;
   int64_t most = kRowsBytes / (2 * depth);
   most = most < kLeastRows ? kLeastRows : (most > kMostRows ? kMostRows : most);
-  const int64_t passes = ceil_div(a.rows, most), row_blocks = ceil_div(ceil_div(a.rows, passes), 32), rows = row_blocks * 32;
+  const int64_t passes = ceil_div(a.rows, most), row_blocks = ceil_div(ceil_div(a.rows, passes), 32),
+                rows = row_blocks * 32;
   float* sums = (float*)scratch(rows * (depth * sizeof(bf16) + kSpan * kPanel * sizeof(float)));
   bf16* x = (bf16*)(sums + rows * kSpan * kPanel);
   TileState tiles;
@@ -121,7 +123,8 @@ void linear_amx_blocked(const MiiLinear& a, int64_t begin, int64_t end) {
   for (int64_t first = 0; first < a.rows; first += rows) {
     const int64_t left = a.rows - first, count = left < rows ? left : rows;
     const Job job = {a, nullptr, 0, depth, first, count};
-    multiply_pass({job, steps, ceil_div(steps, ceil_div(steps, kBlockSteps)), ceil_div(count, 32), x, sums}, begin, end);
+    multiply_pass({job, steps, ceil_div(steps, ceil_div(steps, kBlockSteps)), ceil_div(count, 32), x, sums}, begin,
+                  end);
   }
 }
 

@@ -15,7 +15,8 @@ int32_t gather(const MiiGather& a) {
   return MII_OK;
 }
 
-template <class T> void embed_row(const MiiEmbedding& a, int64_t r) {
+template <class T>
+void embed_row(const MiiEmbedding& a, int64_t r) {
   const bool inside = a.ids[r] >= 0 && a.ids[r] < a.vocab;  // else a row of zeros
   const T* from = (const T*)a.table + (inside ? a.ids[r] : 0) * a.width;
   const T* position = nullptr;
@@ -52,7 +53,8 @@ int32_t embedding(const MiiEmbedding& a) {
 // ---- norms --------------------------------------------------------------------------------------------------------
 
 // The row that is normed: x, or residual += x. Returns where it lies.
-template <class T> MII_INLINE const T* norm_input(const MiiNorm& a, int64_t r) {
+template <class T>
+MII_INLINE const T* norm_input(const MiiNorm& a, int64_t r) {
   const T* x = (const T*)a.x + r * a.x_stride;
   if (a.residual == nullptr) return x;
   T* residual = (T*)a.residual + r * a.width;
@@ -63,7 +65,8 @@ template <class T> MII_INLINE const T* norm_input(const MiiNorm& a, int64_t r) {
   return residual;
 }
 
-template <class T> MII_INLINE float sum_of_squares(const T* x, int64_t width, float mean) {
+template <class T>
+MII_INLINE float sum_of_squares(const T* x, int64_t width, float mean) {
   V total = set1(0.0f), total2 = set1(0.0f);
   const V centre = set1(mean);
   int64_t i = 0;
@@ -80,7 +83,8 @@ template <class T> MII_INLINE float sum_of_squares(const T* x, int64_t width, fl
   return sum(total + total2) + rest;
 }
 
-template <class T> MII_INLINE float sum_of_row(const T* x, int64_t width) {
+template <class T>
+MII_INLINE float sum_of_row(const T* x, int64_t width) {
   V total = set1(0.0f);
   int64_t i = 0;
   for (; i + W <= width; i += W) total = total + load(x + i);
@@ -94,7 +98,8 @@ struct Affine {
   int kind;
 };
 
-template <class T> MII_INLINE V normed(V x, const Affine& a, const T* weight, const T* bias, int n) {
+template <class T>
+MII_INLINE V normed(V x, const Affine& a, const T* weight, const T* bias, int n) {
   x = (x - a.mean) * a.scale;
   if (a.kind == MII_RMS) {
     x = rounded(x, T{});
@@ -105,7 +110,8 @@ template <class T> MII_INLINE V normed(V x, const Affine& a, const T* weight, co
   return bias == nullptr ? x : x + load_n(bias, n);
 }
 
-template <class T> void norm_row(const MiiNorm& a, int64_t r) {
+template <class T>
+void norm_row(const MiiNorm& a, int64_t r) {
   const T* x = norm_input<T>(a, r);
   const T *weight = (const T*)a.weight, *bias = (const T*)a.bias;
   T* out = (T*)a.out + r * a.out_stride;
@@ -128,9 +134,10 @@ int32_t norm(const MiiNorm& a) {
   return MII_OK;
 }
 
-// ---- rotary embedding and KV write ------------------------------------------------------------------------------------
+// ---- rotary embedding and KV write ----------------------------------------------------------------------------------
 
-template <class T> MII_INLINE void norm_head(float* head, const T* weight, const MiiRopeKv& a) {
+template <class T>
+MII_INLINE void norm_head(float* head, const T* weight, const MiiRopeKv& a) {
   float squares = 0.0f;
   for (int i = 0; i < a.head_dim; ++i) squares += head[i] * head[i];
   const float scale = 1.0f / sqrtf(squares / static_cast<float>(a.head_dim) + a.norm_eps);
@@ -162,19 +169,22 @@ MII_INLINE void rotate_interleaved(float* head, const float* cos_sin, int half) 
   }
 }
 
-template <class T> MII_INLINE void widen_row(float* out, const T* x, int n) {
+template <class T>
+MII_INLINE void widen_row(float* out, const T* x, int n) {
   int i = 0;
   for (; i + W <= n; i += W) store(out + i, load(x + i));
   for (; i < n; ++i) out[i] = to_float(x[i]);
 }
 
-template <class T> MII_INLINE void narrow_row(T* out, const float* x, int n) {
+template <class T>
+MII_INLINE void narrow_row(T* out, const float* x, int n) {
   int i = 0;
   for (; i + W <= n; i += W) store(out + i, load(x + i));
   for (; i < n; ++i) from_float(out[i], x[i]);
 }
 
-template <class T> MII_INLINE void turn_head(T* x, float* head, const T* weight, const float* cos_sin, const MiiRopeKv& a) {
+template <class T>
+MII_INLINE void turn_head(T* x, float* head, const T* weight, const float* cos_sin, const MiiRopeKv& a) {
   if (weight == nullptr && cos_sin == nullptr) return;
   widen_row(head, x, a.head_dim);
   if (weight != nullptr) norm_head(head, weight, a);
@@ -183,7 +193,8 @@ template <class T> MII_INLINE void turn_head(T* x, float* head, const T* weight,
   narrow_row(x, head, a.head_dim);
 }
 
-template <class T> void rope_token(const MiiRopeKv& a, int64_t t, float* head) {
+template <class T>
+void rope_token(const MiiRopeKv& a, int64_t t, float* head) {
   const int64_t d = a.head_dim;
   T* row = (T*)a.qkv + t * a.qkv_stride;
   const int64_t last = a.max_positions - 1;
@@ -213,9 +224,10 @@ int32_t rope_kv(const MiiRopeKv& a) {
   return MII_OK;
 }
 
-// ---- activations ------------------------------------------------------------------------------------------------------
+// ---- activations ----------------------------------------------------------------------------------------------------
 
-template <int kKind> MII_INLINE V activate(V x) {
+template <int kKind>
+MII_INLINE V activate(V x) {
   const V half = set1(0.5f), one = set1(1.0f);
   if constexpr (kKind == MII_SILU) return x * sigmoid(x);
   if constexpr (kKind == MII_GELU) return half * x * (one + erf(x * set1(0.70710678f)));
@@ -229,7 +241,8 @@ template <int kKind> MII_INLINE V activate(V x) {
   return positive;
 }
 
-template <class T, int kKind> MII_INLINE void activation_part(const MiiActivation& a, const T* x, T* out, int64_t i, int n) {
+template <class T, int kKind>
+MII_INLINE void activation_part(const MiiActivation& a, const T* x, T* out, int64_t i, int n) {
   const T* bias = (const T*)a.bias;
   V gate = load_n(x + i, n);
   if (bias != nullptr) gate = gate + load_n(bias + i, n);
@@ -242,7 +255,8 @@ template <class T, int kKind> MII_INLINE void activation_part(const MiiActivatio
   store_n(out + i, y, n);
 }
 
-template <class T, int kKind> void activation_row(const MiiActivation& a, int64_t r) {
+template <class T, int kKind>
+void activation_row(const MiiActivation& a, int64_t r) {
   const T* x = (const T*)a.x + r * a.x_stride;
   T* out = (T*)a.out + r * a.out_stride;
   int64_t i = 0;
@@ -252,7 +266,8 @@ template <class T, int kKind> void activation_row(const MiiActivation& a, int64_
   if (i < a.width) activation_part<T, kKind>(a, x, out, i, static_cast<int>(a.width - i));
 }
 
-template <int kKind> void activation_rows(const MiiActivation& a) {
+template <int kKind>
+void activation_rows(const MiiActivation& a) {
   with_dtype(a.dtype, [&](auto tag) {
     parallel(a.rows, a.width * 2, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) activation_row<decltype(tag), kKind>(a, r);
@@ -262,12 +277,23 @@ template <int kKind> void activation_rows(const MiiActivation& a) {
 
 int32_t activation(const MiiActivation& a) {
   switch (a.kind) {
-    case MII_SILU: activation_rows<MII_SILU>(a); break;
-    case MII_GELU: activation_rows<MII_GELU>(a); break;
-    case MII_GELU_TANH: activation_rows<MII_GELU_TANH>(a); break;
-    case MII_RELU: activation_rows<MII_RELU>(a); break;
-    case MII_GELU_QUICK: activation_rows<MII_GELU_QUICK>(a); break;
-    default: activation_rows<MII_RELU2>(a);
+    case MII_SILU:
+      activation_rows<MII_SILU>(a);
+      break;
+    case MII_GELU:
+      activation_rows<MII_GELU>(a);
+      break;
+    case MII_GELU_TANH:
+      activation_rows<MII_GELU_TANH>(a);
+      break;
+    case MII_RELU:
+      activation_rows<MII_RELU>(a);
+      break;
+    case MII_GELU_QUICK:
+      activation_rows<MII_GELU_QUICK>(a);
+      break;
+    default:
+      activation_rows<MII_RELU2>(a);
   }
   return MII_OK;
 }

@@ -1,5 +1,6 @@
 // One float vector per instruction set: V with W lanes (plain 4, AVX2 8, AVX-512 and AMX 16), its loads and stores for
-// float32, float16 and bfloat16, and the functions that softmax and activations need. Everything else is written on V once.
+// float32, float16 and bfloat16, and the functions that softmax and activations need. Everything else is written on V
+// once.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -18,11 +19,17 @@
 
 namespace mii::cpu::MII_ISA {
 
-struct f16 { uint16_t bits; };
-struct bf16 { uint16_t bits; };
+struct f16 {
+  uint16_t bits;
+};
+struct bf16 {
+  uint16_t bits;
+};
 
-template <class A, class B> constexpr bool is_same = false;
-template <class A> constexpr bool is_same<A, A> = true;
+template <class A, class B>
+constexpr bool is_same = false;
+template <class A>
+constexpr bool is_same<A, A> = true;
 
 #define MII_INLINE static inline __attribute__((always_inline))
 #define MII_INLINE_MEMBER inline __attribute__((always_inline))
@@ -58,8 +65,14 @@ MII_INLINE void from_float(bf16& out, float x) {
 }
 MII_INLINE void from_float(f16& out, float x) {
   const uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000, rest = bits & 0x7fffffff;
-  if (rest > 0x7f800000u) { out.bits = static_cast<uint16_t>(sign | 0x7e00); return; }
-  if (rest >= 0x477ff000u) { out.bits = static_cast<uint16_t>(sign | 0x7c00); return; }
+  if (rest > 0x7f800000u) {
+    out.bits = static_cast<uint16_t>(sign | 0x7e00);
+    return;
+  }
+  if (rest >= 0x477ff000u) {
+    out.bits = static_cast<uint16_t>(sign | 0x7c00);
+    return;
+  }
   if (rest < 0x38800000u) {  // subnormal: adding 0.5 aligns the units in the last place, rounding to nearest even
     out.bits = static_cast<uint16_t>(sign | (float_to_bits(bits_to_float(rest) + 0.5f) - 0x3f000000u));
     return;
@@ -72,7 +85,9 @@ MII_INLINE void from_float(f16& out, float x) {
 #if defined(__AVX512F__)
 
 constexpr int W = 16;
-struct V { __m512 r; };
+struct V {
+  __m512 r;
+};
 
 MII_INLINE V set1(float x) { return {_mm512_set1_ps(x)}; }
 MII_INLINE V load(const float* p) { return {_mm512_loadu_ps(p)}; }
@@ -91,15 +106,27 @@ MII_INLINE __m256i narrow(V x, bf16) {
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(nan, rounded, quiet), 16));
 #endif
 }
-template <class T> MII_INLINE V load(const T* p) { return widen(_mm256_loadu_si256((const __m256i*)p), T{}); }
+template <class T>
+MII_INLINE V load(const T* p) {
+  return widen(_mm256_loadu_si256((const __m256i*)p), T{});
+}
 MII_INLINE void store(float* p, V x) { _mm512_storeu_ps(p, x.r); }
-template <class T> MII_INLINE void store(T* p, V x) { _mm256_storeu_si256((__m256i*)p, narrow(x, T{})); }
+template <class T>
+MII_INLINE void store(T* p, V x) {
+  _mm256_storeu_si256((__m256i*)p, narrow(x, T{}));
+}
 
 MII_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 MII_INLINE V load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
-template <class T> MII_INLINE V load_n(const T* p, int n) { return widen(_mm256_maskz_loadu_epi16(first(n), p), T{}); }
+template <class T>
+MII_INLINE V load_n(const T* p, int n) {
+  return widen(_mm256_maskz_loadu_epi16(first(n), p), T{});
+}
 MII_INLINE void store_n(float* p, V x, int n) { _mm512_mask_storeu_ps(p, first(n), x.r); }
-template <class T> MII_INLINE void store_n(T* p, V x, int n) { _mm256_mask_storeu_epi16(p, first(n), narrow(x, T{})); }
+template <class T>
+MII_INLINE void store_n(T* p, V x, int n) {
+  _mm256_mask_storeu_epi16(p, first(n), narrow(x, T{}));
+}
 
 MII_INLINE V operator+(V a, V b) { return {_mm512_add_ps(a.r, b.r)}; }
 MII_INLINE V operator-(V a, V b) { return {_mm512_sub_ps(a.r, b.r)}; }
@@ -121,7 +148,9 @@ MII_INLINE float maximum(V a) { return _mm512_reduce_max_ps(a.r); }
 #elif defined(__AVX2__)
 
 constexpr int W = 8;
-struct V { __m256 r; };
+struct V {
+  __m256 r;
+};
 
 MII_INLINE V set1(float x) { return {_mm256_set1_ps(x)}; }
 MII_INLINE V load(const float* p) { return {_mm256_loadu_ps(p)}; }
@@ -138,9 +167,15 @@ MII_INLINE __m128i narrow(V x, bf16) {
   const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(high, high), 0x08);
   return _mm256_castsi256_si128(packed);
 }
-template <class T> MII_INLINE V load(const T* p) { return widen(_mm_loadu_si128((const __m128i*)p), T{}); }
+template <class T>
+MII_INLINE V load(const T* p) {
+  return widen(_mm_loadu_si128((const __m128i*)p), T{});
+}
 MII_INLINE void store(float* p, V x) { _mm256_storeu_ps(p, x.r); }
-template <class T> MII_INLINE void store(T* p, V x) { _mm_storeu_si128((__m128i*)p, narrow(x, T{})); }
+template <class T>
+MII_INLINE void store(T* p, V x) {
+  _mm_storeu_si128((__m128i*)p, narrow(x, T{}));
+}
 
 MII_INLINE V operator+(V a, V b) { return {_mm256_add_ps(a.r, b.r)}; }
 MII_INLINE V operator-(V a, V b) { return {_mm256_sub_ps(a.r, b.r)}; }
@@ -176,15 +211,23 @@ constexpr int W = 4;
 typedef float Lanes __attribute__((vector_size(16)));
 typedef int32_t IntLanes __attribute__((vector_size(16)));
 typedef uint32_t BitLanes __attribute__((vector_size(16)));
-struct V { Lanes r; };
+struct V {
+  Lanes r;
+};
 
 MII_INLINE V set1(float x) { return {Lanes{x, x, x, x}}; }
-MII_INLINE V load(const float* p) { V x; memcpy(&x.r, p, 16); return x; }
-template <class T> MII_INLINE V load(const T* p) {
+MII_INLINE V load(const float* p) {
+  V x;
+  memcpy(&x.r, p, 16);
+  return x;
+}
+template <class T>
+MII_INLINE V load(const T* p) {
   return {Lanes{to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])}};
 }
 MII_INLINE void store(float* p, V x) { memcpy(p, &x.r, 16); }
-template <class T> MII_INLINE void store(T* p, V x) {
+template <class T>
+MII_INLINE void store(T* p, V x) {
   for (int i = 0; i < W; ++i) from_float(p[i], x.r[i]);
 }
 MII_INLINE V operator+(V a, V b) { return {a.r + b.r}; }
@@ -214,12 +257,14 @@ MII_INLINE float maximum(V a) {
 #endif
 
 #if !defined(__AVX512F__)
-template <class T> MII_INLINE V load_n(const T* p, int n) {
+template <class T>
+MII_INLINE V load_n(const T* p, int n) {
   T full[W] = {};
   for (int i = 0; i < n; ++i) full[i] = p[i];
   return load(full);
 }
-template <class T> MII_INLINE void store_n(T* p, V x, int n) {
+template <class T>
+MII_INLINE void store_n(T* p, V x, int n) {
   T full[W];
   store(full, x);
   for (int i = 0; i < n; ++i) p[i] = full[i];
@@ -230,7 +275,8 @@ template <class T> MII_INLINE void store_n(T* p, V x, int n) {
 
 // The value that a store as T and a load would give.
 MII_INLINE V rounded(V x, float) { return x; }
-template <class T> MII_INLINE V rounded(V x, T) {
+template <class T>
+MII_INLINE V rounded(V x, T) {
 #if defined(__AVX2__)
   return widen(narrow(x, T{}), T{});
 #else
@@ -240,7 +286,8 @@ template <class T> MII_INLINE V rounded(V x, T) {
 #endif
 }
 
-// e^x by 2^n * p(r), |r| <= ln 2 / 2; relative error about 2^-23; x is clamped to -87.3 .. 88, where float is normal; NaN stays.
+// e^x by 2^n * p(r), |r| <= ln 2 / 2; relative error about 2^-23; x is clamped to -87.3 .. 88, where float is normal;
+// NaN stays.
 MII_INLINE V exp(V x) {
   x = min(set1(88.0f), max(set1(-87.33654f), x));
   const V n = round(x * set1(1.44269504f));
@@ -275,13 +322,15 @@ MII_INLINE V erf(V x) {
 // ---- threads ------------------------------------------------------------------------------------------------------
 
 // Calls body(part) for each part in [0, parts).
-template <class Body> MII_INLINE void each_part(int64_t parts, const Body& body) {
+template <class Body>
+MII_INLINE void each_part(int64_t parts, const Body& body) {
   run_parts(parts, [](void* context, int64_t part) { (*static_cast<const Body*>(context))(part); }, (void*)&body);
 }
 
-// Calls body(begin, end) over parts of [0, items); in this thread alone when the work (items * cost, in elements touched)
-// would not repay handing it out.
-template <class Body> MII_INLINE void parallel(int64_t items, int64_t cost, const Body& body) {
+// Calls body(begin, end) over parts of [0, items); in this thread alone when the work (items * cost, in elements
+// touched) would not repay handing it out.
+template <class Body>
+MII_INLINE void parallel(int64_t items, int64_t cost, const Body& body) {
   constexpr int64_t kAlone = 1 << 13, kPart = 1 << 16;  // a part worth claiming is some ten microseconds of work
   const int64_t work = items * cost, threads = work < kAlone ? 1 : max_threads();
   if (threads <= 1 || items <= 1) {
@@ -295,7 +344,8 @@ template <class Body> MII_INLINE void parallel(int64_t items, int64_t cost, cons
 }
 
 // Runs body(T{}) with the C++ type of a MiiDtype.
-template <class Body> MII_INLINE void with_dtype(int32_t dtype, const Body& body) {
+template <class Body>
+MII_INLINE void with_dtype(int32_t dtype, const Body& body) {
   if (dtype == MII_F32) body(float{});
   else if (dtype == MII_F16) body(f16{});
   else body(bf16{});
