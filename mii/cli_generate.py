@@ -118,7 +118,11 @@ def _add_logits(group: argparse._ArgumentGroup) -> None:
         "--frequency-penalty", type=float, metavar="F", help="-2 to 2: the same, for each time that the answer has it"
     )
     group.add_argument(
-        "--logit-bias", action=_Biases, type=name_and_value, metavar="ID=BIAS", help="-100 to 100 for a token; may be repeated"
+        "--logit-bias",
+        action=_Biases,
+        type=name_and_value,
+        metavar="ID=BIAS",
+        help="-100 to 100 for a token; may be repeated",
     )
     group.add_argument(
         "--allowed-token-id",

@@ -178,14 +178,17 @@ def test_without_a_model_it_says_how_to_get_the_default_one(run: Run, monkeypatc
 def test_every_generation_option_is_an_option_of_the_command(run: Run, loaded: dict[str, Any]) -> None:
     words = ["--max-length=99", "--max-new-tokens=5", "--min-new-tokens=1", "--ignore-eos", "--return-full-text"]
     words += ["--temperature=0.5", "--top-k=4", "--top-p=0.7", "--min-p=0.1", "--seed=3", "--stop=a", "--stop=b\n"]
-    words += ["--skip-special-tokens"]
+    words += ["--skip-special-tokens", "--stop-token-id=9", "--repetition-penalty=1.5", "--presence-penalty=-1"]
+    words += ["--frequency-penalty=0.5", "--logit-bias=5=-100", "--logit-bias=6=1.5", "--allowed-token-id=7"]
+    words += ["--logprobs=2", "--prompt-logprobs=0"]
     parsed = cli._parser(["generate"]).parse_args(["generate", "x", "--greedy", *words])
     options = cli_generate._generation_options(parsed)
     assert set(options) == set(GenerateParamsConfig.option_names())
     assert (options["do_sample"], options["stop"], options["seed"]) == (False, ["a", "b\n"], 3)
     run("generate", "x", *words)
     request: EngineRequest = loaded["engine"].seen[0]
-    assert (request.max_new_tokens, request.sampling.temperature, request.stop_ids) == (5, 0.5, ())
+    assert (request.max_new_tokens, request.sampling.temperature, request.stop_ids) == (5, 0.5, (9,))
+    assert request.sampling.logit_bias == {5: -100.0, 6: 1.5}
 
 
 def test_answers_have_128_tokens_at_most_unless_told_otherwise(run: Run, loaded: dict[str, Any]) -> None:
