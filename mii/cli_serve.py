@@ -120,7 +120,7 @@ def run_health(args: argparse.Namespace) -> int:
     with mii.client(args.name) as client:
         health = client.health()
     print(json.dumps(health, indent=2))
-    return 0
+    return 0 if health["ready"] else 1
 
 
 def run_stop(args: argparse.Namespace) -> int:
