@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import signal
 import socket
 import sys
@@ -88,16 +89,22 @@ class Replica:
         wait_until(lambda: self.listen() and self.engine.ready and self.front.ready, 60.0)
 
     def wait_ended(self, child: Child) -> None:
-        wait_until(lambda: child.ended() or not child.running)
+        def gone() -> bool:
+            self._hear(child)
+            return child.ended() or not child.running
+
+        wait_until(gone)
 
     def listen(self) -> bool:
         """Takes in what the processes said; fails when one has ended."""
         for child in (self.engine, self.front):
-            _, readable = child.pipe, child.pipe is not None and _readable(child.pipe)
-            if readable:
-                self.said += [(child.spec.role, message) for message in child.read()]
+            self._hear(child)
             assert not child.ended(), f"{child.spec.role} {child.state.last_end}\n{child.log_tail()}"
         return True
+
+    def _hear(self, child: Child) -> None:
+        if child.pipe is not None and select.select([child.pipe], [], [], 0)[0]:
+            self.said += [(child.spec.role, message) for message in child.read()]
 
     def health(self) -> Any:
         """The replica's answer, or one that says that there is none."""
@@ -129,12 +136,6 @@ class Replica:
                 child.signal(signal.SIGCONT)
                 child.signal(signal.SIGKILL)
                 self.wait_ended(child)
-
-
-def _readable(descriptor: int) -> bool:
-    import select
-
-    return bool(select.select([descriptor], [], [], 0)[0])
 
 
 def _free_port() -> int:

@@ -98,6 +98,9 @@ class StandIn:
 
     def step(self) -> list[TokenOutput]:
         self._admit()
+        poison = self.options.poison
+        if poison is not None and any(poison in running.request.prompt_ids for running in self._running.values()):
+            raise FloatingPointError("the numbers of a request are not finite")
         self._pause()
         return [self._advance(running) for running in list(self._running.values())]
 
@@ -128,8 +131,6 @@ class StandIn:
             del self._waiting[uid]
             self._running[uid] = waiting
             self._free -= waiting.blocks
-            if self.options.poison in waiting.request.prompt_ids:
-                raise FloatingPointError("the numbers of a request are not finite")
 
     def _pause(self) -> None:
         """Sleeps until the next step is over; steps that are late are made up for, unless they are very late."""
