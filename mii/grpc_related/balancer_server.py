@@ -1,0 +1,96 @@
+"""The server of the load balancer: its service, the standard health and reflection services, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
+from grpc_health.v1.health import aio as health
+from grpc_reflection.v1alpha import reflection
+
+from mii.errors import PortTakenError
+from mii.grpc_related.links import Link
+from mii.grpc_related.load_balancer import LoadBalancer
+from mii.grpc_related.options import SERVER_OPTIONS, SERVICE_NAME
+
+__all__ = ["BalancerServer"]
+
+# Calls beyond the queues that may be open: those whose answers are read late, and those that ask for the health.
+_MORE_CALLS = 1024
+_LAST_WORDS_SECONDS = 1.0
+
+
+class BalancerServer:
+    """Serves a deployment's replicas. Made within a running event loop.
+
+    Args:
+        addresses: ``host:port`` of each replica's front.
+        queue_size: prompts that one replica takes at once.
+        token: see `LoadBalancer`.
+        terminate: see `LoadBalancer`.
+    """
+
+    def __init__(
+        self, addresses: Sequence[str], *, queue_size: int, token: str, terminate: Callable[[str], None]
+    ) -> None:
+        self._links = [Link(index, address, queue_size) for index, address in enumerate(addresses)]
+        self._service = LoadBalancer(self._links, token=token, terminate=terminate)
+        self._health = health.HealthServicer()
+        most = queue_size * len(addresses) + _MORE_CALLS
+        self._server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=most)
+        self._server.add_generic_rpc_handlers((self._service.handler(),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection((SERVICE_NAME, HEALTH_NAME, reflection.SERVICE_NAME), self._server)
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._draining = False
+
+    async def start(self, address: str) -> int:
+        """Listens, and begins to connect to the replicas. Returns the port.
+
+        Args:
+            address: ``host:port`` to listen on; port 0 takes any that is free.
+
+        Raises:
+            PortTakenError: it cannot be listened on.
+        """
+        try:
+            port = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise PortTakenError(f"{address} cannot be listened on: {error}") from error
+        await self._set_health(False)
+        await self._server.start()
+        for link in self._links:
+            self._spawn(link.watch(self._on_change))
+        return int(port)
+
+    async def stop(self, drain_seconds: float) -> None:
+        """Refuses new calls, lets those that run end, and ends the rest after `drain_seconds`."""
+        self._draining = True
+        self._service.drain()
+        await self._set_health(False)
+        stopped = asyncio.create_task(self._server.stop(drain_seconds + _LAST_WORDS_SECONDS))
+        await asyncio.wait([stopped], timeout=drain_seconds)
+        self._service.end("the deployment is shutting down; what ran was given time to end")
+        await stopped
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(link.close() for link in self._links))
+
+    def _on_change(self, link: Link) -> None:
+        self._service.on_change(link)
+        self._spawn(self._set_health(any(other.ready for other in self._links) and not self._draining))
+
+    def _spawn(self, work: object) -> None:
+        task = asyncio.ensure_future(work)  # type: ignore[call-overload]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _set_health(self, ready: bool) -> None:
+        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in ("", SERVICE_NAME):
+            await self._health.set(name, status)
