@@ -7,7 +7,6 @@ config's `restful_processes`: copies of the first one, which listen on the same 
 from __future__ import annotations
 
 import asyncio
-import os
 import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

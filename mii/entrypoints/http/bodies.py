@@ -12,13 +12,17 @@ from starlette.requests import Request
 from mii.entrypoints.http.errors import ApiError, bad_request
 from mii.validation import suggest
 
-__all__ = ["DEFAULT_BODY_BYTES", "ApiModel", "body_schema", "read_body"]
+__all__ = ["DEFAULT_BODY_BYTES", "ApiModel", "InvalidBodyError", "body_schema", "read_body"]
 
 DEFAULT_BODY_BYTES = 16 << 20
 _LONGEST_VALUE = 80
 _SHOWN_ERRORS = 5
 _decode = msgspec.json.Decoder().decode
 Model = TypeVar("Model", bound="ApiModel")
+
+
+class InvalidBodyError(ApiError):
+    """400: the body is JSON, and not what it must be."""
 
 
 class ApiModel(BaseModel):
@@ -37,7 +41,8 @@ class ApiModel(BaseModel):
         for name in cls.refused.keys() & data.keys():
             value, neutral = data[name], (None, *cls.refused[name])
             if not any(type(value) is type(each) and value == each for each in neutral):
-                raise bad_request(f"{name}={_short(value)} is not supported here; leave {name!r} out", name)
+                message = f"{name}={_short(value)} is not supported here; leave {name!r} out"
+                raise InvalidBodyError(400, message, param=name)
         return {name: value for name, value in data.items() if name not in cls.refused}
 
 
@@ -50,7 +55,8 @@ async def read_body(request: Request, model: type[Model], limit: int) -> Model:
         limit: bytes at most.
 
     Raises:
-        ApiError: 415: it is not called JSON. 413: it is too long. 400: it is no JSON, or not what `model` says.
+        InvalidBodyError: 400: it is not what `model` says.
+        ApiError: 415: it is not called JSON. 413: it is too long. 400: it is no JSON.
         starlette.requests.ClientDisconnect: the client has gone while it was sending.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -104,7 +110,7 @@ def _explain(model: type[ApiModel], error: ValidationError) -> ApiError:
     if len(lines) > len(shown):
         shown.append(f"and {len(lines) - len(shown)} more")
     first = lines[0]["loc"]
-    return bad_request("; ".join(shown), str(first[0]) if first else None)
+    return InvalidBodyError(400, "; ".join(shown), param=str(first[0]) if first else None)
 
 
 def _sentence(model: type[ApiModel], line: Any) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeAlias
 
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
@@ -16,8 +16,11 @@ from mii.entrypoints.http.service import HttpService
 
 __all__ = ["add_metrics", "deployment_metrics"]
 
+_Replica: TypeAlias = tuple[str, Mapping[str, Any]]
+
 # Name, what it is, and where it lies in what a replica says of itself.
 _GAUGES = [
+    ("mii_replica_ready", "Whether the replica takes calls", "ready"),
     ("mii_requests_outstanding", "Prompts that are running or waiting", "outstanding"),
     ("mii_queue_size", "Prompts that may be running or waiting", "queue_size"),
     ("mii_requests_running", "Prompts that the engine works on", "engine.running"),
@@ -37,6 +40,13 @@ _COUNTERS = [
 _BY_WORD = [
     ("mii_requests", "Prompts whose answers ended", "reason", "finished"),
     ("mii_calls", "gRPC calls that ended", "status", "calls"),
+]
+# The same of the load balancer.
+_BALANCER_GAUGES = [
+    ("mii_balancer_running_calls", "gRPC calls under way", "running_calls"),
+    ("mii_balancer_held_calls", "gRPC calls that wait for a replica", "held_calls"),
+    ("mii_replicas_ready", "Replicas that take calls", "replicas_ready"),
+    ("mii_replicas", "Replicas of the deployment", "replicas"),
 ]
 _HISTOGRAMS = [
     ("mii_time_to_first_token_seconds", "From a prompt's arrival to its first token", "first_token_seconds"),
@@ -65,7 +75,24 @@ def deployment_metrics(stats: Mapping[str, Any] | None) -> Iterator[Metric]:
         stats: what its load balancer's `Stats` says; None: nothing.
     """
     yield GaugeMetricFamily("mii_up", "Whether the deployment answers", value=float(stats is not None))
-    replicas = list(_replicas(stats or {}))
+    yield from _balancer_metrics((stats or {}).get("balancer") or {})
+    replicas = [(str(replica.get("replica", index)), replica) for index, replica in enumerate(_replicas(stats or {}))]
+    yield from _replica_metrics(replicas)
+
+
+def _balancer_metrics(numbers: Mapping[str, Any]) -> Iterator[Metric]:
+    for name, text, path in _BALANCER_GAUGES:
+        if path in numbers:
+            yield GaugeMetricFamily(name, text, value=numbers[path])
+    if "retries" in numbers:
+        yield CounterMetricFamily("mii_balancer_retries", "Calls sent to another replica", value=numbers["retries"])
+    calls = CounterMetricFamily("mii_balancer_calls", "gRPC calls that ended", labels=["status"])
+    for status, count in (numbers.get("calls") or {}).items():
+        calls.add_metric([status], count)
+    yield calls
+
+
+def _replica_metrics(replicas: Sequence[_Replica]) -> Iterator[Metric]:
     for name, text, path in _GAUGES:
         yield _family(GaugeMetricFamily(name, text, labels=["replica"]), replicas, path)
     yield _usage(replicas)
@@ -85,14 +112,13 @@ def deployment_metrics(stats: Mapping[str, Any] | None) -> Iterator[Metric]:
         yield histogram
 
 
-def _replicas(stats: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Each replica's number and what it says of itself; one that says nothing is left out."""
-    for index, replica in enumerate(stats.get("replicas", [stats] if stats else [])):
-        if isinstance(replica, Mapping) and "engine" in replica:
-            yield str(index), replica
+def _replicas(stats: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """What each replica says of itself; a replica that is asked itself says it without the balancer's frame."""
+    replicas: Sequence[Mapping[str, Any]] = stats.get("replicas", [stats] if stats else [])
+    return replicas
 
 
-def _family(family: Any, replicas: Iterable[tuple[str, Mapping[str, Any]]], path: str) -> Metric:
+def _family(family: Any, replicas: Iterable[_Replica], path: str) -> Metric:
     for replica, numbers in replicas:
         value: Any = numbers
         for name in path.split("."):
@@ -103,12 +129,12 @@ def _family(family: Any, replicas: Iterable[tuple[str, Mapping[str, Any]]], path
     return result
 
 
-def _usage(replicas: Iterable[tuple[str, Mapping[str, Any]]]) -> Metric:
+def _usage(replicas: Iterable[_Replica]) -> Metric:
     usage = GaugeMetricFamily("mii_kv_usage", "Share of the KV cache that is in use", labels=["replica"])
     for replica, numbers in replicas:
-        blocks = numbers["engine"].get("num_blocks")
-        if blocks:
-            usage.add_metric([replica], 1 - numbers["engine"].get("free_blocks", 0) / blocks)
+        engine = numbers.get("engine") or {}
+        if engine.get("num_blocks"):
+            usage.add_metric([replica], 1 - engine.get("free_blocks", 0) / engine["num_blocks"])
     return usage
 
 
