@@ -6,9 +6,9 @@ torch.
 
 from __future__ import annotations
 
-import asyncio
 import gc
 
+from mii.launch.loop import run
 from mii.launch.process import Process
 
 
@@ -18,7 +18,7 @@ def main() -> None:
         process.report("importing gRPC")
         import mii.grpc_related.replica_server  # noqa: F401  before the loop runs, which it would hold up
 
-        asyncio.run(serve(process))
+        run(serve(process))
 
 
 async def serve(process: Process) -> None:
