@@ -170,7 +170,8 @@ class Scheduler:
     def _start(self, plan: Plan, sequence: Sequence) -> bool:
         """Reuses the cached prefix and plans the first chunk; leaves everything as it was if nothing fits."""
         size = self.pool.block_size
-        hashes = sequence.block_hashes(size, (sequence.length - 1) // size) if self.pool.prefix_caching else []
+        whole = not self.pool.prefix_caching or sequence.prompt_scores is not None
+        hashes = [] if whole else sequence.block_hashes(size, (sequence.length - 1) // size)
         cached = self.pool.match(hashes)
         spare = self.pool.num_free - self.pool.num_unused(cached)
         if self.running and spare <= self.limits.reserve_blocks:

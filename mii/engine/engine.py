@@ -10,11 +10,12 @@ have been.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 
-from mii.batching.data_classes import EngineRequest, TokenOutput
+from mii.batching.data_classes import MAX_LOGPROBS, EngineRequest, TokenOutput
 from mii.batching.scheduler import Scheduler, SchedulerLimits
 from mii.engine.kv_cache import BlockPool
 from mii.engine.profile import StepProfile
@@ -97,12 +98,13 @@ class Engine(RaggedInterface):
 
         Raises:
             PromptTooLongError: It could never run: the prompt alone exceeds the model's context or the whole KV cache.
-            RequestError: The uid is in use, the prompt is empty or holds ids outside the vocabulary.
+            RequestError: The uid is in use, the prompt is empty, an id is outside the vocabulary, or the request asks
+                for what cannot be.
         """
         self._check(request)
         assert self.runner is not None
         limit = min(len(request.prompt_ids) + request.max_new_tokens, self.capacity)
-        sequence = Sequence(request, limit, self.runner.cache_salt(len(request.prompt_ids)))
+        sequence = Sequence(request, limit, self.runner.cache_salt(len(request.prompt_ids)), self.stop_ids)
         self._sequences[request.uid] = sequence
         self.scheduler.add(sequence)
 
@@ -115,10 +117,9 @@ class Engine(RaggedInterface):
             raise RequestError("The prompt has no tokens; give at least one.")
         if request.max_new_tokens < 1:
             raise RequestError(f"max_new_tokens is {request.max_new_tokens}; at least 1 is needed.")
-        low, high = min(request.prompt_ids), max(request.prompt_ids)
-        if low < 0 or high >= self.vocab_size:
-            wrong = low if low < 0 else high
-            raise RequestError(f"Token id {wrong} is outside the vocabulary of {self.vocab_size} tokens.")
+        self._check_ids("", request.prompt_ids)
+        if request.sampling.changes_logits or request.logprobs is not None or request.prompt_logprobs is not None:
+            self._check_special(request)
         length = len(request.prompt_ids)
         if length >= self.max_length:
             raise PromptTooLongError(
@@ -129,6 +130,28 @@ class Engine(RaggedInterface):
                 f"The prompt has {length} tokens and the whole KV cache holds {self.num_blocks * self.block_size} "
                 f"({self.num_blocks} blocks of {self.block_size}); shorten it or give the cache more memory."
             )
+
+    def _check_special(self, request: EngineRequest) -> None:
+        """What few requests ask for."""
+        sampling = request.sampling
+        self._check_ids("logit_bias: ", sampling.logit_bias)
+        self._check_ids("allowed tokens: ", sampling.allowed_ids)
+        if not sampling.repetition_penalty > 0:
+            raise RequestError(f"repetition_penalty is {sampling.repetition_penalty}; it must be above 0.")
+        if sampling.allowed_ids and request.min_new_tokens and set(sampling.allowed_ids) <= set(request.stop_ids):
+            raise RequestError(
+                f"All allowed tokens end the answer, which shall have {request.min_new_tokens} tokens (min_new_tokens) "
+                "before; allow another one."
+            )
+        for name, wanted in (("logprobs", request.logprobs), ("prompt_logprobs", request.prompt_logprobs)):
+            if wanted is not None and not 0 <= wanted <= MAX_LOGPROBS:
+                raise RequestError(f"{name} is {wanted}; 0 to {MAX_LOGPROBS} are allowed.")
+
+    def _check_ids(self, what: str, ids: Collection[int]) -> None:
+        low, high = min(ids, default=0), max(ids, default=0)
+        if low < 0 or high >= self.vocab_size:
+            wrong = low if low < 0 else high
+            raise RequestError(f"{what}Token id {wrong} is outside the vocabulary of {self.vocab_size} tokens.")
 
     def abort(self, uid: int) -> None:
         """Ends a request without an answer and frees all it holds; unknown uids are ignored."""
@@ -162,7 +185,9 @@ class Engine(RaggedInterface):
     def _collect(self, launched: LaunchedStep) -> list[TokenOutput]:
         """Reads a step's tokens; those of requests that ended meanwhile are dropped."""
         outputs: list[TokenOutput] = []
-        for chunk, token in zip(launched.chunks, launched.tokens(), strict=True):
+        tokens = launched.tokens()
+        scores = launched.scores.read(tokens) if launched.scores is not None else {}
+        for row, (chunk, token) in enumerate(zip(launched.chunks, tokens, strict=True)):
             sequence = chunk.sequence
             if self._sequences.get(sequence.uid) is not sequence:
                 continue
@@ -170,7 +195,11 @@ class Engine(RaggedInterface):
             reason = self._finish_reason(sequence, token)
             if reason is not None:
                 self.abort(sequence.uid)
-            outputs.append(TokenOutput(uid=sequence.uid, token_ids=[token], finish_reason=reason))
+            output = TokenOutput(uid=sequence.uid, token_ids=[token], finish_reason=reason)
+            if sequence.special:
+                output.logprobs = [scores[row]] if row in scores else None
+                output.prompt_logprobs = sequence.take_prompt_scores()
+            outputs.append(output)
         return outputs
 
     def _finish_reason(self, sequence: Sequence, token: int) -> str | None:

@@ -14,13 +14,16 @@ import numpy as np
 import torch
 
 from mii.batching.scheduler import Chunk, Plan
+from mii.engine.extras import Extras
 from mii.engine.graphs import MOST_TOKENS, StepGraphs, decode_bucket, sample_bucket, token_bucket
+from mii.engine.scoring import LaunchedScores
 from mii.engine.sequence import Sequence
 from mii.modeling.decoder import Decoder
 from mii.modeling.layers import ActivationArena, Forward
 from mii.modeling.rope import rope_rows, rope_table, trained_length
 from mii.ops import abi
 from mii.ops.attention import AttentionBatch, AttentionPlan
+from mii.ops.logits import upload
 from mii.ops.prepare import StepTensors, prepare
 from mii.ops.recording import RecordedSteps
 from mii.ops.sampler import SamplingTable, sample, sample_workspace
@@ -44,10 +47,19 @@ class RunnerLimits:
 
 
 class LaunchedStep:
-    """A step on its way. `tokens()` waits for it and gives the sampled ids, one for each chunk that samples."""
+    """A step on its way. `tokens()` waits for it and gives the sampled ids, one for each chunk that samples; `scores`
+    can be read then, where requests ask for log-probabilities.
+    """
 
-    def __init__(self, chunks: list[Chunk], tokens: torch.Tensor, done: torch.cuda.Event | None) -> None:
+    def __init__(
+        self,
+        chunks: list[Chunk],
+        tokens: torch.Tensor,
+        done: torch.cuda.Event | None,
+        scores: LaunchedScores | None = None,
+    ) -> None:
         self.chunks = [chunk for chunk in chunks if chunk.samples]
+        self.scores = scores
         self._tokens, self._done = tokens, done
 
     def tokens(self) -> list[int]:
@@ -99,6 +111,7 @@ class Runner:
         self._suppress = torch.zeros(limits.max_sequences, dtype=torch.int32, device=self.device)
         self._suppress_ids = torch.tensor(stop_ids, dtype=torch.int32, device=self.device)
         self._any_suppressed = self._suppressing = False
+        self._extras: Extras | None = None
         self._cos_sin = self._rope()
         self.graphs = StepGraphs(self.device) if self.device.type == "cuda" else None
         self._recorded = RecordedSteps()
@@ -187,7 +200,12 @@ class Runner:
         else:
             bucket = (forward.positions.shape[0], len(forward.sample_rows))
             self.graphs.run(bucket, lambda: self._execute(forward, tokens[: bucket[1]]))
-        return LaunchedStep(plan.chunks, *self.sampled.read_back(samples))
+        scores = None
+        if self._extras is not None:
+            scores = self._extras.follow(plan, forward, tokens)
+            if self._extras.idle:
+                self._extras = None
+        return LaunchedStep(plan.chunks, *self.sampled.read_back(samples), scores)
 
     @torch.inference_mode()
     def logits(self, plan: Plan) -> torch.Tensor:
@@ -239,7 +257,7 @@ class Runner:
             return
         flags = [chunk.start + chunk.size < chunk.sequence.min_length for chunk in plan.chunks if chunk.samples]
         if any(flags):
-            self._suppress[: len(flags)].copy_(torch.tensor(flags, dtype=torch.int32))
+            self._suppress[: len(flags)].copy_(upload(flags, torch.int32, self.device))
         elif self._any_suppressed:
             self._suppress.zero_()
         self._any_suppressed = any(flags)
@@ -329,11 +347,16 @@ class Runner:
                 self._sent[slot] = (sequence.ticket, len(blocks))
         if started:
             self.sampling.assign([s.slot for s in started], [s.sampling for s in started])
+        for sequence in started:
+            if sequence.special:
+                self._extras = self._extras or Extras(self.model, self.arena, self.sampling)
+                self._extras.add(sequence)
         return updates
 
     def forget(self) -> None:
         """Everything that was sent to the device counts as lost: after an interrupted step."""
         self._sent = [(None, 0)] * self.limits.max_slots
+        self._extras = None
 
     def destroy(self) -> None:
         """Drops the model, the cache and every buffer, so that the allocator can give the memory back."""

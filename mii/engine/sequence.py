@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from mii.batching.data_classes import EngineRequest, SamplingParams
+from collections.abc import Collection
+
+from mii.batching.data_classes import EngineRequest, SamplingParams, TokenLogprob
 from mii.engine.kv_cache import chain_hash
 
 
@@ -22,26 +24,45 @@ class Sequence:
         "in_flight",
         "limit",
         "min_length",
+        "own_ends",
         "prompt_length",
+        "prompt_scores",
         "registered",
         "request",
         "salt",
         "slot",
+        "special",
         "ticket",
         "tokens",
         "uid",
     )
 
-    def __init__(self, request: EngineRequest, limit: int, salt: bytes | None = None) -> None:
+    def __init__(
+        self, request: EngineRequest, limit: int, salt: bytes | None = None, model_ends: Collection[int] = ()
+    ) -> None:
         """`limit`: prompt plus generated tokens at most, from the request, the model and the size of the cache.
         `salt`: keeps blocks apart whose contents differ although their tokens do not; None for the usual case.
+        `model_ends`: the tokens that every step can hold back in rows which may not end yet.
         """
         self.request = request
         self.uid = request.uid
         self.tokens = list(request.prompt_ids)
         self.prompt_length = len(self.tokens)
         self.limit = limit
-        self.min_length = self.prompt_length + request.min_new_tokens
+        self.min_length = self.prompt_length + (request.min_new_tokens if request.stop_ids else 0)
+        # Ends that are not the model's have to be held back by this request's own means.
+        self.own_ends = self.min_length > self.prompt_length and set(request.stop_ids) != set(model_ends)
+        # An entry for each token of the prompt, as far as it is known; None when it was given away or nobody asks.
+        self.prompt_scores: list[TokenLogprob | None] | None = None
+        if request.prompt_logprobs is not None and self.tokens:
+            self.prompt_scores = [TokenLogprob(self.tokens[0], None), *[None] * (self.prompt_length - 1)]
+        # Whether steps have more to do for it than to draw a token from the model's logits.
+        self.special = (
+            self.own_ends
+            or request.sampling.changes_logits
+            or request.logprobs is not None
+            or self.prompt_scores is not None
+        )
         self.computed = 0
         self.in_flight = 0
         self.registered = 0  # tokens whose full blocks the pool can find
@@ -73,6 +94,15 @@ class Sequence:
     @property
     def sampling(self) -> SamplingParams:
         return self.request.sampling
+
+    def edits(self, length: int) -> bool:
+        """Whether the token after the first `length` is drawn from logits that are not the model's own."""
+        return self.sampling.changes_logits or (self.own_ends and length < self.min_length)
+
+    def take_prompt_scores(self) -> list[TokenLogprob] | None:
+        """The entries of all the prompt's tokens, once they are there: with its first new token. Later None."""
+        scores, self.prompt_scores = self.prompt_scores, None
+        return None if scores is None else [entry for entry in scores if entry is not None]
 
     def restart(self) -> None:
         """Back to the state of a sequence that waits: nothing computed, nothing held; no known token is lost."""

@@ -30,6 +30,11 @@ class Decoder(Module):
             block(forward, first=index == 0)
         if not len(buffers.logits):
             return buffers.logits  # a step of unfinished prompts only
+        return self.project(forward)
+
+    def project(self, forward: Forward) -> torch.Tensor:
+        """Logits of the rows that `forward.sample_rows` names, from what the last block left for every token."""
+        buffers = forward.buffers
         gather(buffers.last, buffers.branch, forward.sample_rows)
         gather(buffers.last_residual, buffers.residual, forward.sample_rows)
         self.norm(buffers.last_normed, buffers.last, buffers.last_residual)

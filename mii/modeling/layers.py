@@ -56,6 +56,7 @@ class ActivationArena:
             "logits": spec.vocab_size
         }
         self._samples = {name: place.empty(max_samples, width) for name, width in sampled.items()}
+        self.max_samples = max_samples
         self._views: dict[tuple[int, int], Activations] = {}
         # Padding of a bucket reads what no step wrote: zeros, so that it stays finite.
         for tensor in self._rows.values():

@@ -117,7 +117,9 @@ class SamplingTable:
         values = torch.cat([seeds, floats.view(torch.int32), top_k], dim=1).long()
         slot = torch.tensor(slots, dtype=torch.int64).view(-1, 1)
         index = torch.cat([2 * slot, 2 * slot + 1, *(slot + field * self.slots for field in range(2, 6))], dim=1)
-        upload = torch.stack([index, values]).to(self.storage.device)
+        upload = torch.stack([index, values])
+        if self.storage.is_cuda:  # pinned, so that nobody waits for what the device still does
+            upload = upload.pin_memory().to(self.storage.device, non_blocking=True)
         self.storage.index_copy_(0, upload[0].view(-1), upload[1].view(-1).int())
 
 
