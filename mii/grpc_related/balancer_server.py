@@ -60,7 +60,7 @@ class BalancerServer:
         try:
             port = self._server.add_insecure_port(address)
         except RuntimeError as error:
-            raise PortTakenError(f"{address} cannot be listened on: {error}") from error
+            raise PortTakenError(f"{address} is in use, or is no address of this machine") from error
         await self._set_health(False)
         await self._server.start()
         for link in self._links:
