@@ -101,7 +101,7 @@ def _load(kind: str) -> Library | None:
 
 
 def _share_openmp() -> None:
-    """Makes torch's own OpenMP runtime the one our CPU library resolves to, so that both use one pool of threads."""
+    """Makes torch's own OpenMP runtime visible to our CPU library, which asks it how many threads torch may use."""
     try:
         with open("/proc/self/maps") as maps:
             paths = {line.split()[-1] for line in maps if "libgomp" in line or "libiomp5" in line}

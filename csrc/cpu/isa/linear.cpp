@@ -32,7 +32,7 @@ void pack_panel(const MiiLinearPack& a, int64_t panel) {
 
 constexpr int kVectors = kPanel / W;
 constexpr int kRowBlock = W == 16 ? 12 : (W == 8 ? 4 : 2);
-constexpr int kRowChunk = 96;  // rows whose float copy stays in the second cache while the weight passes by
+constexpr int kRowChunk = 96;
 
 // One step of the packed weight: kVectors vectors per input feature of the step.
 template <class T>
@@ -70,85 +70,121 @@ MII_INLINE void finish(const MiiLinear& a, int64_t row, int64_t feature, V x) {
   n == W ? store(out, x) : store_n(out, x, n);
 }
 
-// x: float copy of the rows, row stride `depth`.
+// Input features [steps.begin, steps.end) of R rows by P panels. x: float copy of the rows, [in_features][R]. What a
+// range of features leaves for the next one goes through `carry`, [R][P * kPanel].
+struct Steps {
+  int64_t begin, end, all;
+};
+
 template <class T, int R, int P>
-void block(const MiiLinear& a, const float* x, int64_t depth, int64_t row, int64_t panel) {
+void block(const MiiLinear& a, const float* x, Steps steps, float* carry, int64_t row, int64_t panel) {
   using S = Step<T>;
   constexpr int kUnroll = R * P * kVectors <= 4 ? 2 : 1;  // too few sums to hide the latency of an addition
+  constexpr int kStepSize = kPanel * S::kFeatures;
   V sums[kUnroll][R][P][kVectors];
   for (int u = 0; u < kUnroll; ++u)
     for (int r = 0; r < R; ++r)
       for (int p = 0; p < P; ++p)
-        for (int v = 0; v < kVectors; ++v) sums[u][r][p][v] = set1(0.0f);
-  const T* w = (const T*)a.weight + panel * kPanel * depth;
-  const int64_t steps = depth / S::kFeatures;
-  constexpr int kStepSize = kPanel * S::kFeatures;
-  int64_t s = 0;
-  for (; s + kUnroll <= steps; s += kUnroll)
+        for (int v = 0; v < kVectors; ++v)
+          sums[u][r][p][v] = u == 0 && steps.begin > 0 ? load(carry + (r * P + p) * kPanel + v * W) : set1(0.0f);
+  const T* w = (const T*)a.weight + panel * kStepSize * steps.all;
+  const int64_t panel_size = kStepSize * steps.all;
+  const auto step = [&](int64_t s, int u) __attribute__((always_inline)) {
 #pragma GCC unroll 2
-    for (int u = 0; u < kUnroll; ++u)
-#pragma GCC unroll 2
-      for (int f = 0; f < S::kFeatures; ++f) {
-        if (R <= 4 && f == 0)  // few rows: the weights come from memory, not from a cache
-          for (int p = 0; p < P; ++p)
-            __builtin_prefetch((const char*)(w + p * kPanel * depth + (s + u) * kStepSize) + 1024, 0, 2);
-        V weights[P][kVectors];
+    for (int f = 0; f < S::kFeatures; ++f) {
+      if (R <= 4 && f == 0)  // few rows: the weights come from memory, not from a cache
+        for (int p = 0; p < P; ++p) __builtin_prefetch((const char*)(w + p * panel_size + s * kStepSize) + 1024, 0, 2);
+      V weights[P][kVectors];
+      for (int p = 0; p < P; ++p)
+        for (int v = 0; v < kVectors; ++v) weights[p][v] = S::load_part(w + p * panel_size + s * kStepSize, v, f);
+      const float* values = x + (s * S::kFeatures + f) * R;
+      for (int r = 0; r < R; ++r) {
+        const V value = set1(values[r]);
         for (int p = 0; p < P; ++p)
-          for (int v = 0; v < kVectors; ++v)
-            weights[p][v] = S::load_part(w + p * kPanel * depth + (s + u) * kStepSize, v, f);
-        for (int r = 0; r < R; ++r) {
-          const V value = set1(x[r * depth + (s + u) * S::kFeatures + f]);
-          for (int p = 0; p < P; ++p)
-            for (int v = 0; v < kVectors; ++v) sums[u][r][p][v] = fma(weights[p][v], value, sums[u][r][p][v]);
-        }
+          for (int v = 0; v < kVectors; ++v) sums[u][r][p][v] = fma(weights[p][v], value, sums[u][r][p][v]);
       }
-  for (; s < steps; ++s)  // float32 and float16 with an odd depth
-    for (int p = 0; p < P; ++p)
-      for (int v = 0; v < kVectors; ++v)
-        for (int f = 0; f < S::kFeatures; ++f) {
-          const V weight = S::load_part(w + p * kPanel * depth + s * kStepSize, v, f);
-          for (int r = 0; r < R; ++r)
-            sums[0][r][p][v] = fma(weight, set1(x[r * depth + s * S::kFeatures + f]), sums[0][r][p][v]);
-        }
+    }
+  };
+  int64_t s = steps.begin;
+  for (; s + kUnroll <= steps.end; s += kUnroll) {
+    step(s, 0);
+    if constexpr (kUnroll == 2) step(s + 1, 1);
+  }
+  for (; s < steps.end; ++s) step(s, 0);
   for (int r = 0; r < R; ++r)
     for (int p = 0; p < P; ++p)
       for (int v = 0; v < kVectors; ++v) {
         V total = sums[0][r][p][v];
         if constexpr (kUnroll == 2) total = total + sums[1][r][p][v];
-        finish<T>(a, row + r, (panel + p) * kPanel + v * W, total);
+        if (steps.end < steps.all) store(carry + (r * P + p) * kPanel + v * W, total);
+        else finish<T>(a, row + r, (panel + p) * kPanel + v * W, total);
       }
 }
 
 template <class T, int P, int R = kRowBlock>
-MII_INLINE void block_of(int rows, const MiiLinear& a, const float* x, int64_t depth, int64_t row, int64_t panel) {
-  if (rows == R) return block<T, R, P>(a, x, depth, row, panel);
-  if constexpr (R > 1) block_of<T, P, R - 1>(rows, a, x, depth, row, panel);
+MII_INLINE void block_of(int64_t rows, const MiiLinear& a, const float* x, Steps steps, float* carry, int64_t row,
+                         int64_t panel) {
+  if (rows == R) return block<T, R, P>(a, x, steps, carry, row, panel);
+  if constexpr (R > 1) block_of<T, P, R - 1>(rows, a, x, steps, carry, row, panel);
+}
+
+struct Chunk {     // rows whose float copy stays in the second cache while the weight passes by
+  const float* x;  // blocks of rows one after another, each [in_features][rows of the block]
+  float* carry;    // [rows][panels at once][kPanel]
+  int64_t first, rows, block_rows, depth;
+};
+
+// P panels by all rows of a chunk. With more than one block of rows the features go in ranges whose weights stay in the
+// first cache.
+template <class T, int P>
+void multiply(const MiiLinear& a, const Chunk& c, int64_t panel) {
+  constexpr int64_t kCached = (24 << 10) / (P * kPanel * Step<T>::kFeatures * static_cast<int64_t>(sizeof(T)));
+  Steps steps = {0, 0, c.depth / Step<T>::kFeatures};
+  const int64_t range = c.rows > c.block_rows ? kCached : steps.all;
+  for (; steps.end < steps.all; steps.begin = steps.end) {
+    steps.end = steps.all - steps.begin < range + range / 2 ? steps.all : steps.begin + range;
+    for (int64_t r = 0; r < c.rows; r += c.block_rows) {
+      const int64_t rows = c.rows - r < c.block_rows ? c.rows - r : c.block_rows;
+      block_of<T, P>(rows, a, c.x + r * c.depth, steps, c.carry + r * P * kPanel, c.first + r, panel);
+    }
+  }
+}
+
+// The float copy of `rows` rows: [in_features][rows]; padding of the depth is zeros.
+template <class T>
+void copy_rows(const MiiLinear& a, int64_t first, int64_t rows, int64_t depth, float* to) {
+  float lanes[W];
+  for (int64_t k = 0; k < depth; k += W) {
+    const int64_t left = a.in_features - k, n = left <= 0 ? 0 : (left < W ? left : W);
+    const int64_t stored = depth - k < W ? depth - k : W;
+    for (int64_t r = 0; r < rows; ++r) {
+      const V x = load_n((const T*)a.x + (first + r) * a.x_stride + k, static_cast<int>(n));
+      if (rows == 1) {
+        store_n(to + k, x, static_cast<int>(stored));
+      } else {
+        store(lanes, x);
+        for (int64_t i = 0; i < stored; ++i) to[(k + i) * rows + r] = lanes[i];
+      }
+    }
+  }
 }
 
 template <class T>
 void panels(const MiiLinear& a, int64_t begin, int64_t end) {
-  const int64_t depth = padded_depth(a.dtype, a.in_features);
   constexpr int kPair = W == 16 ? 2 : 1;
-  float* x = (float*)scratch(kRowChunk * depth * sizeof(float));
-  for (int64_t chunk = 0; chunk < a.rows; chunk += kRowChunk) {
-    const int64_t rows = a.rows - chunk < kRowChunk ? a.rows - chunk : kRowChunk;
-    for (int64_t r = 0; r < rows; ++r) {
-      const T* from = (const T*)a.x + (chunk + r) * a.x_stride;
-      for (int64_t k = 0; k < depth; k += W) {
-        const int64_t left = a.in_features - k;
-        const int n = static_cast<int>(left <= 0 ? 0 : (left < W ? left : W));
-        store_n(x + r * depth + k, load_n(from + k, n), depth - k < W ? static_cast<int>(depth - k) : W);
-      }
-    }
-    const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock, step = (rows + blocks - 1) / blocks;
+  Chunk c = {nullptr, nullptr, 0, 0, 0, padded_depth(a.dtype, a.in_features)};
+  float* x = (float*)scratch(kRowChunk * (c.depth + kPair * kPanel) * sizeof(float));
+  c.x = x;
+  c.carry = x + kRowChunk * c.depth;
+  for (; c.first < a.rows; c.first += kRowChunk) {
+    c.rows = a.rows - c.first < kRowChunk ? a.rows - c.first : kRowChunk;
+    const int64_t blocks = (c.rows + kRowBlock - 1) / kRowBlock;
+    c.block_rows = (c.rows + blocks - 1) / blocks;
+    for (int64_t r = 0; r < c.rows; r += c.block_rows)
+      copy_rows<T>(a, c.first + r, c.rows - r < c.block_rows ? c.rows - r : c.block_rows, c.depth, x + r * c.depth);
     int64_t panel = begin;
-    for (; panel + kPair <= end; panel += kPair)
-      for (int64_t r = 0; r < rows; r += step)
-        block_of<T, kPair>(static_cast<int>(rows - r < step ? rows - r : step), a, x + r * depth, depth, chunk + r,
-                           panel);
-    for (; panel < end; ++panel)
-      for (int64_t r = 0; r < rows; r += step)
-        block_of<T, 1>(static_cast<int>(rows - r < step ? rows - r : step), a, x + r * depth, depth, chunk + r, panel);
+    for (; panel + kPair <= end; panel += kPair) multiply<T, kPair>(a, c, panel);
+    for (; panel < end; ++panel) multiply<T, 1>(a, c, panel);
   }
 }
 
