@@ -53,4 +53,11 @@ def health_of(reply: HealthReply) -> dict[str, Any]:
 
 def _response(answer: SingleGenerationReply) -> Response:
     read = read_reply(answer)
-    return Response(read.generated_text, read.prompt_length, read.generated_length, read.finish_reason)
+    return Response(
+        read.generated_text,
+        read.prompt_length,
+        read.generated_length,
+        read.finish_reason,
+        logprobs=read.logprobs,
+        prompt_logprobs=read.prompt_logprobs,
+    )

@@ -16,7 +16,7 @@ from typing import Any
 
 from google.protobuf.struct_pb2 import NULL_VALUE
 
-from mii.batching.data_classes import GenerationFinishReason, StreamedResponse
+from mii.batching.data_classes import GenerationFinishReason, StreamedResponse, TokenLogprob
 from mii.errors import PromptEncodingError, RequestError
 from mii.grpc_related.proto.modelresponse_pb2 import (
     Dictionary,
@@ -26,8 +26,19 @@ from mii.grpc_related.proto.modelresponse_pb2 import (
     TokenIds,
     Value,
 )
+from mii.grpc_related.proto.modelresponse_pb2 import TokenLogprob as TokenLogprobMessage
 
-__all__ = ["pack_request", "pack_value", "positions_of", "prompts_of", "read_reply", "unpack_options", "unpack_value"]
+__all__ = [
+    "pack_logprobs",
+    "pack_request",
+    "pack_value",
+    "positions_of",
+    "prompts_of",
+    "read_logprobs",
+    "read_reply",
+    "unpack_options",
+    "unpack_value",
+]
 
 _INT64 = range(-(1 << 63), 1 << 63)
 _REASONS = {reason.value: reason for reason in GenerationFinishReason}
@@ -146,7 +157,29 @@ def read_reply(reply: SingleGenerationReply) -> StreamedResponse:
         generated_length=reply.generated_tokens,
         finish_reason=_REASONS[reply.finish_reason],
         index=reply.index,
+        logprobs=read_logprobs(reply.logprobs),
+        prompt_logprobs=read_logprobs(reply.prompt_logprobs),
     )
+
+
+def pack_logprobs(entries: Iterable[TokenLogprob]) -> list[TokenLogprobMessage]:
+    """Log-probabilities as they travel."""
+    return [
+        TokenLogprobMessage(
+            token_id=entry.token_id, token=entry.token, logprob=entry.logprob, top=pack_logprobs(entry.top)
+        )
+        for entry in entries
+    ]
+
+
+def read_logprobs(entries: Sequence[TokenLogprobMessage]) -> list[TokenLogprob] | None:
+    """Log-probabilities that came; None: there are none."""
+    return [_read_logprob(entry) for entry in entries] if entries else None
+
+
+def _read_logprob(entry: TokenLogprobMessage) -> TokenLogprob:
+    logprob = entry.logprob if entry.HasField("logprob") else None
+    return TokenLogprob(entry.token_id, logprob, tuple(map(_read_logprob, entry.top)), entry.token)
 
 
 def _shortest(number: float) -> float:
