@@ -1,7 +1,7 @@
 """The `mii` command: picks the subcommand, and turns what goes wrong into one line and an exit code.
 
     mii generate "DeepSpeed is" "Seattle is"
-    mii bench offline
+    mii bench offline    mii bench serve --deployment NAME
     mii serve MODEL    mii list    mii health NAME    mii stop NAME
     mii --version
 
@@ -78,7 +78,7 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _add_benchmarks(parser: argparse.ArgumentParser) -> None:
-    from mii.benchmark import offline
+    from mii.benchmark import offline, serve
 
     kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
     kind = kinds.add_parser(
@@ -86,6 +86,13 @@ def _add_benchmarks(parser: argparse.ArgumentParser) -> None:
     )
     offline.add_arguments(kind)
     _finish(kind, offline.run)
+    kind = kinds.add_parser(
+        "serve",
+        help="a running deployment, or any server with OpenAI's completions",
+        description="How fast a server answers under load.",
+    )
+    serve.add_arguments(kind)
+    _finish(kind, serve.run)
 
 
 def _finish(parser: argparse.ArgumentParser, run: object) -> None:

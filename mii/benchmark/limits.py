@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from mii.benchmark.machine import cpu_name
+
 
 @dataclass(frozen=True, slots=True)
 class MachineLimits:
@@ -105,7 +107,7 @@ def _cpu_seconds(run: Callable[[], object], rounds: int = 7) -> float:
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Name, size and driver of what the benchmark ran on; the load is that of the last minute."""
     found: dict[str, Any] = {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": torch.get_num_threads(),
         "load_average": os.getloadavg()[0],
         "system": f"{platform.system()} {platform.machine()}",
@@ -119,12 +121,6 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
             "driver": _driver(),
         }
     return found
-
-
-def _cpu_name() -> str:
-    with open("/proc/cpuinfo") as lines:
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _driver() -> str:

@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mii.benchmark.limits import MachineLimits
-from mii.benchmark.rows import Row
+if TYPE_CHECKING:
+    from mii.benchmark.limits import MachineLimits
+    from mii.benchmark.rows import Row
 
-_PACKAGES = ("mii", "torch", "transformers", "tokenizers", "numpy")
+_PACKAGES = ("mii", "torch", "transformers", "tokenizers", "numpy", "grpcio", "uvicorn")
 
 
 def versions() -> dict[str, str]:

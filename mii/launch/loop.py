@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 __all__ = ["run"]
 
+Result = TypeVar("Result")
 
-def run(main: Coroutine[Any, Any, None]) -> None:
+
+def run(main: Coroutine[Any, Any, Result]) -> Result:
     """`asyncio.run` on uvloop, where it is installed: a gRPC message costs two thirds of the time there."""
     try:
         import uvloop
     except ImportError:
-        asyncio.run(main)
-    else:
-        uvloop.run(main)
+        return asyncio.run(main)
+    result: Result = uvloop.run(main)
+    return result
