@@ -50,7 +50,8 @@ def test_one_wheel_serves_every_python_on_this_platform(wheel: Path) -> None:
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(files: set[str]) -> None:
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "mii").rglob("*.py")} | {"mii/py.typed"}
+    found = [path for kind in ("*.py", "*.pyi") for path in (ROOT / "mii").rglob(kind)]
+    sources = {str(path.relative_to(ROOT)) for path in found} | {"mii/py.typed"}
     shipped = {name for name in files if not name.split("/")[0].endswith(".dist-info")}
     libraries = {name for name in shipped if name.endswith(".so")}
     assert "mii/_lib/libmii_cpu.so" in libraries
