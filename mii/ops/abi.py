@@ -83,6 +83,7 @@ MiiLinear = _struct(
     (c_void_p, "out x weight bias"),
     (c_int64, "rows in_features out_features x_stride out_stride"),
     (c_int32, "dtype"),
+    (c_void_p, "workspace"),
 )
 
 MiiLinearPack = _struct(
@@ -117,6 +118,7 @@ FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "mii_sample": MiiSample,
     "mii_sample_workspace_bytes": MiiSample,
     "mii_linear": MiiLinear,
+    "mii_linear_workspace_bytes": MiiLinear,
     "mii_linear_pack": MiiLinearPack,
     "mii_linear_packed_bytes": MiiLinearPack,
     "mii_unpack": MiiUnpack,

@@ -1,13 +1,15 @@
 """Matrix product with a weight that was packed once at load: out = x @ weight^T + bias.
 
 On the CPU the weight is repacked into panels of 16 output features (csrc/cpu/isa/linear.cpp) that serve one row (a
-stream through memory) and many (AMX tiles) alike, so there is one copy of it. On a GPU, and where the native library
-does not serve, the weight stays as it is and torch multiplies (cuBLASLt, oneDNN).
+stream through memory) and many (AMX tiles) alike, so there is one copy of it. On a GPU the weight stays as it is and
+torch multiplies (cuBLASLt), or, for a few rows and where STREAMED_ROWS says so, a kernel that streams the weight
+(csrc/include/mii/linear_stream.cuh). Where no native library serves, torch multiplies too.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 import threading
 import weakref
 from dataclasses import dataclass
@@ -15,6 +17,10 @@ from dataclasses import dataclass
 import torch
 
 from mii.ops import abi, native
+
+# Up to this many rows (64 at most) a product on a GPU goes to the kernel that streams the weight. 0, cuBLASLt for all,
+# until its speed on a card has been measured; benchmarks/kernels_linear.py does that.
+STREAMED_ROWS = int(os.environ.get("MII_STREAMED_ROWS", "0"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +142,8 @@ def linear(out: torch.Tensor, x: torch.Tensor, weight: LinearWeight, bias: torch
             f"{weight.in_features}] and [rows, {weight.out_features}] of the weight's dtype {weight.dtype}"
         )
     if not weight.packed:
-        _linear_torch(out, x, weight.data, bias)
+        if not (rows <= STREAMED_ROWS and x.is_cuda and _linear_streamed(out, x, weight, bias)):
+            _linear_torch(out, x, weight.data, bias)
         return
     if x.stride(1) != 1 or out.stride(1) != 1:
         raise ValueError("linear: x and out must be contiguous along a row")
@@ -155,6 +162,39 @@ def linear(out: torch.Tensor, x: torch.Tensor, weight: LinearWeight, bias: torch
     library = native.library(x.device)
     if library is None or not library.call("mii_linear", args):
         linear_reference(out, x, weight, bias)
+
+
+def _linear_streamed(out: torch.Tensor, x: torch.Tensor, weight: LinearWeight, bias: torch.Tensor | None) -> bool:
+    """A few rows on a GPU by the kernel that streams the weight; False: it does not take these."""
+    library = native.library(x.device)
+    strided = x.stride(1) != 1 or out.stride(1) != 1 or not weight.data.is_contiguous()
+    if library is None or strided or weight.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    args = abi.MiiLinear(
+        out.data_ptr(),
+        x.data_ptr(),
+        weight.data.data_ptr(),
+        native.pointer(bias),
+        x.shape[0],
+        weight.in_features,
+        weight.out_features,
+        x.stride(0),
+        out.stride(0),
+        abi.DTYPE_CODES[weight.dtype],
+        _workspace(library, x.device).data_ptr(),
+    )
+    return library.call("mii_linear", args, native.stream(x.device))
+
+
+_workspaces: dict[torch.device, torch.Tensor] = {}
+
+
+def _workspace(library: native.Library, device: torch.device) -> torch.Tensor:
+    """Partial sums and their counters, one for each device: the calls of an engine follow one another in a stream."""
+    if device not in _workspaces:
+        size = library.bytes("mii_linear_workspace_bytes", abi.MiiLinear())
+        _workspaces[device] = torch.zeros(size, dtype=torch.uint8, device=device)
+    return _workspaces[device]
 
 
 def _linear_torch(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

@@ -192,17 +192,20 @@ struct MiiSample {
 MII_API int32_t mii_sample(const struct MiiSample* args, void* stream);
 MII_API int64_t mii_sample_workspace_bytes(const struct MiiSample* args);
 
-// ---- matrix product (CPU library; on the GPU cuBLASLt serves) -------------------------------------------------------
-// out = x @ weight^T + bias, weight as packed by mii_linear_pack (which may be the identity).
+// ---- matrix product -------------------------------------------------------------------------------------------------
+// out = x @ weight^T + bias. CPU: weight as packed by mii_linear_pack. CUDA: weight row-major and contiguous, up to 64
+// rows (the product is then a stream of the weight); cuBLASLt serves the others.
 struct MiiLinear {
   void* out;           // [rows, out_features], row stride out_stride
   const void* x;       // [rows, in_features], row stride x_stride
-  const void* weight;  // packed
+  const void* weight;
   const void* bias;    // [out_features] or null
   int64_t rows, in_features, out_features, x_stride, out_stride;
   int32_t dtype;
+  void* workspace;     // CUDA: of mii_linear_workspace_bytes(), zeroed before its first use; one for calls of one stream
 };
 MII_API int32_t mii_linear(const struct MiiLinear* args, void* stream);
+MII_API int64_t mii_linear_workspace_bytes(const struct MiiLinear* args);
 
 // Packs a row-major weight into the layout that mii_linear reads, once at load. Padding is zeros. The layout depends on
 // dtype and instruction set only, so a packed weight is never stored.
