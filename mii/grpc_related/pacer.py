@@ -8,6 +8,7 @@ queue, and what comes for a waiting stream joins its next message; so a stream w
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -42,7 +43,7 @@ class Pacer:
             self._rest()
 
     def _take_turn(self) -> bool:
-        now = self._loop.time()
+        now = time.monotonic()
         if self._next_at > now:
             return False
         self._next_at = max(self._next_at, now - self._slack) + self._interval
@@ -55,4 +56,4 @@ class Pacer:
             self._rest()
 
     def _rest(self) -> None:
-        self._loop.call_at(max(self._next_at, self._loop.time() + _TICK_SECONDS), self._serve)
+        self._loop.call_later(max(self._next_at - time.monotonic(), _TICK_SECONDS), self._serve)

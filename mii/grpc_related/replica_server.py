@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -15,7 +16,7 @@ from grpc_reflection.v1alpha import reflection
 from mii.errors import PortTakenError, ServerUnavailableError
 from mii.grpc_related.options import SERVER_OPTIONS, SERVICE_NAME
 from mii.grpc_related.proto.modelresponse_pb2_grpc import add_ModelResponseServicer_to_server
-from mii.grpc_related.replica_service import ReplicaService
+from mii.grpc_related.replica_service import STALL_SECONDS, ReplicaService
 from mii.grpc_related.text_session import TextSession
 
 __all__ = ["ReplicaServer"]
@@ -33,18 +34,27 @@ class ReplicaServer:
         queue_size: see `TextSession`.
         token: see `ReplicaService`.
         terminate: see `ReplicaService`.
+        stall_seconds: see `ReplicaService`.
     """
 
-    def __init__(self, session: TextSession, *, queue_size: int, token: str, terminate: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        session: TextSession,
+        *,
+        queue_size: int,
+        token: str,
+        terminate: Callable[[str], None],
+        stall_seconds: float = STALL_SECONDS,
+    ) -> None:
         self._session = session
-        self._service = ReplicaService(session, token, terminate)
+        self._service = ReplicaService(session, token, terminate, stall_seconds=stall_seconds)
         self._health = health.HealthServicer()
         self._server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=queue_size + _MORE_CALLS)
         add_ModelResponseServicer_to_server(self._service, self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE_NAME, HEALTH_NAME, reflection.SERVICE_NAME), self._server)
         session.on_state = self._on_state
-        self._states: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self, host: str, port: int) -> int:
         """Listens and begins to connect to the engine. Returns the port.
@@ -63,6 +73,7 @@ class ReplicaServer:
         await self._set_health(False)
         await self._server.start()
         self._session.start()
+        self._run(self._service.watch())
         return int(bound)
 
     async def stop(self, drain_seconds: float) -> None:
@@ -73,12 +84,17 @@ class ReplicaServer:
         await asyncio.wait([stopped], timeout=drain_seconds)
         self._session.fail_all(ServerUnavailableError("the server is shutting down; what ran was given time to end"))
         await stopped
+        for task in self._tasks:
+            task.cancel()
         await self._session.close()
 
     def _on_state(self, ready: bool) -> None:
-        task = asyncio.create_task(self._set_health(ready and not self._service.draining))
-        self._states.add(task)
-        task.add_done_callback(self._states.discard)
+        self._run(self._set_health(ready and not self._service.draining))
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _set_health(self, ready: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING

@@ -13,9 +13,10 @@ from typing import Any, TypeAlias
 import grpc
 import grpc.aio
 
-from mii.errors import GenerationError, ServerUnavailableError
+from mii.errors import AccessError, GenerationError, RequestCancelledError, ServerUnavailableError
 from mii.grpc_related.convert import positions_of, prompts_of, unpack_options
 from mii.grpc_related.generation import Generation, Piece
+from mii.grpc_related.options import REQUEST_ID, TOKEN
 from mii.grpc_related.proto.modelresponse_pb2 import (
     HealthReply,
     MultiGenerationReply,
@@ -28,12 +29,10 @@ from mii.grpc_related.statuses import status_of
 from mii.grpc_related.text_session import TextSession
 from mii.logging import logger
 
-__all__ = ["REQUEST_ID", "TOKEN", "ReplicaService"]
+__all__ = ["STALL_SECONDS", "ReplicaService"]
 
-TOKEN = "mii-token"
-"""Metadata that shows that a caller may end the deployment."""
-REQUEST_ID = "mii-request-id"
-"""Metadata that names a request in the logs."""
+STALL_SECONDS = 120.0
+"""A stream whose reader takes nothing for so long is ended."""
 _HEALTH_SECONDS = 5.0
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -45,10 +44,21 @@ class ReplicaService(ModelResponseServicer):
         session: the engine, tokenizer and queue.
         token: what `Terminate` asks for.
         terminate: ends the deployment; returns at once.
+        stall_seconds: see `STALL_SECONDS`.
     """
 
-    def __init__(self, session: TextSession, token: str, terminate: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        session: TextSession,
+        token: str,
+        terminate: Callable[[str], None],
+        *,
+        stall_seconds: float = STALL_SECONDS,
+    ) -> None:
         self._session, self._token, self._terminate = session, token, terminate
+        self._stall_seconds = stall_seconds
+        self._sending: dict[asyncio.Task[Any], float] = {}  # since when
+        self._stalled: set[asyncio.Task[Any]] = set()
         self.draining = False
         """Whether new calls are refused."""
 
@@ -75,7 +85,7 @@ class ReplicaService(ModelResponseServicer):
                     if part:
                         reply = MultiGenerationReply()
                         _write(reply, part, started)
-                        await context.write(reply)
+                        await self._send(context, reply)
 
     async def Health(self, request: Any, context: Context) -> HealthReply:
         """Asks the engine itself, so a hung one is not called ready."""
@@ -100,39 +110,70 @@ class ReplicaService(ModelResponseServicer):
         """Ends the whole deployment, for whoever has its token."""
         given = _metadata(context, TOKEN)
         if not hmac.compare_digest(given.encode(), self._token.encode()):
-            await context.abort(
-                grpc.StatusCode.PERMISSION_DENIED, f"the deployment's token is wanted as metadata {TOKEN!r}"
-            )
+            error = AccessError(f"only who has the deployment's token may end it; give it as metadata {TOKEN!r}")
+            await context.abort(*status_of(error))
         self._terminate(f"asked by {context.peer()}")
         return type(request)()
+
+    async def watch(self) -> None:
+        """Ends streams that nobody reads, until it is cancelled."""
+        while True:
+            await asyncio.sleep(self._stall_seconds / 4)
+            latest = time.monotonic() - self._stall_seconds
+            for task in [task for task, since in self._sending.items() if since < latest]:
+                self._stalled.add(task)
+                task.cancel()
+
+    async def _send(self, context: Context, reply: MultiGenerationReply) -> None:
+        """Returns when there is room for the next message."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._sending[task] = time.monotonic()
+        try:
+            await context.write(reply)
+        except asyncio.CancelledError:
+            if task not in self._stalled:
+                raise
+            self._stalled.discard(task)
+            raise RequestCancelledError(
+                f"the reader of this stream took nothing for {self._stall_seconds:g} s"
+            ) from None
+        finally:
+            del self._sending[task]
 
     @asynccontextmanager
     async def _call(self, request: MultiStringRequest, context: Context, *, streams: bool) -> AsyncIterator[Generation]:
         """A call from its prompts to its end, whatever ends it; errors become statuses."""
-        calls = self._session.metrics.calls
-        generation: Generation | None = None
         try:
-            if self.draining:
-                raise ServerUnavailableError("the server is shutting down")
-            options = unpack_options(request)
-            options.pop("stream", None)  # the method says it
-            prompts, places = prompts_of(request), positions_of(request)
-            generation = await self._session.open(prompts, options, places=places, streams=streams)
-            yield generation
-            calls["OK"] += 1
+            generation = await self._open(request, streams)
+            try:
+                yield generation
+            finally:
+                self._session.close_call(generation)
+            self._session.metrics.calls["OK"] += 1
         except asyncio.CancelledError:
-            calls["CANCELLED"] += 1
-            raise
-        except grpc.aio.AbortError:
+            self._session.metrics.calls["CANCELLED"] += 1
             raise
         except Exception as error:
-            code, details, metadata = status_of(error)
-            calls[code.name] += 1
-            self._log(error, code, details, context)
-            await context.abort(code, details, metadata)
-        finally:
-            if generation is not None:
-                self._session.close_call(generation)
+            await self._abort(error, context)
+
+    async def _open(self, request: MultiStringRequest, streams: bool) -> Generation:
+        if self.draining:
+            raise ServerUnavailableError("the server is shutting down")
+        options = unpack_options(request)
+        options.pop("stream", None)  # the method says it
+        places = positions_of(request)
+        return await self._session.open(prompts_of(request), options, places=places, streams=streams)
+
+    async def _abort(self, error: Exception, context: Context) -> None:
+        """Ends a call with the status of an error. It waits for a reader who is slow, but not for ever."""
+        status = status_of(error)
+        self._session.metrics.calls[status[0].name] += 1
+        self._log(error, status[0], status[1], context)
+        try:
+            await asyncio.wait_for(context.abort(*status), self._stall_seconds)
+        except (grpc.aio.InternalError, asyncio.TimeoutError):  # whoever called is gone, or as good as that
+            raise asyncio.CancelledError from None
 
     def _log(self, error: Exception, code: grpc.StatusCode, details: str, context: Context) -> None:
         """Our own mistakes with their trace; what callers did wrong only for whoever looks closely."""

@@ -15,7 +15,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from mii.grpc_related.convert import pack_request
-from tests.serving.calls import ask, connected, in_loop, status, stream
+from mii.grpc_related.replica_server import ReplicaServer
+from mii.grpc_related.text_session import TextSession
+from mii.modeling.tokenizers import load_tokenizer
+from tests.serving.calls import Streamed, ask, connected, in_loop, status, stream
 from tests.serving.deployments import wait_until
 from tests.serving.replicas import Replica, running_replica
 from tests.serving.standin import Options
@@ -195,3 +198,43 @@ def test_a_client_that_never_reads_does_not_keep_the_front_from_ending(smollm2: 
 
         in_loop(run())
         assert replica.front.state.last_end == "ended with exit code 0"
+
+
+def test_a_stream_that_nobody_reads_is_given_up_in_time(smollm2: Path, tmp_path: Path) -> None:
+    """It is not even generated any more, and its neighbour on another connection lives on."""
+    replica = Replica(tmp_path / "d", smollm2, options=options(step_seconds=0.001))
+    window = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 65536))  # of what is not read yet
+
+    async def read_two(address: str, session: TextSession) -> tuple[Streamed, grpc.aio.AioRpcError | None]:
+        async with connected(address, *window) as slow, connected(address) as quick:
+            prompts = [f"prompt {number}" for number in range(64)]
+            call = slow.GeneratorReplyStream(pack_request(prompts, {"max_new_tokens": 50_000}))
+            await call.read()
+            read = await stream(quick, ["hi"], max_new_tokens=200)
+            await asyncio.to_thread(wait_until, lambda: session.outstanding == 0)
+            return read, await status(read_on(call))
+
+    async def run() -> tuple[Streamed, grpc.aio.AioRpcError | None]:
+        tokenizer, address = load_tokenizer(smollm2), replica.folder.engine_address(0)
+        session = TextSession(tokenizer, address, queue_size=1000, silence_seconds=60)
+        server = ReplicaServer(session, queue_size=1000, token="t", terminate=lambda reason: None, stall_seconds=0.4)
+        port = await server.start("127.0.0.1", 0)
+        try:
+            await session.wait_ready()
+            return await read_two(f"127.0.0.1:{port}", session)
+        finally:
+            await server.stop(0.1)
+
+    try:
+        replica.engine.start()
+        read, error = in_loop(run())
+    finally:
+        replica.stop()
+    assert read.reasons == {0: "length"}
+    assert error is not None and error.code() is grpc.StatusCode.CANCELLED
+    assert "took nothing for 0.4 s" in (error.details() or "")
+
+
+async def read_on(call: Any) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
