@@ -17,10 +17,11 @@ from fastapi import FastAPI
 
 from mii.backend.channels import address_of
 from mii.entrypoints.http.bodies import DEFAULT_BODY_BYTES
-from mii.entrypoints.http.server import HttpServer, listen, run, tls_from_environment
+from mii.entrypoints.http.server import HttpServer, listen, tls_from_environment
 from mii.entrypoints.http.settings import CorsSettings, HttpSettings, read_api_keys
 from mii.entrypoints.options import cors_options, model_options, read_chat_template
 from mii.errors import MIIError
+from mii.launch.loop import run
 from mii.validation import explain
 
 if TYPE_CHECKING:

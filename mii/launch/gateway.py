@@ -11,6 +11,7 @@ import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mii.launch.loop import run
 from mii.launch.process import Process
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def main() -> None:
     """Answers HTTP until a stop is requested."""
     with Process.from_arguments() as process:
         process.report("importing FastAPI")
-        from mii.entrypoints.http.server import listen, run
+        from mii.entrypoints.http.server import listen
 
         config = process.config
         run(serve(process, listen(config.restful_api_host, config.restful_api_port)))

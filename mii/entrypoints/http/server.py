@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import math
 import socket
 import ssl
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from starlette.types import ASGIApp
 
 from mii.errors import PortTakenError
 
-__all__ = ["HttpServer", "TlsFiles", "listen", "run", "tls_from_environment"]
+__all__ = ["HttpServer", "TlsFiles", "listen", "tls_from_environment"]
 
 CERTFILE_ENV, KEYFILE_ENV = "SSL_CERTFILE", "SSL_KEYFILE"
 _KEEP_ALIVE_SECONDS = 300  # as DeepSpeed-MII has it
@@ -120,16 +119,6 @@ def listen(host: str, port: int) -> list[socket.socket]:
             listener.close()
         raise PortTakenError(f"port {port} of {host!r} cannot be listened on: {error.strerror or error}") from error
     return sockets
-
-
-def run(main: Coroutine[Any, Any, None]) -> None:
-    """`asyncio.run` on the fastest event loop there is."""
-    try:
-        import uvloop
-    except ImportError:
-        asyncio.run(main)
-    else:
-        uvloop.run(main)
 
 
 def tls_from_environment(environment: Mapping[str, str]) -> TlsFiles:

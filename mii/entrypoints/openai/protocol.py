@@ -39,6 +39,7 @@ class SamplingFields(ApiModel):
     seed: int | None = Field(default=None, description="makes answers repeatable")
     stop: Stop = Field(default=[], description="texts at which an answer ends")
     stop_token_ids: TokenIds = Field(default=[], description="tokens at which an answer ends")
+    allowed_token_ids: TokenIds = Field(default=[], description="the only tokens of an answer; empty: all")
     ignore_eos: bool | None = Field(default=False, description="go on after end-of-text tokens")
     skip_special_tokens: bool | None = Field(default=True, description="leave special tokens out of the text")
     presence_penalty: float | None = Field(default=0.0, ge=-2, le=2)
@@ -77,6 +78,7 @@ class SamplingFields(ApiModel):
             "min_new_tokens": self.min_tokens,
             "stop": self.stop,
             "stop_token_ids": self.stop_token_ids,
+            "allowed_token_ids": self.allowed_token_ids,
             "ignore_eos": self.ignore_eos,
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
