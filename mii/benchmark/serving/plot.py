@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mii.benchmark.serving.report import short_name
 from mii.errors import UnsupportedFeatureError
 
 __all__ = ["check_can_plot", "draw"]
 
 _PERCENTILES = (("p50", "-"), ("p90", "--"), ("p99", ":"))
+_ROOM = 1.08  # above the highest point
 _INK, _COLOURS = "#333333", ("#2a6fbb", "#c8553d", "#3a8f5c")
 
 
@@ -69,7 +71,9 @@ def _throughput_and_latency(panel: Any, points: Sequence[Mapping[str, Any]]) -> 
     speed, latency = [point["requests_per_s"] for point in known], [point["request_s"]["mean"] for point in known]
     panel.plot(speed, latency, "o-", color=_COLOURS[0])
     for point, x, y in zip(known, speed, latency, strict=True):
-        panel.annotate(_short(point), (x, y), textcoords="offset points", xytext=(6, -10), fontsize=8, color=_INK)
+        panel.annotate(
+            short_name(point["load"]), (x, y), textcoords="offset points", xytext=(6, -10), fontsize=8, color=_INK
+        )
     _finish(panel, "throughput and latency", "requests/s", "mean time of a request, s")
     panel.set_xlim(left=0)
 
@@ -81,7 +85,7 @@ def _effective(panel: Any, points: Sequence[Mapping[str, Any]]) -> None:
         rate = points[0]["effective"][index]["agreed_tokens_per_s"]
         values = [point["effective"][index]["requests_per_s"] for point in points]
         panel.plot(places, values, "s--", color=colour, label=f"at {rate:g} tokens/s", markersize=4)
-    _ticks(panel, places, labels)
+    panel.set_xticks(places, labels)
     _finish(panel, "effective throughput", _unit(points), "requests/s")
     panel.legend(fontsize=8, frameon=False)
 
@@ -92,7 +96,7 @@ def _percentiles(panel: Any, points: Sequence[Mapping[str, Any]], name: str, tit
     for percentile, style in _PERCENTILES:
         values = [1e3 * point[name][percentile] for point in known]
         panel.plot(places, values, f"o{style}", color=_COLOURS[0], label=percentile, markersize=4)
-    _ticks(panel, places, labels)
+    panel.set_xticks(places, labels)
     _finish(panel, title, _unit(points), "ms")
     if known:
         panel.legend(fontsize=8, frameon=False)
@@ -100,24 +104,15 @@ def _percentiles(panel: Any, points: Sequence[Mapping[str, Any]], name: str, tit
 
 def _axis(points: Sequence[Mapping[str, Any]]) -> tuple[list[int], list[str]]:
     """Loads grow in steps of any size, so they stand side by side."""
-    return list(range(len(points))), [_short(point) for point in points]
-
-
-def _short(point: Mapping[str, Any]) -> str:
-    load = point["load"]
-    return str(load["clients"]) if load["clients"] else f"{load['rate']:g}"
+    return list(range(len(points))), [short_name(point["load"]) for point in points]
 
 
 def _unit(points: Sequence[Mapping[str, Any]]) -> str:
     return "clients" if points[0]["load"]["clients"] else "requests/s that came"
 
 
-def _ticks(panel: Any, places: list[int], labels: list[str]) -> None:
-    panel.set_xticks(places, labels)
-
-
 def _finish(panel: Any, title: str, x: str, y: str) -> None:
     panel.set_title(title, fontsize=10, color=_INK)
     panel.set_xlabel(x, fontsize=9)
     panel.set_ylabel(y, fontsize=9)
-    panel.set_ylim(bottom=0)
+    panel.set_ylim(0, _ROOM * panel.get_ylim()[1])

@@ -13,9 +13,9 @@ from typing import Any
 from mii.benchmark.machine import cpu_name
 from mii.benchmark.report import versions
 
-__all__ = ["describe_host", "make_report", "print_table"]
+__all__ = ["describe_host", "make_report", "print_table", "short_name"]
 
-_MILLI = 1e3
+_WIDTH = 120  # of the table where it goes to a file
 
 
 def describe_host() -> dict[str, Any]:
@@ -53,28 +53,39 @@ def make_report(
 
 def print_table(points: Sequence[Mapping[str, Any]]) -> None:
     """The main figures of each load."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("load", title="times in ms: mean / p50 / p99; effective: requests/s as fast as agreed")
-    rates = [agreed["agreed_tokens_per_s"] for agreed in points[0]["effective"]]
-    effective = [f"at {rate:g} tok/s" for rate in rates]
-    for column in ("req/s", "answer tok/s", "first token", "per token", "request", *effective, "errors"):
-        table.add_column(column, justify="right")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    rates = [f"at {agreed['agreed_tokens_per_s']:g}/s" for agreed in points[0]["effective"]]
+    columns = ("req/s", "tok/s", "first ms", "token ms", "request s", *rates, "errors")
+    for column in ("clients" if points[0]["load"]["clients"] else "req/s due", *columns):
+        table.add_column(column, justify="right", no_wrap=True)
     for point in points:
         table.add_row(*_row(point))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _WIDTH
+    console.print(table)
+    console.print("tok/s: of the answers; times: p50/p99; at N/s: requests/s that came as fast as agreed")
+
+
+def short_name(load: Mapping[str, Any]) -> str:
+    """A load's number, without its unit."""
+    return str(load["clients"]) if load["clients"] else f"{load['rate']:g}"
 
 
 def _row(point: Mapping[str, Any]) -> list[str]:
-    times = [_times(point[name]) for name in ("first_token_s", "token_s", "request_s")]
-    effective = [_number(agreed["requests_per_s"]) for agreed in point["effective"]]
     speeds = [_number(point[name]) for name in ("requests_per_s", "answer_tokens_per_s")]
-    return [point["load"]["name"], *speeds, *times, *effective, str(point["errors"]["count"])]
+    times = [_times(point[name], 1e3) for name in ("first_token_s", "token_s")]
+    effective = [_number(agreed["requests_per_s"]) for agreed in point["effective"]]
+    whole = _times(point["request_s"], 1)
+    return [short_name(point["load"]), *speeds, *times, whole, *effective, str(point["errors"]["count"])]
 
 
-def _times(values: Mapping[str, float]) -> str:
-    return " / ".join(_number(_MILLI * values[name]) for name in ("mean", "p50", "p99")) if values else "-"
+def _times(values: Mapping[str, float], unit: float) -> str:
+    return "/".join(_number(unit * values[name]) for name in ("p50", "p99")) if values else "-"
 
 
 def _number(value: float) -> str:
