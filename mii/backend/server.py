@@ -13,6 +13,8 @@ from mii.launch.state import Failure, Notice, Part, Running
 
 __all__ = ["MIIServer"]
 
+_ATTEMPTS = 3
+
 
 class MIIServer:
     """A deployment that runs in processes of its own, on after this object and this program are gone.
@@ -33,17 +35,10 @@ class MIIServer:
 
     def __init__(self, mii_config: MIIConfig, *, attached: bool = False) -> None:
         started = time.monotonic()
-        self._launch = launch(mii_config, attached=attached)
-        self.mii_config = self._launch.config
-        """The config with the ports and devices that were chosen."""
-        self._events = self._launch.events()
-        view = startup_view(self.mii_config.model_conf.progress)
+        view = startup_view(mii_config.model_conf.progress)
         try:
-            self._wait_ready(view)
+            self._start(mii_config, attached, view)
             view.note(f"{describe(self.mii_config)}, ready after {time.monotonic() - started:.1f} s")
-        except BaseException:
-            _end(self._launch)
-            raise
         finally:
             view.close()
         if not attached:
@@ -73,18 +68,39 @@ class MIIServer:
         """Ends the deployment and waits until nothing of it is left. What runs may finish first unless `hurry`."""
         stop(self.mii_config.deployment_name, hurry=hurry)
 
-    def _wait_ready(self, view: StartupView) -> None:
-        failure: Failure | None = None
-        for event in self._events:
-            if isinstance(event, Running):
+    def _start(self, mii_config: MIIConfig, attached: bool, view: StartupView) -> None:
+        """Ports are chosen anew when somebody else was quicker; those that were asked for are then an error."""
+        for attempt in range(_ATTEMPTS):
+            self._launch = launch(mii_config, attached=attached)
+            self.mii_config = self._launch.config
+            """The config with the ports and devices that were chosen."""
+            self._events = self._launch.events()
+            failure = self._wait_ready(view)
+            if failure is None:
                 return
-            if isinstance(event, Part):
-                view.show(event)
-            elif isinstance(event, Failure):
-                failure = event  # as above
+            self._launch.close()
+            if not failure.port_taken or attempt == _ATTEMPTS - 1:
+                raise _error(self.mii_config, failure)
+            view.note(f"{failure.reason}; starting over on other ports")
+
+    def _wait_ready(self, view: StartupView) -> Failure | None:
+        """Until it is ready, or has failed and is gone."""
+        failure: Failure | None = None
+        try:
+            for event in self._events:
+                if isinstance(event, Running):
+                    return None
+                if isinstance(event, Part):
+                    view.show(event)
+                elif isinstance(event, Failure):
+                    failure = event  # go on until the end: then nothing is left of it
+        except BaseException:
+            _end(self._launch)
+            raise
         if failure is None:
+            self._launch.close()
             raise DeploymentError(f"deployment {self.mii_config.deployment_name!r} was stopped while it was starting")
-        raise _error(self.mii_config, failure)
+        return failure
 
 
 def describe(config: MIIConfig) -> str:

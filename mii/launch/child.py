@@ -47,6 +47,8 @@ class Child:
         """When a waiting child is due, by `time.monotonic`."""
         self.reason = ""
         """Why it failed, where more is known than how it ended."""
+        self.port_taken = False
+        """Whether it failed because somebody else has its port."""
         self._folder, self._max_restarts = folder, max_restarts
         self._process: subprocess.Popen[bytes] | None = None
         self._received = b""
@@ -67,7 +69,7 @@ class Child:
         Raises:
             OSError: it cannot be started.
         """
-        self.reason, self._received, self._ready_since = "", b"", None
+        self.reason, self.port_taken, self._received, self._ready_since = "", False, b"", None
         self.state.stage = "starting"
         read_end, write_end = os.pipe()
         try:
@@ -166,7 +168,7 @@ class Child:
             self.state.ports = message.ports
             self._ready_since = time.monotonic()
         elif isinstance(message, Failed):
-            self.reason = message.reason
+            self.reason, self.port_taken = message.reason, message.port_taken
 
     def _environment(self, write_end: int) -> dict[str, str]:
         merged = {**os.environ, **self.spec.environment, CONTROL_ENV: f"{os.getpid()}:{write_end}"}

@@ -3,7 +3,7 @@
     deployment.json     the config, as `mii.client` reads it         state.json   what runs, written by the supervisor
     plan.json           what the supervisor starts                   logs/        <role>.log, one for each process
     token               what `Terminate` asks for                    lock         held by the supervisor while it lives
-    run/                unix sockets; a link to a folder under /tmp where the path would be too long for one
+    run/                unix sockets; a link to a temporary folder where the path would be too long for one
 
 Everything is readable by its owner only.
 """
@@ -102,7 +102,13 @@ class DeploymentFolder:
 
     def _make_run_folder(self) -> None:
         run = self.path / "run"
-        if len(os.fsencode(run.absolute())) <= _LONGEST_RUN_FOLDER:
+        if _fits(run.absolute()):
             run.mkdir(mode=0o700)
-        else:
-            run.symlink_to(tempfile.mkdtemp(prefix="mii-", dir="/tmp"))  # mode 700
+            return
+        temporary = tempfile.gettempdir()
+        parent = temporary if _fits(Path(temporary) / "mii-12345678") else "/tmp"
+        run.symlink_to(tempfile.mkdtemp(prefix="mii-", dir=parent))  # mode 700
+
+
+def _fits(folder: Path) -> bool:
+    return len(os.fsencode(folder)) <= _LONGEST_RUN_FOLDER

@@ -67,9 +67,10 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True):
-    """A process gives up, and why, in one sentence."""
+    """A process gives up, and why, in one sentence. `port_taken`: somebody else has its port."""
 
     reason: str
+    port_taken: bool = False
 
 
 class StopWanted(msgspec.Struct, tag="stop", frozen=True):
@@ -189,10 +190,10 @@ class Process:
         signal.signal(signal.SIGTERM, lambda number, frame: None)
         self._send(Ready(ports))
 
-    def failed(self, reason: str) -> None:
+    def failed(self, reason: str, port_taken: bool = False) -> None:
         """Says why the process is about to end; call it once, then leave."""
         logger.error("%s failed: %s", self.role, reason)
-        self._send(Failed(reason[:_LONGEST_TEXT]))
+        self._send(Failed(reason[:_LONGEST_TEXT], port_taken))
 
     def stop_deployment(self, reason: str = "") -> None:
         """Asks the supervisor to drain and end the whole deployment (the balancer's Terminate); returns at once."""
@@ -232,7 +233,9 @@ class Process:
     ) -> None:
         """An error is reported with its message; the traceback is printed by the interpreter, into the log."""
         if isinstance(error, Exception):
-            self.failed(_sentence(error))
+            from mii.errors import PortTakenError
+
+            self.failed(_sentence(error), isinstance(error, PortTakenError))
 
     def _send(self, message: Message) -> None:
         if self._control_fd is None:

@@ -133,11 +133,15 @@ class Running(msgspec.Struct, tag="running", frozen=True):
 
 
 class Failure(msgspec.Struct, tag="failure", frozen=True):
-    """The deployment has failed and is gone: which part, why, and the end of that part's log."""
+    """The deployment has failed and is gone: which part, why, and the end of that part's log.
+
+    `port_taken`: somebody took a port between its choice and its use.
+    """
 
     role: str
     reason: str
     log: str = ""
+    port_taken: bool = False
 
 
 class Notice(msgspec.Struct, tag="notice", frozen=True):

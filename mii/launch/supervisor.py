@@ -319,8 +319,8 @@ class Supervisor:
         """Nothing stays but, where a deployment failed that had been running, its logs and the reason."""
         failure = None
         if self._failed is not None:
-            role = self._failed.spec.role
-            failure = Failure(role, self._state.reason, self._failed.log_tail())
+            part = self._failed
+            failure = Failure(part.spec.role, self._state.reason, part.log_tail(), part.port_taken)
         with locked(self._folder.path.parent / ".lock"):
             if failure is not None and self._state.ready_at is not None:
                 self._state.stage = "failed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +17,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     folder = tmp_path / "cache"
     folder.mkdir()
     monkeypatch.setenv("MII_CACHE_PATH", str(folder))
-    with nothing_left(folder):
-        yield folder
+    monkeypatch.setattr(tempfile, "tempdir", None)  # it is looked up anew
+    with tempfile.TemporaryDirectory(dir="/tmp") as temporary:  # a short path, for sockets
+        monkeypatch.setenv("TMPDIR", temporary)
+        with nothing_left(folder, Path(temporary)):
+            yield folder
 
 
 @pytest.fixture

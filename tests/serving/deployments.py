@@ -43,9 +43,13 @@ def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
 
 
 @contextmanager
-def nothing_left(cache: Path) -> Iterator[None]:
-    """Asserts that what a test starts under `cache` is gone: processes, files, sockets, zombies."""
-    temporary = set(Path("/tmp").glob("mii-*"))
+def nothing_left(cache: Path, temporary: Path) -> Iterator[None]:
+    """Asserts that what a test starts under `cache` is gone: processes, files, sockets, zombies.
+
+    Args:
+        cache: what MII_CACHE_PATH says.
+        temporary: what TMPDIR says.
+    """
     try:
         yield
         left = {path for path in cache.rglob("*") if not path.is_dir()}
@@ -54,7 +58,7 @@ def nothing_left(cache: Path) -> Iterator[None]:
     finally:
         for pid in processes_of(cache):
             os.kill(pid, 9)
-    assert set(Path("/tmp").glob("mii-*")) == temporary
+    assert list(temporary.iterdir()) == []
     wait_until(lambda: not zombies())
 
 

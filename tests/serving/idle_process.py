@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from mii.errors import PortTakenError
 from mii.launch.folder import DeploymentFolder
 from mii.launch.process import Process
 from mii.launch.state import read_state
@@ -54,7 +55,7 @@ def main() -> None:
             _fail_unless_first(process.folder.path / f"{process.role}.was-here")
         if behaviour.port:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(("127.0.0.1", behaviour.port))
+            _bind(listener, behaviour.port)
             listener.listen()
         process.ready(**({"grpc": behaviour.port} if behaviour.port else {}))
         if behaviour.stop:
@@ -64,6 +65,13 @@ def main() -> None:
         print("stand-in drains", flush=True)
         time.sleep(1000 if behaviour.deaf else behaviour.drain)
         print("stand-in ends", flush=True)
+
+
+def _bind(listener: socket.socket, port: int) -> None:
+    try:
+        listener.bind(("127.0.0.1", port))
+    except OSError as error:
+        raise PortTakenError(f"port {port} is taken") from error
 
 
 def _wait_running(folder: DeploymentFolder) -> None:

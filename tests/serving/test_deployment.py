@@ -127,7 +127,7 @@ def test_a_part_that_is_killed_ends_the_start_and_is_named(stand_ins: StandIns, 
 
 def test_a_start_that_takes_too_long_is_ended(stand_ins: StandIns) -> None:
     stand_ins("replica-0-engine", start=60.0)
-    with pytest.raises(DeploymentError, match=r"replica-0-engine: it was not ready within start_seconds=0\.5"):
+    with pytest.raises(DeploymentError, match=r": it was not ready within start_seconds=0\.5"):
         MIIServer(config(start_seconds=0.5))
 
 
@@ -292,6 +292,28 @@ def test_a_port_that_was_asked_for_and_is_taken_is_an_error_with_its_owner(stand
         port = other.getsockname()[1]
         with pytest.raises(PortTakenError, match=rf"port {port} \(port_number\) is taken by process {os.getpid()} \("):
             MIIServer(config(port_number=port))
+
+
+def test_a_port_that_somebody_takes_after_its_choice_is_replaced(
+    stand_ins: StandIns, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as other:
+        real = deployment.choose_ports
+
+        def choose(config: MIIConfig, reserved: set[int]) -> MIIConfig:
+            chosen = real(config, reserved)
+            if other.getsockname()[1] == 0:
+                other.bind(("127.0.0.1", chosen.port_number))
+                other.listen()
+            return chosen
+
+        monkeypatch.setattr(deployment, "choose_ports", choose)
+        server = MIIServer(config())
+        assert server.mii_config.port_number > other.getsockname()[1]
+        server.terminate()
+        other_port = other.getsockname()[1]
+        with pytest.raises(PortTakenError, match=f"port {other_port} "):
+            MIIServer(config(port_number=other_port))
 
 
 def test_ten_starts_and_stops_in_a_row_leave_nothing(stand_ins: StandIns, cache: Path) -> None:
