@@ -77,6 +77,8 @@ class _Frames:
         return b""
 
     def pieces(self, pieces: Sequence[Piece]) -> bytes:
+        if not pieces:
+            return b""
         return b"data: " + _encode([{**_response(piece), "index": piece.index} for piece in pieces]) + b"\n\n"
 
     def closing(self) -> bytes:

@@ -260,7 +260,8 @@ def serving(
         add_ModelResponseServicer_to_server(fake, backend)
         port = backend.add_insecure_port("127.0.0.1:0")
         await backend.start()
-        own = HttpSettings(f"127.0.0.1:{port}", **{"model": "tiny", "deployment": "a b/c", **settings})
+        given = {"balancer": f"127.0.0.1:{port}", "model": "tiny", "deployment": "a b/c", **settings}
+        own = HttpSettings(**given)
         servers.append(HttpServer(make_app(own), sockets, tls=tls, drain_seconds=0.5))
         await servers[0].serve()
         await backend.stop(0)
