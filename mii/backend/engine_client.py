@@ -212,6 +212,22 @@ class EngineClient:
         finally:
             self._questions.pop(number, None)
 
+    async def check(self, timeout: float) -> str:
+        """Why the engine is not well, from the engine itself; empty: it is.
+
+        One that has work may be in a long step and answers later; whether it is hung, `silence_seconds` says.
+
+        Args:
+            timeout: seconds to wait for its answer.
+        """
+        try:
+            await self.ask(timeout)
+        except ServerUnavailableError as error:
+            return str(error)
+        except TimeoutError as error:
+            return "" if self._open else str(error)
+        return ""
+
     def _send(self, message: ToEngine) -> None:
         if self._connection is not None:
             self._connection.send(encode(message))

@@ -33,7 +33,7 @@ __all__ = ["STALL_SECONDS", "ReplicaService"]
 
 STALL_SECONDS = 120.0
 """A stream whose reader takes nothing for so long is ended."""
-_HEALTH_SECONDS = 5.0
+_HEALTH_SECONDS, _STATS_SECONDS = 5.0, 0.5
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
@@ -89,13 +89,8 @@ class ReplicaService(ModelResponseServicer):
 
     async def Health(self, request: Any, context: Context) -> HealthReply:
         """Asks the engine itself, so a hung one is not called ready."""
-        reason, engine = "", self._session.engine
-        try:
-            await engine.ask(_HEALTH_SECONDS)
-        except (ServerUnavailableError, TimeoutError) as error:
-            reason = str(error)
-        if self.draining:
-            reason = "the server is shutting down"
+        engine = self._session.engine
+        reason = "the server is shutting down" if self.draining else await engine.check(_HEALTH_SECONDS)
         replica = ReplicaHealth(ready=not reason, reason=reason, outstanding=self._session.outstanding)
         if engine.info is not None:
             replica.max_length, replica.vocab_size = engine.info.max_length, engine.info.vocab_size
@@ -103,7 +98,8 @@ class ReplicaService(ModelResponseServicer):
         return HealthReply(ready=replica.ready, reason=reason, replicas=[replica])
 
     async def Stats(self, request: Any, context: Context) -> StatsReply:
-        """What the replica counts; see `TextSession.numbers`."""
+        """What the replica counts, see `TextSession.numbers`; the engine's part as fresh as it says it in a moment."""
+        await self._session.engine.check(_STATS_SECONDS)
         return StatsReply(json=json.dumps(self._session.numbers()).encode())
 
     async def Terminate(self, request: Any, context: Context) -> Any:
