@@ -71,3 +71,11 @@ def test_token_ids(smollm2: Path) -> None:
     printed = run("token_ids.py", smollm2)
     assert "Paris" in printed
     assert "same as from text: True" in printed
+
+
+def test_serve(smollm2: Path) -> None:
+    lines = run("serve.py", smollm2).splitlines()
+    assert lines[0].startswith("[")
+    (reply,) = json.loads(lines[-1])
+    assert reply["prompt_length"] == 3
+    assert 1 <= reply["generated_length"] <= 8
