@@ -38,6 +38,7 @@ from mii.launch.loop import run
 __all__ = ["FakeBackend", "HttpFixture", "answer_of", "serving"]
 
 TOKEN_OF_DEPLOYMENT = "secret-token"
+LONGEST = 200  # tokens of an answer
 WORDS = ["one", " two", " thrée", ' "four"\n', " five"]
 STATS = {
     "balancer": {"calls": {"OK": 3}, "retries": 1, "held_calls": 0, "running_calls": 0, "replicas": 2},
@@ -134,6 +135,8 @@ class FakeBackend(ModelResponseServicer):
             chat = options.pop(CHAT, None)
             _fail_as_asked(prompts)
             params = GenerateParamsConfig(**{"max_new_tokens": 3, **options})
+            if params.max_new_tokens is None or params.max_new_tokens > LONGEST:
+                params.max_new_tokens = LONGEST
             yield prompts, params, chat is not None
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled += 1
