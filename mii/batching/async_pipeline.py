@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mii.batching.base import PipelineBase, stream_pieces
+from mii.batching.base import AnswerParts, PipelineBase, stream_pieces
 from mii.batching.data_classes import Response, TokenOutput
 from mii.batching.driver import EngineDriver, Failure, Inbox
 from mii.batching.intake import PreparedRequest
@@ -60,7 +60,10 @@ class _Entry:
     prepared: PreparedRequest
     mailbox: _Mailbox
     streams: bool
-    texts: list[str] = field(default_factory=list)
+    parts: AnswerParts = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parts = AnswerParts(self.prepared)
 
     def take(self, event: TextEvent) -> None:
         """Passes on what the thread that waits shall see of an event."""
@@ -72,13 +75,9 @@ class _Entry:
             for at, piece in enumerate(pieces, 1):
                 self.mailbox.put(uid, piece, last=event.finished and at == len(pieces))
         else:
-            self.texts.append(event.text)
-            if event.finished:
-                self.mailbox.put(uid, self._response(event), last=True)
-
-    def _response(self, event: TextEvent) -> Response:
-        text = (self.prepared.text or "") + "".join(self.texts)
-        return Response(text, self.prepared.prompt_length, event.generated_length, event.finish_reason)
+            self.parts.add(event)
+            if event.finished and (response := self.parts.response()) is not None:
+                self.mailbox.put(uid, response, last=True)
 
 
 class MIIAsyncPipeline(PipelineBase):

@@ -7,7 +7,7 @@ from typing import Any
 
 from typing_extensions import Self
 
-from mii.batching.data_classes import GenerationFinishReason, StreamedResponse
+from mii.batching.data_classes import GenerationFinishReason, Response, StreamedResponse, TokenLogprob
 from mii.batching.driver import EngineDriver, TokenEngine
 from mii.batching.generation.detokenizer import TokenDecoder
 from mii.batching.intake import Intake, PreparedRequest
@@ -65,9 +65,45 @@ class PipelineBase:
 def stream_pieces(prepared: PreparedRequest, event: TextEvent) -> list[StreamedResponse]:
     """An event as it is streamed: the text of new tokens, then at the end an empty piece with the reason."""
 
-    def piece(text: str, reason: GenerationFinishReason) -> StreamedResponse:
-        return StreamedResponse(text, prepared.prompt_length, event.generated_length, reason, prepared.index)
+    def piece(text: str, reason: GenerationFinishReason, **logprobs: list[TokenLogprob] | None) -> StreamedResponse:
+        length, generated = prepared.prompt_length, event.generated_length
+        return StreamedResponse(text, length, generated, reason, prepared.index, **logprobs)
 
-    new = [piece(event.text, GenerationFinishReason.NONE)] if event.new_tokens or event.text else []
+    logprobs = {"logprobs": event.logprobs, "prompt_logprobs": event.prompt_logprobs}
+    new = [piece(event.text, GenerationFinishReason.NONE, **logprobs)] if event.new_tokens or event.text else []
     last = [piece("", event.finish_reason)] if event.finish_reason is not GenerationFinishReason.NONE else []
     return new + last
+
+
+class AnswerParts:
+    """One prompt's answer in the making, for a caller who wants it whole."""
+
+    def __init__(self, prepared: PreparedRequest) -> None:
+        self._prepared = prepared
+        self._texts = [prepared.text] if prepared.text else []
+        self._logprobs: list[TokenLogprob] | None = None
+        self._prompt_logprobs: list[TokenLogprob] | None = None
+        self.last: TextEvent | None = None
+
+    def add(self, event: TextEvent) -> None:
+        """Takes the next event in."""
+        self._texts.append(event.text)
+        self.last = event
+        if event.logprobs is not None:
+            self._logprobs = self._logprobs or []
+            self._logprobs += event.logprobs
+        self._prompt_logprobs = event.prompt_logprobs or self._prompt_logprobs
+
+    def response(self) -> Response | None:
+        """The answer; None if there is none, because nothing came or it ended with an error."""
+        last = self.last
+        if last is None or last.error is not None:
+            return None
+        return Response(
+            "".join(self._texts),
+            self._prepared.prompt_length,
+            last.generated_length,
+            last.finish_reason,
+            logprobs=self._logprobs,
+            prompt_logprobs=self._prompt_logprobs,
+        )

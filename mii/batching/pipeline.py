@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from typing import Any
 
-from mii.batching.base import PipelineBase, stream_pieces
+from mii.batching.base import AnswerParts, PipelineBase, stream_pieces
 from mii.batching.data_classes import Response, StreamedResponse
 from mii.batching.driver import Failure, Inbox
 from mii.batching.intake import PreparedRequest, name_prompt
@@ -140,17 +140,14 @@ class _Answers:
     """The texts of a call in the making."""
 
     def __init__(self, prepared: list[PreparedRequest]) -> None:
-        self._prepared = prepared
-        self._texts: list[list[str]] = [[each.text] if each.text else [] for each in prepared]
-        self._last: list[TextEvent | None] = [None] * len(prepared)
+        self._parts = [AnswerParts(each) for each in prepared]
         self._tokens = 0
         self._start = time.perf_counter()
 
     def add(self, events: Events) -> int:
         """Takes a step's events; how many answers ended with it."""
         for prepared, event in events:
-            self._texts[prepared.index].append(event.text)
-            self._last[prepared.index] = event
+            self._parts[prepared.index].add(event)
             self._tokens += event.new_tokens
         return sum(event.finished for _, event in events)
 
@@ -163,8 +160,9 @@ class _Answers:
         Raises:
             GenerationError: Some have none, because the engine gave up on them.
         """
-        results = [self._response(index) for index in range(len(self._prepared))]
-        errors = {index: event.error for index, event in enumerate(self._last) if event is not None and event.error}
+        results = [parts.response() for parts in self._parts]
+        last = [parts.last for parts in self._parts]
+        errors = {index: event.error for index, event in enumerate(last) if event is not None and event.error}
         if errors:
             index, reason = next(iter(errors.items()))
             others = f" (and {len(errors) - 1} more prompts failed)" if len(errors) > 1 else ""
@@ -172,13 +170,6 @@ class _Answers:
             error.responses = results
             raise error
         return [result for result in results if result is not None]
-
-    def _response(self, index: int) -> Response | None:
-        last = self._last[index]
-        if last is None or last.error is not None:
-            return None
-        text, prompt_length = "".join(self._texts[index]), self._prepared[index].prompt_length
-        return Response(text, prompt_length, last.generated_length, last.finish_reason)
 
 
 def _pieces(events: Events) -> list[StreamedResponse]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from mii.batching.data_classes import EngineRequest, GenerationFinishReason, TokenOutput
+from mii.batching.data_classes import EngineRequest, GenerationFinishReason, TokenLogprob, TokenOutput
 from mii.batching.generation.detokenizer import Detokenizer, TokenDecoder
 from mii.batching.generation.stops import StopMatcher, StopStrings
 
@@ -25,6 +25,8 @@ class TextEvent(msgspec.Struct, frozen=True):
         finish_reason: NONE while it runs. After any other, no event of this request follows.
         error: What went wrong, when the request ended with an error.
         abort: The text ended, and the engine, which knows nothing of stop strings, must be told to abort.
+        logprobs: An entry for each of the new tokens, with its bytes; None where the request asks for none.
+        prompt_logprobs: An entry for each token of the prompt, in the request's first event, if it asks for them.
     """
 
     uid: int
@@ -34,6 +36,8 @@ class TextEvent(msgspec.Struct, frozen=True):
     finish_reason: GenerationFinishReason = GenerationFinishReason.NONE
     error: str | None = None
     abort: bool = False
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
 
     @property
     def finished(self) -> bool:
@@ -123,9 +127,33 @@ class RequestTracker:
         if answer is None:
             return None
         event = _event(answer, output)
+        if output.logprobs is not None or output.prompt_logprobs is not None:
+            event = self._with_logprobs(event, output)
         if event.finished:
             self.discard(output.uid)
         return event
+
+    def _with_logprobs(self, event: TextEvent, output: TokenOutput) -> TextEvent:
+        """The event with what the engine says of its tokens; of those after the text's end it says nothing."""
+        mine = None if output.logprobs is None else output.logprobs[: event.new_tokens]
+        return msgspec.structs.replace(
+            event, logprobs=self._named(mine), prompt_logprobs=self._named(output.prompt_logprobs)
+        )
+
+    def _named(self, entries: Sequence[TokenLogprob] | None) -> list[TokenLogprob] | None:
+        """The entries with their tokens' bytes."""
+        if entries is None:
+            return None
+        name = self._decoder.token_bytes
+        return [
+            TokenLogprob(
+                entry.token_id,
+                entry.logprob,
+                tuple(TokenLogprob(top.token_id, top.logprob, (), name(top.token_id)) for top in entry.top),
+                name(entry.token_id),
+            )
+            for entry in entries
+        ]
 
 
 def _event(answer: _Answer, output: TokenOutput) -> TextEvent:

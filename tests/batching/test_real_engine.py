@@ -14,10 +14,11 @@ import pytest
 import mii
 from mii.api import async_pipeline
 from mii.batching.async_pipeline import MIIAsyncPipeline
+from mii.batching.data_classes import Response
 from mii.batching.pipeline import MIIPipeline
 from mii.config import ModelConfig
 from mii.engine import Engine
-from mii.errors import PipelineDestroyedError, PromptTooLongError
+from mii.errors import PipelineDestroyedError, PromptTooLongError, RequestError
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False}
 PROMPTS = ["DeepSpeed is", "a", "Seattle is a city in " * 6, "héllo 😀"]
@@ -151,3 +152,65 @@ def test_destroy_gives_the_engine_up(tiny_llama: Path) -> None:
     pipe.destroy()
     with pytest.raises(PipelineDestroyedError):
         pipe("a")
+
+
+SCORED: dict[str, Any] = {**OPTIONS, "logprobs": 2, "prompt_logprobs": 1, "frequency_penalty": 1.0}
+
+
+def assert_scored(response: Response) -> None:
+    assert response.logprobs is not None
+    assert response.prompt_logprobs is not None
+    assert len(response.logprobs) == response.generated_length
+    assert len(response.prompt_logprobs) == response.prompt_length
+    assert response.prompt_logprobs[0].logprob is None
+    assert all((entry.logprob or 0.0) < 0 for entry in response.prompt_logprobs[1:])
+    assert [len(entry.top) for entry in response.logprobs] == [2] * response.generated_length
+    assert all(entry.top[0].logprob >= max(entry.logprob, entry.top[1].logprob) for entry in response.logprobs)
+
+
+def test_log_probabilities_come_with_answers_and_say_their_text(pipe: MIIPipeline) -> None:
+    responses = pipe(PROMPTS, **SCORED)
+    for prompt, response in zip(PROMPTS, responses, strict=True):
+        assert_scored(response)
+        ended = response.logprobs[:-1] if response.finish_reason == "stop" else response.logprobs
+        assert b"".join(entry.token for entry in ended).decode(errors="replace") == response.generated_text
+        assert b"".join(entry.token for entry in response.prompt_logprobs).decode().endswith(prompt)
+    assert pipe(PROMPTS, **OPTIONS)[0].logprobs is None
+
+
+def test_streamed_log_probabilities_joined_are_the_call_s(pipe: MIIPipeline) -> None:
+    whole = pipe(PROMPTS, **SCORED)
+    for index, prompt in enumerate(PROMPTS):
+        pieces = [piece for pieces in pipe.stream(prompt, **SCORED) for piece in pieces]
+        tokens = [entry.token_id for piece in pieces for entry in piece.logprobs or ()]
+        assert tokens == [entry.token_id for entry in whole[index].logprobs]
+        assert [piece.prompt_logprobs is not None for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+
+
+def test_requests_of_a_thread_get_their_log_probabilities(tiny_llama: Path) -> None:
+    pipe = async_pipeline(ModelConfig(model_name_or_path=str(tiny_llama), device="cpu", dtype="fp32"))
+    pipe.start()
+    try:
+        for prompt in PROMPTS:
+            pipe.put_request(prompt, SCORED)
+        for _ in PROMPTS:
+            assert_scored(pipe.get_response()[1])
+    finally:
+        pipe.shutdown()
+
+
+def test_an_impossible_option_names_its_prompt_and_leaves_the_pipeline_usable(pipe: MIIPipeline) -> None:
+    with pytest.raises(RequestError, match=r"prompt 0 of 4 .*logit_bias: Token id 5000 is outside the vocabulary"):
+        pipe(PROMPTS, logit_bias={"5000": 1}, **OPTIONS)
+    assert is_idle(pipe)
+
+
+def test_a_banned_token_is_never_said_and_allowed_ones_are_all_that_is(pipe: MIIPipeline) -> None:
+    said = pipe("Hello", **OPTIONS, logprobs=0)[0].logprobs[0].token_id
+    assert said not in [entry.token_id for entry in pipe("Hello", logit_bias={str(said): -100}, **SCORED)[0].logprobs]
+    allowed = pipe.tokenizer.encode("xyz")[-3:]
+    options = {"temperature": 2.0, "max_new_tokens": 24, "ignore_eos": True, "seed": 3}
+    assert set(pipe("Hello", allowed_token_ids=allowed, **options)[0].generated_text) == set("xyz")
+    ended = pipe("Hello", allowed_token_ids=allowed, stop_token_ids=allowed[:1], **options)[0]
+    assert ended.finish_reason == "stop"
+    assert set(ended.generated_text) <= {"y", "z"}

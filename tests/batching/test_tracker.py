@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from mii.batching.data_classes import EngineRequest, GenerationFinishReason, TokenOutput
+from mii.batching.data_classes import EngineRequest, GenerationFinishReason, TokenLogprob, TokenOutput
 from mii.batching.generation.detokenizer import TokenDecoder
 from mii.batching.generation.stops import StopStrings
 from mii.batching.tracker import RequestTracker, TextEvent
@@ -140,3 +140,37 @@ def test_text_and_length_do_not_depend_on_how_many_tokens_come_at_once(
         assert (joined(one), one[-1].generated_length) == (text, len(raw) + (end == "stop"))
     else:
         assert all(stop not in joined(one) for stop in stops)
+
+
+def scored(tokens: list[int]) -> list[TokenLogprob]:
+    return [TokenLogprob(token, -0.5, (TokenLogprob(token, -0.5), TokenLogprob(65, -2.0))) for token in tokens]
+
+
+def test_log_probabilities_get_their_tokens_bytes_and_those_behind_the_end_of_the_text_are_dropped() -> None:
+    tracker = RequestTracker(DECODER)
+    tracker.add(EngineRequest(1, [0], 1000, 0, (END,)), StopStrings(["cd"]))
+    tokens = list("é".encode())
+    prompt = [TokenLogprob(END, None), *scored([66])]
+    first = tracker.update(TokenOutput(1, tokens, logprobs=scored(tokens), prompt_logprobs=prompt))
+    assert first is not None
+    assert [(entry.token, [top.token for top in entry.top]) for entry in first.logprobs or ()] == [
+        (b"\xc3", [b"\xc3", b"A"]),
+        (b"\xa9", [b"\xa9", b"A"]),
+    ]
+    assert [(entry.token, entry.logprob) for entry in first.prompt_logprobs or ()] == [(b"</s>", None), (b"B", -0.5)]
+    last = tracker.update(TokenOutput(1, list(b"bcdef"), logprobs=scored(list(b"bcdef"))))
+    assert last is not None
+    assert (last.text, last.finish_reason, last.prompt_logprobs) == ("b", STOP, None)
+    assert [entry.token for entry in last.logprobs or ()] == [b"b", b"c", b"d"]
+
+
+def test_the_token_that_ends_the_text_has_its_log_probability_too() -> None:
+    tracker = RequestTracker(DECODER)
+    tracker.add(EngineRequest(1, [0], 1000, 0, (END,)), StopStrings([]))
+    event = tracker.update(TokenOutput(1, [97, END], "stop", logprobs=scored([97, END])))
+    assert event is not None
+    assert (event.text, [entry.token for entry in event.logprobs or ()]) == ("a", [b"a", b"</s>"])
+
+
+def test_an_answer_whose_log_probabilities_nobody_wants_has_none() -> None:
+    assert all(event.logprobs is event.prompt_logprobs is None for event in track(b"abc", []))

@@ -61,6 +61,7 @@ class TokenDecoder:
         self._fast = _fast_tokenizer(tokenizer)
         self._kinds = _decoder_kinds(self._fast) if self._fast is not None else ()
         self._start_with_skip = cache(self._prepare)
+        self._bytes: Callable[[int], bytes] | None = None
 
     def start(self, *, skip_special_tokens: bool = False, context: Sequence[int] = ()) -> Detokenizer:
         """A detokenizer for a new answer.
@@ -72,25 +73,41 @@ class TokenDecoder:
         """
         return self._start_with_skip(skip_special_tokens)(context)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text, as bytes, since it may be part of a character; special tokens as written.
+
+        >>> from tokenizers import Tokenizer, models
+        >>> TokenDecoder(Tokenizer(models.WordLevel({"so": 0, "long": 1}, unk_token="so"))).token_bytes(1)
+        b' long'
+        """
+        if self._bytes is None:
+            if self._fast is not None and self._kinds == ("ByteLevel",):
+                table = _ByteTable(self._fast, skip=False)
+                self._bytes = lambda token: table[token][0]
+            else:
+                self._bytes = _TokensAlone(self._rules(skip=False)).__getitem__
+        return self._bytes(token_id)
+
     def _prepare(self, skip: bool) -> Callable[[Sequence[int]], Detokenizer]:
         """What depends on the switch alone, so it is shared by every request."""
+        if self._fast is not None and self._kinds == ("ByteLevel",):
+            table = _ByteTable(self._fast, skip)
+            return lambda _: _ByteDetokenizer(table)
+        rules = self._rules(skip)
+        return lambda context: _WindowDetokenizer(rules, context)
+
+    def _rules(self, skip: bool) -> _WindowRules:
         if self._fast is None:
             options = {"skip_special_tokens": True} if skip else {}
             special = frozenset(getattr(self._tokenizer, "all_special_ids", ())) if skip else frozenset()
-            window = _WindowRules(lambda ids: str(self._tokenizer.decode(ids, **options)), special.__contains__)
-            return lambda context: _WindowDetokenizer(window, context)
-        if self._kinds == ("ByteLevel",):
-            table = _ByteTable(self._fast, skip)
-            return lambda _: _ByteDetokenizer(table)
+            return _WindowRules(lambda ids: str(self._tokenizer.decode(ids, **options)), special.__contains__)
         fast, hidden = self._fast, _HiddenTokens(self._fast, skip)
-        byte_of = _ByteTokens(fast).__getitem__ if "ByteFallback" in self._kinds else None
-        rules = _WindowRules(
+        return _WindowRules(
             lambda ids: fast.decode(ids, skip_special_tokens=False),
             hidden.__getitem__,
-            byte_of,
+            _ByteTokens(fast).__getitem__ if "ByteFallback" in self._kinds else None,
             waits="ByteLevel" in self._kinds,
         )
-        return lambda context: _WindowDetokenizer(rules, context)
 
 
 def _fast_tokenizer(tokenizer: Any) -> Tokenizer | None:
@@ -306,3 +323,29 @@ class _WindowDetokenizer:
             self._shown = text
         self._read = len(self._window)
         self._next_try = 0
+
+
+class _TokensAlone(dict[int, bytes]):
+    """What each token adds to a text that some ordinary token precedes: a token alone may lose its space."""
+
+    def __init__(self, rules: _WindowRules) -> None:
+        super().__init__()
+        self._rules = rules
+        plain = (token for token in range(_SAMPLE) if rules.byte_of(token) is None and not rules.hidden(token))
+        self._before = next(([token] for token in plain if self._decode([token]).isalnum()), [])
+
+    def __missing__(self, token_id: int) -> bytes:
+        byte = self._rules.byte_of(token_id)
+        if byte is not None:
+            return bytes([byte])
+        before = self._decode(self._before) if self._before else ""
+        text = "" if self._rules.hidden(token_id) else self._decode([*self._before, token_id])
+        entry = self[token_id] = text.removeprefix(before).encode(errors="replace")
+        return entry
+
+    def _decode(self, ids: list[int]) -> str:
+        """The text of tokens; none where the tokenizer has no such token."""
+        try:
+            return self._rules.decode(ids)
+        except (IndexError, KeyError, TypeError, ValueError, OverflowError):
+            return ""

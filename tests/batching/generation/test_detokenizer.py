@@ -169,3 +169,41 @@ def test_pieces_of_smollm2s_tokens_joined_are_the_decoded_whole(
     decoder = TokenDecoder(smollm2_tokenizer)
     shown = pieces(decoder.start(skip_special_tokens=skip), ids)
     assert "".join(shown) == smollm2_tokenizer.decode(ids, skip_special_tokens=skip)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "end of word"])  # where a space needs what follows
+def test_bytes_of_tokens_joined_are_the_text_but_for_a_space_in_front(kind: str) -> None:
+    tokenizer, decoder = vocabulary(kind)
+    for text in ("the b a", "a b é b", "b</s>a", "the\n\té 😀"):
+        ids = tokenizer.encode(text).ids
+        known = tokenizer.decode(ids, skip_special_tokens=False)
+        joined = b"".join(map(decoder.token_bytes, ids))
+        if kind in ("byte level", "sentencepiece") or "\ufffd" not in joined.decode():
+            assert joined.decode().lstrip() == known.lstrip()
+
+
+@given(ids=token_ids("byte level"))
+def test_bytes_of_byte_level_tokens_joined_are_the_text(ids: list[int]) -> None:
+    tokenizer, decoder = vocabulary("byte level")
+    text = b"".join(map(decoder.token_bytes, ids)).decode(errors="replace")
+    assert text == tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def test_a_token_s_bytes_keep_its_space_and_special_tokens_are_as_written() -> None:
+    tokenizer, decoder = vocabulary("sentencepiece")
+    names = ["▁the", "b", "<0x0A>", "<0xF0>", "</s>", "▁"]
+    shown = [decoder.token_bytes(tokenizer.token_to_id(name)) for name in names]
+    assert shown == [b" the", b"b", b"\n", b"\xf0", b"</s>", b" "]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_that_the_tokenizer_does_not_have_has_no_bytes(kind: str) -> None:
+    tokenizer, decoder = vocabulary(kind)
+    assert decoder.token_bytes(tokenizer.get_vocab_size() + 5) == b""
+
+
+def test_bytes_of_a_tokenizer_that_only_decodes_are_those_of_its_text() -> None:
+    tokenizer, decoder = vocabulary("metaspace")
+    other = TokenDecoder(_DecodeOnly(tokenizer))
+    size = tokenizer.get_vocab_size()
+    assert [other.token_bytes(token) for token in range(size)] == [decoder.token_bytes(token) for token in range(size)]
