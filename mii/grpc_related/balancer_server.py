@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 
 import grpc
@@ -22,6 +23,7 @@ __all__ = ["BalancerServer"]
 # Calls beyond the queues that may be open: those whose answers are read late, and those that ask for the health.
 _MORE_CALLS = 1024
 _LAST_WORDS_SECONDS = 1.0
+_OTHERS_SECONDS, _LOOK_SECONDS = 1.0, 0.02
 
 
 class BalancerServer:
@@ -47,6 +49,7 @@ class BalancerServer:
         reflection.enable_server_reflection((SERVICE_NAME, HEALTH_NAME, reflection.SERVICE_NAME), self._server)
         self._tasks: set[asyncio.Task[None]] = set()
         self._draining = False
+        self._first = asyncio.Event()
 
     async def start(self, address: str) -> int:
         """Listens, and begins to connect to the replicas. Returns the port.
@@ -67,6 +70,13 @@ class BalancerServer:
             self._spawn(link.watch(self._on_change))
         return int(port)
 
+    async def wait_ready(self) -> None:
+        """Sleeps until a replica can answer, and a little longer for the others: they come up at the same time."""
+        await self._first.wait()
+        deadline = time.monotonic() + _OTHERS_SECONDS
+        while not all(link.ready for link in self._links) and time.monotonic() < deadline:
+            await asyncio.sleep(_LOOK_SECONDS)
+
     async def stop(self, drain_seconds: float) -> None:
         """Refuses new calls, lets those that run end, and ends the rest after `drain_seconds`."""
         self._draining = True
@@ -83,6 +93,7 @@ class BalancerServer:
 
     def _on_change(self, link: Link) -> None:
         self._service.on_change(link)
+        self._first.set()
         self._spawn(self._set_health(any(other.ready for other in self._links) and not self._draining))
 
     def _spawn(self, work: object) -> None:

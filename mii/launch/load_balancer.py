@@ -33,6 +33,8 @@ async def serve(process: Process) -> None:
     # What was made so far stays; without it in the collector's sight a collection is short.
     gc.collect()
     gc.freeze()
+    process.report("waiting for a replica")
+    await server.wait_ready()
     process.ready(grpc=port)
     await process.stopping()
     await server.stop(process.drain_seconds)

@@ -55,7 +55,7 @@ def test_every_token_is_counted_whatever_is_spoken(
     for point in (one, four):
         assert point["completed"] == point["requests"] == 8 and point["errors"]["count"] == 0
         assert point["answer_tokens"] > 30 and point["prompt_tokens"] > 160
-        assert point["token_s"]["mean"] > 0.5 * STEP_SECONDS
+        assert 0 < point["token_s"]["p50"] <= point["token_s"]["p99"]
         assert point["processor_s"].keys() >= {"balancer", "gateway", "replica-0-front", "replica-0-engine"}
         assert point["generator"]["processor_s"] > 0
     assert "at 4/s" in capsys.readouterr().out
