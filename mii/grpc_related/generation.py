@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from mii.batching.data_classes import GenerationFinishReason
+from mii.batching.data_classes import GenerationFinishReason, TokenLogprob
 from mii.batching.intake import PreparedRequest
 from mii.batching.tracker import TextEvent
 from mii.grpc_related.pacer import Pacer
@@ -28,6 +28,8 @@ class Piece(msgspec.Struct, frozen=True):
         model_seconds: from the answer's first token to the last one so far.
         finish_reason: NONE while the answer runs.
         error: why the answer ended without being complete, if it did.
+        logprobs: of the tokens that are new since the last piece, where the call asks for them.
+        prompt_logprobs: of the prompt's tokens, once, where the call asks for them.
     """
 
     index: int
@@ -37,6 +39,8 @@ class Piece(msgspec.Struct, frozen=True):
     model_seconds: float = 0.0
     finish_reason: GenerationFinishReason = GenerationFinishReason.NONE
     error: str | None = None
+    logprobs: list[TokenLogprob] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
 
 
 class Timing(msgspec.Struct):
@@ -50,11 +54,26 @@ class Timing(msgspec.Struct):
 class _Answer:
     """One prompt's answer: what the reader has not taken yet, and where it stands."""
 
-    __slots__ = ("ended", "error", "fresh", "length", "place", "prepared", "reason", "shown", "texts", "timing")
+    __slots__ = (
+        "ended",
+        "error",
+        "fresh",
+        "length",
+        "logprobs",
+        "place",
+        "prepared",
+        "prompt_logprobs",
+        "reason",
+        "shown",
+        "texts",
+        "timing",
+    )
 
     def __init__(self, prepared: PreparedRequest, place: int, now: float) -> None:
         self.prepared, self.place = prepared, place
         self.texts: list[str] = []
+        self.logprobs: list[TokenLogprob] | None = None
+        self.prompt_logprobs: list[TokenLogprob] | None = None
         self.length = 0
         self.shown = 0
         self.fresh = False
@@ -70,15 +89,22 @@ class _Answer:
             self.length = event.generated_length
             self.timing.first = self.timing.first or now
             self.timing.last = now
+        if event.logprobs is not None:
+            self.logprobs = self.logprobs or []
+            self.logprobs.extend(event.logprobs)
+        self.prompt_logprobs = event.prompt_logprobs or self.prompt_logprobs
         if event.finished:
             self.ended, self.reason, self.error = True, event.finish_reason, event.error
 
     def piece(self, reason: GenerationFinishReason, error: str | None = None) -> Piece:
         """All that is new, and it is new no longer."""
         text, self.texts = "".join(self.texts), []
+        logprobs, self.logprobs = self.logprobs, None
+        prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None
         seconds = self.timing.last - self.timing.first
         self.shown = self.length
-        return Piece(self.place, text, self.prepared.prompt_length, self.length, seconds, reason, error)
+        prompt_length = self.prepared.prompt_length
+        return Piece(self.place, text, prompt_length, self.length, seconds, reason, error, logprobs, prompt_logprobs)
 
     def whole(self) -> Piece:
         """The answer in full, with the prompt's text where it is wanted."""

@@ -14,7 +14,7 @@ import grpc
 import grpc.aio
 
 from mii.errors import AccessError, GenerationError, RequestCancelledError, ServerUnavailableError
-from mii.grpc_related.convert import positions_of, prompts_of, unpack_options
+from mii.grpc_related.convert import pack_logprobs, positions_of, prompts_of, unpack_options
 from mii.grpc_related.generation import Generation, Piece
 from mii.grpc_related.options import REQUEST_ID, TOKEN
 from mii.grpc_related.proto.modelresponse_pb2 import (
@@ -190,7 +190,7 @@ def _check_any_complete(pieces: Iterable[Piece]) -> None:
 def _write(reply: MultiGenerationReply, pieces: Iterable[Piece], started: float) -> None:
     seconds = time.monotonic() - started
     for piece in pieces:
-        reply.response.add(
+        entry = reply.response.add(
             response=piece.text,
             finish_reason=piece.finish_reason.value,
             prompt_tokens=piece.prompt_length,
@@ -200,6 +200,10 @@ def _write(reply: MultiGenerationReply, pieces: Iterable[Piece], started: float)
             index=piece.index,
             error=piece.error or "",
         )
+        if piece.logprobs:
+            entry.logprobs.extend(pack_logprobs(piece.logprobs))
+        if piece.prompt_logprobs:
+            entry.prompt_logprobs.extend(pack_logprobs(piece.prompt_logprobs))
 
 
 def _metadata(context: Context, name: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mii.batching.data_classes import EngineRequest, GenerationFinishReason
+from mii.batching.data_classes import EngineRequest, GenerationFinishReason, TokenLogprob
 from mii.batching.generation.stops import StopStrings
 from mii.batching.intake import PreparedRequest
 from mii.batching.tracker import TextEvent
@@ -85,6 +85,26 @@ def test_pieces_have_the_places_that_the_client_gave() -> None:
         return await generation.take()
 
     assert [(piece.index, piece.text) for piece in asyncio.run(run())[0]] == [(5, "a"), (3, "b")]
+
+
+def test_log_probabilities_of_what_is_merged_come_together() -> None:
+    def scored(generation: Generation, length: int, **more: Any) -> None:
+        entry = TokenLogprob(length, -0.5, (), b"a")
+        generation.push(TextEvent(7, "a", 1, length, logprobs=[entry], **more), 10.0)
+
+    async def run() -> Any:
+        generation = streaming(1)
+        scored(generation, 1, prompt_logprobs=[TokenLogprob(9, None)])
+        scored(generation, 2)
+        (first,), _ = await generation.take()
+        scored(generation, 3)
+        (second,), _ = await generation.take()
+        return first, second
+
+    first, second = asyncio.run(run())
+    assert [entry.token_id for entry in first.logprobs] == [1, 2]
+    assert [entry.token_id for entry in first.prompt_logprobs] == [9]
+    assert [entry.token_id for entry in second.logprobs] == [3] and second.prompt_logprobs is None
 
 
 def test_a_failure_comes_before_what_was_not_taken() -> None:

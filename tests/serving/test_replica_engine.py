@@ -13,6 +13,8 @@ import grpc
 import pytest
 
 import mii
+from mii.batching.data_classes import TokenLogprob
+from mii.grpc_related.convert import pack_request, read_logprobs
 from mii.launch.process import Progress
 from tests.serving.calls import ask, connected, in_loop, status, stream
 from tests.serving.replicas import ENGINE, Replica, running_replica
@@ -104,6 +106,37 @@ def test_one_call_with_many_prompts_is_the_pipelines(replica: Replica, tiny_llam
     replies, streamed = in_loop(run(), 120.0)
     assert [reply.response for reply in replies] == greedy
     assert [streamed.texts.get(place, "") for place in range(len(prompts))] == greedy
+
+
+def test_log_probabilities_are_the_pipelines(replica: Replica, tiny_llama: Path) -> None:
+    prompts = ["one dog", "Ä 漢"]
+    options = {"do_sample": False, "max_new_tokens": 6, "logprobs": 2, "prompt_logprobs": 1}
+    with mii.pipeline(str(tiny_llama), device="cpu") as pipe:
+        expected = pipe(prompts, **options)
+
+    async def run() -> tuple[list[Any], list[Any]]:
+        async with connected(replica.address) as stub:
+            pieces = []
+            async for reply in stub.GeneratorReplyStream(pack_request(prompts, options)):
+                pieces.extend(reply.response)
+            return await ask(stub, prompts, **options), pieces
+
+    replies, pieces = in_loop(run())
+    for place, answer in enumerate(expected):
+        own = [piece for piece in pieces if piece.index == place]
+        for given in ([replies[place]], own):
+            assert_same_scores([entry for piece in given for entry in piece.logprobs], answer.logprobs)
+            assert_same_scores([entry for piece in given for entry in piece.prompt_logprobs], answer.prompt_logprobs)
+        assert b"".join(entry.token for entry in replies[place].prompt_logprobs).decode() == prompts[place]
+
+
+def assert_same_scores(entries: list[Any], expected: list[TokenLogprob] | None) -> None:
+    read = read_logprobs(entries)
+    assert read is not None and expected is not None
+    assert [(each.token_id, each.token) for each in read] == [(each.token_id, each.token) for each in expected]
+    for mine, theirs in zip(read, expected, strict=True):
+        assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-3)
+        assert [each.token_id for each in mine.top] == [each.token_id for each in theirs.top]
 
 
 def test_prompts_and_answers_up_to_the_models_limit(replica: Replica) -> None:
