@@ -88,6 +88,7 @@ class FakeBackend(ModelResponseServicer):
         self.cancelled = 0
         self.terminated = 0
         self.ready = True
+        self.address = ""
 
     async def GeneratorReply(self, request: MultiStringRequest, context: Any) -> MultiGenerationReply:
         async with self._call(request, context) as (prompts, params, chats):
@@ -263,7 +264,8 @@ def serving(
         add_ModelResponseServicer_to_server(fake, backend)
         port = backend.add_insecure_port("127.0.0.1:0")
         await backend.start()
-        given = {"balancer": f"127.0.0.1:{port}", "model": "tiny", "deployment": "a b/c", **settings}
+        fake.address = f"127.0.0.1:{port}"
+        given = {"balancer": fake.address, "model": "tiny", "deployment": "a b/c", **settings}
         own = HttpSettings(**given)
         servers.append(HttpServer(make_app(own), sockets, tls=tls, drain_seconds=0.5))
         await servers[0].serve()
