@@ -112,6 +112,8 @@ def _clean(logits: torch.Tensor) -> torch.Tensor:
 
 def upload(values: Sequence[float], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
     """Numbers of the host as a tensor on the device, without waiting for what the device still does."""
+    if not values:
+        return torch.empty(0, dtype=dtype, device=device)
     host = torch.tensor(values, dtype=dtype)
     return host.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else host.to(device)
 

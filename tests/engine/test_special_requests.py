@@ -291,9 +291,10 @@ def test_an_interrupted_step_changes_no_answer(tiny_llama: Path, monkeypatch: py
     assert_same_scores(got, expected)
 
 
-def test_answers_are_the_same_when_the_host_is_a_step_behind(tiny_llama: Path) -> None:
+@pytest.mark.parametrize("blocks", [96, 8])
+def test_answers_are_the_same_when_the_host_is_a_step_behind(tiny_llama: Path, blocks: int) -> None:
     """As on a GPU: a step is launched before the tokens of the one before are read."""
-    plain, behind = small_engine(tiny_llama), small_engine(tiny_llama)
+    plain, behind = small_engine(tiny_llama), small_engine(tiny_llama, blocks=blocks)
     requests = special_requests(plain.vocab_size)
     expected = run(plain, requests)
     run_a_step_behind(behind)
@@ -301,6 +302,7 @@ def test_answers_are_the_same_when_the_host_is_a_step_behind(tiny_llama: Path) -
         got = run(behind, requests, every)
         assert answers(got) == answers(expected)
         assert_same_scores(got, expected)
+    assert (behind.stats().preemptions > 0) == (blocks < 96)
 
 
 def run_a_step_behind(engine: Engine) -> None:
