@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import struct
 import sys
 from collections.abc import Iterator
@@ -14,16 +13,11 @@ import pytest
 
 from mii.cli import main
 from tests.serving.clusters import NAME, Cluster, running_cluster
+from tests.serving.crowd import http_options
 from tests.serving.standin import Options
 
 STEP_SECONDS = 0.01
 SHORT = ("--mean-prompt-length", "40", "--mean-max-new-tokens", "8", "--requests", "8")
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +25,7 @@ def cluster(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MII_CACHE_PATH", str(tmp_path_factory.mktemp("cache")))
         options = Options(step_seconds=STEP_SECONDS, max_length=300)
-        config = {"enable_restful_api": True, "restful_api_port": free_port(), "queue_size": 4}
+        config = {"queue_size": 4, **http_options()}
         with running_cluster(patch, tiny_llama, replicas=1, options=options, **config) as running:
             yield running
 
@@ -127,7 +121,7 @@ def test_wrong_options_end_the_command_with_code_2(arguments: tuple[str, ...]) -
 
 
 def test_nobody_there_and_requests_that_are_too_long(cluster: Cluster, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["bench", "serve", "--port", str(free_port()), *SHORT]) == 1
+    assert main(["bench", "serve", "--port", "1", *SHORT]) == 1
     assert "does not answer" in capsys.readouterr().err
     assert main(["bench", "serve", "--deployment", NAME]) == 1
     assert "the server takes 300 in all" in capsys.readouterr().err
