@@ -78,11 +78,13 @@ def run_serve(args: argparse.Namespace) -> int:
     from mii.api import serve_config
     from mii.backend import MIIServer
 
-    server = MIIServer(serve_config(args.model, **_options(args)), attached=not args.detach)
+    config = serve_config(args.model, **_options(args))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    server = MIIServer(config, attached=not args.detach)
     if args.detach:
         return 0
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        print("Ctrl-C ends it", file=sys.stderr)
         for notice in server.notices():
             print(notice, file=sys.stderr)
     except KeyboardInterrupt:

@@ -100,10 +100,14 @@ class Launch:
             clear_leftovers(self.config.deployment_name)
             raise DeploymentError(describe_failure(self.config.deployment_name, "its supervisor was killed", log))
 
-    def abort(self) -> None:
-        """Asks for the end at once; the last of the events says when it is there."""
-        if is_held(self._folder.lock_file):
-            _send(self.pid, signal.SIGINT)
+    def end(self) -> None:
+        """Ends it at once and waits until nothing of it is left; one that has ended is fine."""
+        for number in (signal.SIGINT, signal.SIGKILL):
+            if self._reaper.is_alive():
+                _send(self.pid, number)
+                self._reaper.join(END_SECONDS)
+        self.close()
+        clear_leftovers(self.config.deployment_name)
 
     def close(self) -> None:
         """Stops listening; the deployment goes on, unless it was started as attached."""

@@ -33,21 +33,24 @@ class MIIServer:
         server.terminate()
     """
 
+    _launch: Launch | None = None
+
     def __init__(self, mii_config: MIIConfig, *, attached: bool = False) -> None:
         started = time.monotonic()
         view = startup_view(mii_config.model_conf.progress)
         try:
-            self._start(mii_config, attached, view)
+            launched = self._start(mii_config, attached, view)
             view.note(f"{describe(self.mii_config)}, ready after {time.monotonic() - started:.1f} s")
+        except BaseException:
+            if self._launch is not None:
+                self._launch.end()
+            raise
         finally:
             view.close()
         if not attached:
-            self._launch.close()
-
-    @property
-    def pid(self) -> int:
+            launched.close()
+        self.pid = launched.pid
         """The process that watches over the deployment."""
-        return self._launch.pid
 
     def notices(self) -> Iterator[str]:
         """What happens to an attached deployment, line by line, until it ends.
@@ -68,37 +71,33 @@ class MIIServer:
         """Ends the deployment and waits until nothing of it is left. What runs may finish first unless `hurry`."""
         stop(self.mii_config.deployment_name, hurry=hurry)
 
-    def _start(self, mii_config: MIIConfig, attached: bool, view: StartupView) -> None:
+    def _start(self, mii_config: MIIConfig, attached: bool, view: StartupView) -> Launch:
         """Ports are chosen anew when somebody else was quicker; those that were asked for are then an error."""
         for attempt in range(_ATTEMPTS):
-            self._launch = launch(mii_config, attached=attached)
-            self.mii_config = self._launch.config
+            self._launch = launched = launch(mii_config, attached=attached)
+            self.mii_config = launched.config
             """The config with the ports and devices that were chosen."""
-            self._events = self._launch.events()
+            self._events = launched.events()
             failure = self._wait_ready(view)
             if failure is None:
-                return
-            self._launch.close()
-            if not failure.port_taken or attempt == _ATTEMPTS - 1:
+                return launched
+            launched.close()
+            if not failure.port_taken or attempt + 1 == _ATTEMPTS:
                 raise _error(self.mii_config, failure)
             view.note(f"{failure.reason}; starting over on other ports")
+        raise AssertionError("the last attempt returns or raises")
 
     def _wait_ready(self, view: StartupView) -> Failure | None:
         """Until it is ready, or has failed and is gone."""
         failure: Failure | None = None
-        try:
-            for event in self._events:
-                if isinstance(event, Running):
-                    return None
-                if isinstance(event, Part):
-                    view.show(event)
-                elif isinstance(event, Failure):
-                    failure = event  # go on until the end: then nothing is left of it
-        except BaseException:
-            _end(self._launch)
-            raise
+        for event in self._events:
+            if isinstance(event, Running):
+                return None
+            if isinstance(event, Part):
+                view.show(event)
+            elif isinstance(event, Failure):
+                failure = event  # go on until the end: then nothing is left of it
         if failure is None:
-            self._launch.close()
             raise DeploymentError(f"deployment {self.mii_config.deployment_name!r} was stopped while it was starting")
         return failure
 
@@ -109,16 +108,6 @@ def describe(config: MIIConfig) -> str:
     if config.enable_restful_api:
         text += f", HTTP on http://{config.restful_api_host}:{config.restful_api_port}"
     return text
-
-
-def _end(started: Launch) -> None:
-    """After a Ctrl-C or an error. A second Ctrl-C while this waits does not leave anything running either."""
-    started.abort()
-    try:
-        for _ in started.events():
-            pass
-    finally:
-        started.close()
 
 
 def _error(config: MIIConfig, failure: Failure) -> DeploymentError:

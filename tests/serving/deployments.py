@@ -13,6 +13,7 @@ import msgspec
 import pytest
 
 from mii.backend import deployment
+from mii.backend.ports import is_free
 from mii.config import MIIConfig
 from mii.launch.folder import DeploymentFolder
 from mii.launch.state import BALANCER, Plan, Spec, engine_role, front_role, read_state
@@ -50,6 +51,7 @@ def nothing_left(cache: Path, temporary: Path) -> Iterator[None]:
         cache: what MII_CACHE_PATH says.
         temporary: what TMPDIR says.
     """
+    before = set(zombies())
     try:
         yield
         left = {path for path in cache.rglob("*") if not path.is_dir()}
@@ -59,7 +61,7 @@ def nothing_left(cache: Path, temporary: Path) -> Iterator[None]:
         for pid in processes_of(cache):
             os.kill(pid, 9)
     assert list(temporary.iterdir()) == []
-    wait_until(lambda: not zombies())
+    wait_until(lambda: set(zombies()) <= before)
 
 
 def zombies() -> list[int]:
@@ -73,6 +75,15 @@ def zombies() -> list[int]:
         if fields[0] == "Z" and int(fields[1]) == os.getpid():
             found.append(int(stat.parent.name))
     return found
+
+
+def free_port(count: int = 8) -> int:
+    """The first of some free ports in a row. They are this process's own: several test runs share a machine."""
+    start = 15000 + os.getpid() % 1500 * 10
+    for first in range(start, start + 2000, count):
+        if all(is_free(port, "0.0.0.0") for port in range(first, first + count)):
+            return first
+    raise AssertionError("no free ports")
 
 
 class StandIns:

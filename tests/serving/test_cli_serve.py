@@ -16,7 +16,7 @@ from mii.backend import deployment
 from mii.backend.server import MIIServer
 from mii.cli import main
 from mii.config.registry import deployment_folder
-from tests.serving.deployments import StandIns, pid_of, processes_of, wait_until
+from tests.serving.deployments import StandIns, free_port, pid_of, processes_of, wait_until
 from tests.serving.test_deployment import config
 
 SERVE = """
@@ -33,18 +33,23 @@ with pytest.MonkeyPatch.context() as patch:
 
 def serve(*words: str, drain: float = 0.0) -> subprocess.Popen[str]:
     script = textwrap.dedent(SERVE).format(drain=drain)
-    return subprocess.Popen([sys.executable, "-c", script, *words], stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", script, "--port", str(free_port()), *words]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
-def runs(name: str = "demo") -> bool:
-    return any(status.name == name and status.stage == "running" for status in deployment.statuses())
+def read_until(command: subprocess.Popen[str], text: str) -> None:
+    """Until it has written this to standard error, or has ended."""
+    assert command.stderr is not None
+    for line in command.stderr:
+        if text in line:
+            return
+    raise AssertionError(f"it ended without {text!r}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_it_stays_in_the_foreground_and_drains_when_it_is_told_to_end(cache: Path, number: signal.Signals) -> None:
     command = serve(drain=0.3)
-    wait_until(runs)
-    wait_until(lambda: "balancer: ready" in command.stderr.readline() if command.stderr else False)
+    read_until(command, "Ctrl-C ends it")
     command.send_signal(number)
     _, errors = command.communicate(timeout=20)
     assert command.returncode == 0, errors
@@ -54,12 +59,9 @@ def test_it_stays_in_the_foreground_and_drains_when_it_is_told_to_end(cache: Pat
 
 def test_a_second_ctrl_c_does_not_wait_for_the_drain(cache: Path) -> None:
     command = serve("--option", "drain_seconds=60", drain=60.0)
-    wait_until(runs)
-    assert command.stderr is not None
-    while "ready after" not in command.stderr.readline():
-        pass
+    read_until(command, "Ctrl-C ends it")
     command.send_signal(signal.SIGINT)
-    assert "Ctrl-C again" in command.stderr.readline()
+    read_until(command, "Ctrl-C again")
     wait_until(lambda: "drains" in deployment_folder("demo").log("balancer").read_text())
     command.send_signal(signal.SIGINT)
     command.communicate(timeout=20)
@@ -68,7 +70,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_drain(cache: Path) -> None:
 
 def test_it_tells_what_happens_and_ends_with_the_deployment(cache: Path) -> None:
     command = serve("--no-progress")
-    wait_until(runs)
+    read_until(command, "Ctrl-C ends it")
     os.kill(pid_of(deployment_folder("demo"), "balancer") or 0, signal.SIGKILL)
     assert command.stderr is not None
     assert "balancer was killed by SIGKILL; starting it again" in command.stderr.readline()
@@ -80,7 +82,7 @@ def test_it_tells_what_happens_and_ends_with_the_deployment(cache: Path) -> None
 
 def test_a_foreground_that_is_killed_takes_the_deployment_along(cache: Path) -> None:
     command = serve("--no-progress")
-    wait_until(runs)
+    read_until(command, "Ctrl-C ends it")
     command.kill()
     command.communicate(timeout=20)
     wait_until(lambda: not processes_of(cache))
@@ -90,9 +92,8 @@ def test_detached_it_returns_and_shows_what_each_part_did(
     stand_ins: StandIns, capfd: pytest.CaptureFixture[str]
 ) -> None:
     stand_ins("replica-0-engine", steps=5)
-    assert (
-        main(["serve", "org/model", "--device", "cpu", "--name", "a b/c", "--detach", "--http", "--replicas", "2"]) == 0
-    )
+    words = ["--device", "cpu", "--name", "a b/c", "--port", str(free_port()), "--http", "--replicas", "2"]
+    assert main(["serve", "org/model", *words, "--detach"]) == 0
     lines = capfd.readouterr().err.splitlines()
     assert any(line.endswith("s  replica-0-engine: loading 1 B of 5 B") for line in lines)
     assert any("s  balancer: ready: grpc on port " in line for line in lines)

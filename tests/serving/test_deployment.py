@@ -10,6 +10,8 @@ import subprocess
 import sys
 import textwrap
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,32 @@ from mii.config.registry import deployment_folder
 from mii.errors import DeploymentError, DeploymentExistsError, DeploymentNotFoundError, PortTakenError
 from mii.launch import child, supervisor
 from mii.launch.state import read_state
-from tests.serving.deployments import StandIns, pid_of, processes_of, wait_until
+from tests.serving.deployments import StandIns, free_port, pid_of, processes_of, wait_until
 
 ROLES = ["balancer", "replica-0-front", "replica-0-engine", "gateway"]
 
 
 def config(name: str = "demo", **options: Any) -> MIIConfig:
     model = {"model_name_or_path": "m", "progress": False, "device": "cpu", **options.pop("model", {})}
-    return MIIConfig(deployment_name=name, model_config=model, **options)
+    return MIIConfig(deployment_name=name, model_config=model, **{"port_number": free_port(), **options})
+
+
+def fork(work: Callable[[], object]) -> int:
+    """A copy of this process that does some work and ends with 0, or 1 when that fails."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        finally:
+            traceback.print_exc()
+            os._exit(1)
+    return pid
+
+
+def ended_with(pid: int) -> int:
+    """Waits for it; its exit code, or the negative number of the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def is_back(name: str, role: str, killed: int) -> bool:
@@ -74,23 +94,17 @@ def test_everything_of_it_is_its_owners_alone(stand_ins: StandIns, cache: Path) 
 
 
 def test_it_outlives_the_process_that_started_it_and_ends_from_another(stand_ins: StandIns) -> None:
-    pid = os.fork()
-    if pid == 0:
-        try:
-            MIIServer(config())
-        finally:
-            os._exit(0)
-    os.waitpid(pid, 0)
+    assert ended_with(fork(lambda: MIIServer(config()))) == 0
     assert deployment.find("demo").stage == "running"
     deployment.stop("demo")
 
 
 def test_an_attached_one_ends_with_the_process_that_started_it(stand_ins: StandIns, cache: Path) -> None:
-    pid = os.fork()
-    if pid == 0:
+    def serve_and_die() -> None:
         MIIServer(config(), attached=True)
         os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(pid, 0)
+
+    assert ended_with(fork(serve_and_die)) == -signal.SIGKILL
     wait_until(lambda: not processes_of(cache))
 
 
@@ -115,14 +129,15 @@ def test_a_part_that_fails_ends_the_start_with_its_reason_and_its_log(stand_ins:
 
 def test_a_part_that_is_killed_ends_the_start_and_is_named(stand_ins: StandIns, cache: Path) -> None:
     stand_ins("replica-0-engine", start=60.0)
-    pid = os.fork()
-    if pid == 0:
+
+    def kill_engine() -> None:
         wait_until(lambda: bool(pid_of(deployment_folder("demo"), "replica-0-engine")))
         os.kill(pid_of(deployment_folder("demo"), "replica-0-engine") or 0, signal.SIGKILL)
-        os._exit(0)
+
+    killer = fork(kill_engine)
     with pytest.raises(DeploymentError, match="'demo' failed: replica-0-engine was killed by SIGKILL"):
         MIIServer(config())
-    os.waitpid(pid, 0)
+    assert ended_with(killer) == 0
 
 
 def test_a_start_that_takes_too_long_is_ended(stand_ins: StandIns) -> None:
@@ -239,15 +254,16 @@ def test_a_killed_supervisor_takes_its_processes_along_and_the_rest_is_cleared_a
 
 def test_a_supervisor_that_is_killed_while_it_starts_is_an_error_and_leaves_nothing(stand_ins: StandIns) -> None:
     stand_ins("replica-0-engine", start=60.0)
-    pid = os.fork()
-    if pid == 0:
+
+    def kill_supervisor() -> None:
         folder = deployment_folder("demo")
         wait_until(lambda: bool(pid_of(folder, "replica-0-engine")))
         os.kill(int(folder.lock_file.read_text()), signal.SIGKILL)
-        os._exit(0)
+
+    killer = fork(kill_supervisor)
     with pytest.raises(DeploymentError, match="'demo' failed: its supervisor was killed"):
         MIIServer(config())
-    os.waitpid(pid, 0)
+    assert ended_with(killer) == 0
 
 
 SCRIPT = """
@@ -277,7 +293,8 @@ def test_whoever_starts_it_and_is_ended_leaves_nothing(cache: Path, number: sign
 
 
 def test_two_run_side_by_side_on_ports_of_their_own(stand_ins: StandIns) -> None:
-    first, second = MIIServer(config("one")), MIIServer(config("two"))
+    model = {"model_name_or_path": "m", "progress": False, "device": "cpu"}
+    first, second = (MIIServer(MIIConfig(deployment_name=name, model_config=model)) for name in ("one", "two"))
     assert first.mii_config.port_number != second.mii_config.port_number
     assert [status.name for status in deployment.statuses()] == ["one", "two"]
     first.terminate()
@@ -297,23 +314,33 @@ def test_a_port_that_was_asked_for_and_is_taken_is_an_error_with_its_owner(stand
 def test_a_port_that_somebody_takes_after_its_choice_is_replaced(
     stand_ins: StandIns, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    real, tries = deployment.choose_ports, []
+
+    def choose(given: MIIConfig, reserved: set[int]) -> MIIConfig:
+        tries.append(given)
+        chosen = real(config(port_number=free_port()), reserved)
+        if len(tries) == 1:  # as if it had been free just now
+            chosen.port_number = other.getsockname()[1]
+        return chosen
+
+    monkeypatch.setattr(deployment, "choose_ports", choose)
     with socket.socket() as other:
-        real = deployment.choose_ports
-
-        def choose(config: MIIConfig, reserved: set[int]) -> MIIConfig:
-            chosen = real(config, reserved)
-            if other.getsockname()[1] == 0:
-                other.bind(("127.0.0.1", chosen.port_number))
-                other.listen()
-            return chosen
-
-        monkeypatch.setattr(deployment, "choose_ports", choose)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
         server = MIIServer(config())
-        assert server.mii_config.port_number > other.getsockname()[1]
+        assert len(tries) == 2 and tries[0] is tries[1]
+        assert server.mii_config.port_number != other.getsockname()[1]
         server.terminate()
-        other_port = other.getsockname()[1]
-        with pytest.raises(PortTakenError, match=f"port {other_port} "):
-            MIIServer(config(port_number=other_port))
+
+
+def test_somebody_who_is_always_quicker_is_an_error(stand_ins: StandIns, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        chosen = config(port_number=other.getsockname()[1])
+        monkeypatch.setattr(deployment, "choose_ports", lambda given, reserved: chosen)
+        with pytest.raises(DeploymentError, match=f"balancer: port {chosen.port_number} is taken"):
+            MIIServer(config())
 
 
 def test_ten_starts_and_stops_in_a_row_leave_nothing(stand_ins: StandIns, cache: Path) -> None:
