@@ -15,6 +15,7 @@ import weakref
 import grpc
 import grpc.aio
 
+from mii.errors import ServingError
 from mii.grpc_related.options import CHANNEL_OPTIONS
 from mii.grpc_related.proto.modelresponse_pb2_grpc import ModelResponseStub
 
@@ -37,6 +38,8 @@ class _Connections:
             tuple[str, int], tuple[asyncio.AbstractEventLoop, grpc.aio.Channel, ModelResponseStub]
         ] = {}
         self.users: dict[str, weakref.WeakSet[object]] = {}
+        self.used_async = False
+        self.parent_used_async = False
 
 
 _connections = _Connections()
@@ -45,8 +48,10 @@ _inherited: list[_Connections] = []  # never touched again: their destructors wo
 
 def _forget_parents() -> None:
     global _connections
-    _inherited.append(_connections)
+    parents = _connections
+    _inherited.append(parents)
     _connections = _Connections()
+    _connections.parent_used_async = parents.used_async or parents.parent_used_async
 
 
 os.register_at_fork(after_in_child=_forget_parents)
@@ -72,7 +77,17 @@ def stub(address: str) -> ModelResponseStub:
 
 
 def async_stub(address: str) -> ModelResponseStub:
-    """The asynchronous stub for an address, for the event loop that runs."""
+    """The asynchronous stub for an address, for the event loop that runs.
+
+    Raises:
+        ServingError: gRPC's part for event loops was in use when this process was forked; it does not survive that.
+    """
+    if _connections.parent_used_async:
+        raise ServingError(
+            "this process was forked from one that had made asynchronous calls, so it can make synchronous ones only; "
+            "start it with multiprocessing's 'spawn' method, or fork before the first asynchronous call"
+        )
+    _connections.used_async = True
     loop = asyncio.get_running_loop()
     found = _connections.asynchronous.get((address, id(loop)))
     if found is None or found[0] is not loop:

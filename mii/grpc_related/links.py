@@ -24,7 +24,6 @@ _OPTIONS = [
     ("grpc.keepalive_time_ms", 6_000),
     ("grpc.keepalive_timeout_ms", 4_000),
     ("grpc.max_reconnect_backoff_ms", 250),
-    ("grpc.http2.bdp_probe", 0),  # a stream's window stays at 64 KiB: all that a slow reader can make pile up
 ]
 _AGAIN_SECONDS = 0.05
 
@@ -43,6 +42,7 @@ class Link:
         self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
         self.unary = self._channel.unary_unary(f"/{SERVICE_NAME}/GeneratorReply")
         self.stream = self._channel.unary_stream(f"/{SERVICE_NAME}/GeneratorReplyStream")
+        self.multiplex = self._channel.stream_stream(f"/{SERVICE_NAME}/Multiplex")
         self._health = self._channel.unary_unary(
             f"/{SERVICE_NAME}/Health", Empty.SerializeToString, HealthReply.FromString
         )

@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import socket
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,10 @@ from mii.config import MIIConfig
 from mii.config.registry import deployment_folder
 from mii.launch.folder import DeploymentFolder
 from mii.launch.state import BALANCER, Plan, engine_role, front_role, read_state
-from tests.serving.deployments import wait_until
+from tests.serving.deployments import nothing_left, wait_until
 from tests.serving.standin import Options
 
-__all__ = ["NAME", "Cluster", "running_cluster"]
+__all__ = ["NAME", "Cluster", "running_cluster", "shared_cluster"]
 
 NAME = "cluster"
 _ENGINE, _STAND_IN = "mii.launch.engine", "tests.serving.standin"
@@ -113,6 +114,18 @@ def running_cluster(
         cluster.client.close()
     finally:
         server.terminate(hurry=True)
+
+
+@contextlib.contextmanager
+def shared_cluster(factory: pytest.TempPathFactory, model: Path, **options: Any) -> Iterator[Cluster]:
+    """A deployment for all tests of a module, with a registry of its own; when it is gone, nothing is left."""
+    cache = factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as monkeypatch, tempfile.TemporaryDirectory(dir="/tmp") as temporary:
+        monkeypatch.setenv("MII_CACHE_PATH", str(cache))
+        monkeypatch.setattr(tempfile, "tempdir", None)  # it is looked up anew
+        monkeypatch.setenv("TMPDIR", temporary)
+        with nothing_left(cache, Path(temporary)), running_cluster(monkeypatch, model, **options) as cluster:
+            yield cluster
 
 
 def _free_ports(count: int) -> int:

@@ -1,0 +1,414 @@
+"""The client over a deployment of stand-in engines: every way to call it, every way to end a call, and what is left."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy
+import pytest
+
+import mii
+from mii.backend import MIIClient, channels
+from mii.batching.data_classes import StreamedResponse
+from mii.errors import (
+    PromptEncodingError,
+    PromptTooLongError,
+    PromptTypeError,
+    RequestError,
+    RequestTimeoutError,
+    ServingError,
+)
+from mii.modeling.tokenizers import load_tokenizer
+from tests.serving.clusters import NAME, Cluster, shared_cluster
+from tests.serving.deployments import wait_until
+from tests.serving.standin import Options, answer
+
+LONG = 100_000
+PROMPTS = ["DeepSpeed is", "Seattle is", "A much longer prompt that differs from the others"]
+
+
+@pytest.fixture(scope="module")
+def shared(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    options = Options(step_seconds=0.001, max_length=2 * LONG, num_blocks=1 << 22)
+    with shared_cluster(tmp_path_factory, tiny_llama, options=options) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(shared: Cluster) -> Iterator[Cluster]:
+    """Nothing of any call is left when a test ends."""
+    yield shared
+    shared.wait_idle()
+
+
+@pytest.fixture
+def client(cluster: Cluster) -> Iterator[MIIClient]:
+    with MIIClient(cluster.config) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def said(tiny_llama: Path) -> Any:
+    """The text that a stand-in answers to a prompt with so many tokens."""
+    tokenizer = load_tokenizer(tiny_llama)
+
+    def text(prompt: str | list[int], count: int) -> str:
+        ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return tokenizer.decode([answer(ids, position) for position in range(count)])
+
+    return text
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+# Ways to call
+
+
+def test_every_way_of_calling_gives_the_same_texts(client: MIIClient, said: Any) -> None:
+    expected = [said(prompt, 12) for prompt in PROMPTS]
+    assert [response.generated_text for response in client.generate(PROMPTS, max_new_tokens=12) or ()] == expected
+    assert [response.generated_text for response in client(PROMPTS, max_new_tokens=12) or ()] == expected
+    streamed: dict[int, str] = {}
+
+    def collect(pieces: list[StreamedResponse]) -> None:
+        (piece,) = pieces
+        streamed[piece.index] = streamed.get(piece.index, "") + piece.generated_text
+
+    def texts() -> list[str]:
+        found = [streamed[index] for index in range(len(PROMPTS))]
+        streamed.clear()
+        return found
+
+    assert client.generate(PROMPTS, collect, max_new_tokens=12) is None
+    assert texts() == expected
+    for pieces in client.stream(PROMPTS, max_new_tokens=12):
+        for piece in pieces:
+            collect([piece])
+    assert texts() == expected
+
+    async def run() -> None:
+        async def collect_later(pieces: list[StreamedResponse]) -> None:
+            await asyncio.sleep(0)
+            collect(pieces)
+
+        answers = await client.generate_async(PROMPTS, max_new_tokens=12)
+        assert [response.generated_text for response in answers or ()] == expected
+        for callback in (collect, collect_later):
+            assert await client.generate_async(PROMPTS, callback, max_new_tokens=12) is None
+            assert texts() == expected
+        async for pieces in client.astream(PROMPTS, max_new_tokens=12):
+            for piece in pieces:
+                collect([piece])
+        assert texts() == expected
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        "one",
+        ["one"],
+        [5, 6, 7],
+        [[5, 6, 7], [8]],
+        ["one", [5, 6], "two", [7]],
+        numpy.array([5, 6, 7]),
+        numpy.array([[5, 6], [7, 8]]),
+        (prompt for prompt in ("one", "two")),
+        [],
+    ],
+    ids=repr,
+)
+def test_prompts_are_what_the_pipeline_takes(client: MIIClient, said: Any, prompts: Any) -> None:
+    given = list(prompts) if not isinstance(prompts, str) else [prompts]
+    if given and isinstance(given[0], (int, numpy.integer)):
+        given = [given]
+    given = [prompt if isinstance(prompt, str) else [int(token) for token in prompt] for prompt in given]
+    responses = client.generate(iter(given) if hasattr(prompts, "send") else prompts, max_new_tokens=4)
+    assert [response.generated_text for response in responses or ()] == [said(prompt, 4) for prompt in given]
+
+
+def test_options_may_be_lists_none_and_numpy_scalars(client: MIIClient, said: Any) -> None:
+    text = said("one", 40)
+    (response,) = (
+        client.generate(
+            "one", max_new_tokens=numpy.int64(40), top_p=numpy.float32(0.5), top_k=None, stop=[text[10:13], text[6:9]]
+        )
+        or ()
+    )
+    assert response.generated_text == text[:6] and response.finish_reason == "stop"
+
+
+def test_a_callback_gets_one_piece_at_a_time_and_last_the_reason_without_text(client: MIIClient) -> None:
+    got: list[StreamedResponse] = []
+    client.generate("one", streaming_fn=lambda pieces: got.extend(pieces), max_new_tokens=20)
+    *pieces, last = got
+    assert all(piece.finish_reason == "none" and piece.generated_text for piece in pieces)
+    lengths = [piece.generated_length for piece in pieces]
+    assert lengths == sorted(set(lengths)) and lengths[-1] == 20
+    assert (last.generated_text, last.finish_reason, last.generated_length) == ("", "length", 20)
+    assert {piece.prompt_length for piece in got} == {last.prompt_length}
+
+
+def test_threads_share_a_client(client: MIIClient, said: Any) -> None:
+    def ask(number: int) -> bool:
+        prompt = f"number {number}"
+        streamed = "".join(
+            piece.generated_text for pieces in client.stream(prompt, max_new_tokens=9) for piece in pieces
+        )
+        (response,) = client.generate(prompt, max_new_tokens=9) or ()
+        return response.generated_text == streamed == said(prompt, 9)
+
+    with ThreadPoolExecutor(16) as pool:
+        assert all(pool.map(ask, range(64)))
+
+
+def test_a_synchronous_call_works_inside_a_running_event_loop(client: MIIClient, said: Any) -> None:
+    async def notebook_cell() -> Any:
+        return client.generate("one", max_new_tokens=5)
+
+    (response,) = asyncio.run(notebook_cell())
+    assert response.generated_text == said("one", 5)
+
+
+def test_event_loops_come_and_go_and_leave_nothing(cluster: Cluster) -> None:
+    async def run() -> None:
+        async with MIIClient(cluster.config) as client:
+            await asyncio.gather(*(client.generate_async("one", max_new_tokens=2) for _ in range(4)))
+
+    asyncio.run(run())
+    before = open_files()
+    for _ in range(20):
+        asyncio.run(run())
+    assert open_files() <= before + 2
+
+
+def test_a_client_for_every_request_in_threads_with_loops_as_benchmarks_do(cluster: Cluster, said: Any) -> None:
+    def worker(number: int) -> list[str]:
+        asyncio.set_event_loop(asyncio.new_event_loop())
+        texts = []
+        for request in range(5):
+            pieces: list[str] = []
+            client = mii.client(NAME)
+            client.generate(
+                f"{number} {request}",
+                max_new_tokens=5,
+                streaming_fn=lambda response, pieces=pieces: pieces.append(response[0].generated_text),
+            )
+            texts.append("".join(pieces))
+        asyncio.get_event_loop().close()
+        return texts
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(worker, range(4)))
+    assert results == [[said(f"{number} {request}", 5) for request in range(5)] for number in range(4)]
+    before = open_files()
+    for _ in range(300):
+        MIIClient(cluster.config).health()
+    assert open_files() <= before + 1
+
+
+def test_a_forked_process_makes_its_own_connection(client: MIIClient, said: Any) -> None:
+    expected = said("one", 3)
+
+    def works() -> bool:
+        (response,) = client.generate("one", max_new_tokens=3) or ()
+        streamed = [piece.generated_text for pieces in client.stream("one", max_new_tokens=3) for piece in pieces]
+        return bool(response.generated_text == "".join(streamed) == expected)
+
+    def refuses_what_grpc_cannot() -> bool:
+        with pytest.raises(ServingError, match="forked from one that had made asynchronous calls"):
+            asyncio.run(client.generate_async("one", max_new_tokens=3))
+        return True
+
+    assert works() and asyncio.run(client.generate_async("one", max_new_tokens=3))
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)
+        os._exit(0 if works() and refuses_what_grpc_cannot() and works() else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert works() and asyncio.run(client.generate_async("one", max_new_tokens=3))
+
+
+# Ends of calls
+
+
+def interrupt_soon(number: signal.Signals = signal.SIGINT) -> None:
+    threading.Timer(0.3, os.kill, (os.getpid(), number)).start()
+
+
+def test_ctrl_c_ends_a_call_here_and_in_the_engine(cluster: Cluster, client: MIIClient) -> None:
+    started = time.monotonic()
+    interrupt_soon()
+    with pytest.raises(KeyboardInterrupt):
+        client.generate("one", max_new_tokens=LONG)
+    assert time.monotonic() - started < 2
+    cluster.wait_idle()
+    interrupt_soon()
+    with pytest.raises(KeyboardInterrupt):
+        for _ in client.stream("one", max_new_tokens=LONG):
+            pass
+    cluster.wait_idle()
+    assert client.generate("one", max_new_tokens=2)
+
+
+def test_a_stream_that_is_closed_ends_in_the_engine(cluster: Cluster, client: MIIClient) -> None:
+    stream = client.stream("one", max_new_tokens=LONG)
+    next(stream)
+    stream.close()
+    cluster.wait_idle()
+
+
+def test_an_error_in_a_callback_ends_the_call(cluster: Cluster, client: MIIClient) -> None:
+    def callback(pieces: list[StreamedResponse]) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        client.generate("one", callback, max_new_tokens=LONG)
+    cluster.wait_idle()
+
+
+def test_a_cancelled_task_ends_its_call(cluster: Cluster, client: MIIClient) -> None:
+    async def run() -> None:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(client.generate_async("one", max_new_tokens=LONG), 0.3)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(client.generate_async("one", lambda _: None, max_new_tokens=LONG), 0.3)
+
+    asyncio.run(run())
+    cluster.wait_idle()
+
+
+def test_time_that_is_over_ends_a_call_everywhere(cluster: Cluster, client: MIIClient) -> None:
+    with pytest.raises(RequestTimeoutError, match=r"not complete within timeout=0\.3 s") as caught:
+        client.generate("one", max_new_tokens=LONG, timeout=0.3)
+    assert isinstance(caught.value, TimeoutError)
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
+    cluster.wait_idle()
+    with pytest.raises(TimeoutError):
+        list(client.stream("one", max_new_tokens=LONG, timeout=0.3))
+    with MIIClient(cluster.config, timeout=0.3) as impatient, pytest.raises(TimeoutError):
+        impatient.generate("one", max_new_tokens=LONG)
+    with pytest.raises(ValueError, match="timeout is 0; give a number of seconds above 0"):
+        client.generate("one", timeout=0)
+
+
+def test_a_callback_that_dawdles_gets_everything_in_fewer_pieces(client: MIIClient, said: Any) -> None:
+    pieces: list[str] = []
+
+    def callback(response: list[StreamedResponse]) -> None:
+        if len(pieces) == 1:
+            time.sleep(1.5)
+        pieces.append(response[0].generated_text)
+
+    client.generate("one", callback, max_new_tokens=2500)
+    assert "".join(pieces) == said("one", 2500)
+    assert len(pieces) < 2000
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "kind", "message"),
+    [
+        ("one", {"top_p": 2}, RequestError, "top_p=2"),
+        ("one", {"no_such_option": 1}, RequestError, "unknown option 'no_such_option'"),
+        ("one", {"stop": b"x"}, RequestError, "cannot be sent"),
+        (5, {}, PromptTypeError, "prompts is int 5"),
+        (["one", "\ud83d"], {}, PromptEncodingError, "half of a surrogate pair"),
+        ([5] * (2 * LONG + 1), {}, PromptTooLongError, "leaves no room for an answer"),
+        (["one", [9999]], {}, RequestError, "prompt 1.*token id 9999"),
+    ],
+)
+def test_what_the_caller_did_wrong_is_told_at_once(
+    client: MIIClient, prompts: Any, options: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    for call in (client.generate, lambda *args, **kwargs: list(client.stream(*args, **kwargs))):
+        with pytest.raises(kind, match=message) as caught:
+            call(prompts, **options)
+        assert isinstance(caught.value, ValueError)
+        again = pickle.loads(pickle.dumps(caught.value))
+        assert type(again) is type(caught.value) and str(again) == str(caught.value)
+
+
+def test_errors_of_the_server_are_also_grpcs(client: MIIClient) -> None:
+    with pytest.raises(grpc.RpcError) as caught:
+        client.generate("one", top_p=2)
+    assert isinstance(caught.value, RequestError)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.details() == str(caught.value)
+
+
+# The deployment
+
+
+def test_it_says_how_it_is(client: MIIClient) -> None:
+    client.wait_ready(5)
+    health = client.health()
+    assert health == asyncio.run(client.health_async())
+    assert health["ready"] and not health["reason"]
+    assert [replica["ready"] for replica in health["replicas"]] == [True, True]
+    assert {replica["max_length"] for replica in health["replicas"]} == {2 * LONG}
+    stats = client.stats()
+    assert stats["balancer"]["replicas_ready"] == 2 and len(stats["replicas"]) == 2
+
+
+def test_a_request_can_have_a_name(cluster: Cluster, client: MIIClient) -> None:
+    assert client.generate("one", max_new_tokens=2, request_id="my-own-name")
+
+
+def test_a_closed_client_says_so_and_others_go_on(cluster: Cluster) -> None:
+    one, other = MIIClient(cluster.config), MIIClient(cluster.config)
+    assert one.generate("one", max_new_tokens=2)
+    one.close()
+    one.close()
+    with pytest.raises(ServingError, match=r"is closed; make another one with mii\.client"):
+        one.generate("one")
+    assert other.generate("one", max_new_tokens=2)
+    other.close()
+
+
+def test_the_last_client_that_closes_takes_the_connection_along(shared: Cluster) -> None:
+    shared.client.close()
+    before = open_files()
+    with MIIClient(shared.config) as client:
+        assert client.generate("one", max_new_tokens=2)
+        assert open_files() > before
+    wait_until(lambda: open_files() <= before)
+    shared.client = MIIClient(shared.config)
+
+
+def test_its_attributes_are_those_of_deepspeed_miis(client: MIIClient, cluster: Cluster) -> None:
+    assert client.mii_config is cluster.config and client.port == cluster.config.port_number
+    assert client.task == "text-generation"
+
+
+@pytest.mark.parametrize(
+    ("host", "listens", "address"),
+    [
+        ("localhost", "127.0.0.1", "127.0.0.1:7"),
+        ("localhost", "0.0.0.0", "127.0.0.1:7"),
+        ("localhost", "10.0.0.5", "10.0.0.5:7"),
+        ("gpu-3", "0.0.0.0", "gpu-3:7"),
+        ("fe80::1", "::", "[fe80::1]:7"),
+    ],
+)
+def test_it_finds_the_address(host: str, listens: str, address: str) -> None:
+    config = mii.config.MIIConfig(model_config={"model_name_or_path": "m"}, host=listens, port_number=7)
+    client = MIIClient(config, host)
+    assert client.address == address
+    client.close()
+    assert address not in channels._connections.users
