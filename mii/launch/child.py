@@ -15,7 +15,7 @@ from mii.launch.process import CONTROL_ENV, Failed, Message, Ready, decode_messa
 from mii.launch.state import ProcessState, Spec, start_ticks
 from mii.logging import logger
 
-__all__ = ["Child"]
+__all__ = ["LONGEST_LOG_BYTES", "Child", "read_tail"]
 
 _PAUSES = (
     0.1,
@@ -28,6 +28,8 @@ _HEALTHY_SECONDS = 60.0  # ready for this long, and earlier deaths no longer cou
 _LOG_LINES = 15
 _LOG_BYTES = 8192
 _READ_BYTES = 65536
+LONGEST_LOG_BYTES = 32 << 20
+_KEPT_LOG_BYTES = 1 << 20
 
 
 class Child:
@@ -161,6 +163,16 @@ class Child:
     def log_tail(self) -> str:
         """The last lines of its log."""
         return read_tail(self._folder, self.spec.role)
+
+    def trim_log(self) -> None:
+        """Keeps the end of a log that has grown long; a line that is written in this moment may be lost."""
+        with contextlib.suppress(OSError), open(self._folder.log(self.spec.role), "r+b") as file:
+            if os.fstat(file.fileno()).st_size > LONGEST_LOG_BYTES:
+                file.seek(-_KEPT_LOG_BYTES, os.SEEK_END)
+                end = file.read()
+                file.truncate(0)  # the process appends, so it goes on after what is put back here
+                file.seek(0)
+                file.write(b"(the beginning was cut off)\n" + end)
 
     def _note(self, message: Message) -> None:
         if isinstance(message, Ready):

@@ -51,6 +51,7 @@ _KILL_SECONDS = 1.0  # after the time to drain, before SIGKILL
 # Everything that an end may take apart from the time to drain, and some more on a busy machine.
 END_SECONDS = _KILL_SECONDS + _QUICK_SECONDS + 6.0
 _OUTBOX_BYTES = 65536
+_LOG_SECONDS = 60.0  # between two looks at the length of logs
 
 
 class _Starter:
@@ -212,9 +213,14 @@ class Supervisor:
 
     def _watch(self) -> None:
         """Until somebody asks for the end, or nothing is left that could serve."""
+        logs_at = time.monotonic() + _LOG_SECONDS
         while not self._stops:
-            for child in self._turn(self._patience(None)):
+            for child in self._turn(self._patience(logs_at)):
                 self._restart(child)
+            if time.monotonic() >= logs_at:
+                logs_at = time.monotonic() + _LOG_SECONDS
+                for child in self._children:
+                    child.trim_log()
             for child in self._children:
                 if child.state.stage == "waiting" and child.start_at <= time.monotonic() and not self._try(child):
                     self._restart(child)

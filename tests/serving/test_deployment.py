@@ -23,7 +23,7 @@ from mii.config import MIIConfig, get_mii_config
 from mii.config.registry import deployment_folder
 from mii.errors import DeploymentError, DeploymentExistsError, DeploymentNotFoundError, PortTakenError
 from mii.launch import child, supervisor
-from mii.launch.state import read_state
+from mii.launch.state import Spec, read_state
 from tests.serving.deployments import StandIns, free_port, pid_of, processes_of, wait_until
 
 ROLES = ["balancer", "replica-0-front", "replica-0-engine", "gateway"]
@@ -357,4 +357,23 @@ def test_the_log_of_a_part_is_bounded_in_an_error(stand_ins: StandIns, cache: Pa
     folder.create()
     folder.log("engine").write_bytes(b"x" * 100_000 + b"\n" + b"\xff line\n" * 100)
     assert child.read_tail(folder, "engine") == "\n".join(["\ufffd line"] * 15)
+    folder.remove()
+
+
+def test_a_log_that_grows_long_keeps_its_end_and_goes_on(stand_ins: StandIns, cache: Path) -> None:
+    folder = deployment_folder("demo")
+    folder.path.mkdir(parents=True)
+    folder.create()
+    part = child.Child(Spec("engine", []), folder, 0)
+    part.trim_log()  # there is none yet
+    with open(folder.log("engine"), "ab", buffering=0) as log:
+        log.write(b"short\n")
+        part.trim_log()
+        assert folder.log("engine").read_bytes() == b"short\n"
+        log.write(b"x" * child.LONGEST_LOG_BYTES + b"\nlast\n")
+        part.trim_log()
+        log.write(b"next\n")
+    kept = folder.log("engine").read_bytes()
+    assert len(kept) < child.LONGEST_LOG_BYTES / 8
+    assert kept.startswith(b"(the beginning was cut off)") and kept.endswith(b"x\nlast\nnext\n")
     folder.remove()
