@@ -8,20 +8,21 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
 from mii.backend import MIIClient
+from mii.batching.data_classes import Response
 from mii.benchmark.serving.http_stream import Connections
 from mii.benchmark.serving.trace import Failed
 from mii.config import MIIConfig
 from mii.errors import MIIError
 from tests.serving.standin import answer
 
-__all__ = ["WAYS", "Crowd", "Outcome", "crowd", "http_options", "stand_in_text"]
+__all__ = ["WAYS", "Answer", "Asker", "Crowd", "Outcome", "asking", "crowd", "http_options", "stand_in_text"]
 
 WAYS = ("grpc stream", "grpc", "http stream", "http")
 _LONGEST_SECONDS = 40.0
@@ -96,55 +97,101 @@ class Crowd:
         return [outcome for outcome in list(self.outcomes) if outcome.began >= moment]
 
     async def _main(self) -> None:
-        address = f"http://127.0.0.1:{self._config.restful_api_port}/mii/{quote(self._config.deployment_name)}"
-        http = Connections(address, {})
-        async with MIIClient(self._config) as client:
+        async with asking(self._config) as asker:
             ways = itertools.islice(itertools.cycle(self._ways), self._clients)
-            await asyncio.gather(*(self._run(way, client, http) for way in ways))
-        http.close()
+            await asyncio.gather(*(self._run(way, asker) for way in ways))
 
-    async def _run(self, way: str, client: MIIClient, http: Connections) -> None:
+    async def _run(self, way: str, asker: Asker) -> None:
+        options = {"max_new_tokens": self._tokens, "ignore_eos": True, "do_sample": False}
         while not self._stop.is_set():
             began, number = time.monotonic(), next(self._numbers)
-            prompt, texts, error = f"{way.replace(' ', '-')}-{number}", [], ""
+            prompt, error = f"{way.replace(' ', '-')}-{number}", ""
+            answers: dict[int, Answer] = {}
             try:
-                if way.startswith("grpc"):
-                    await self._grpc(way, client, prompt, texts)
-                else:
-                    await self._http(way, http, prompt, texts)
+                await asker.ask(way, [prompt], options, answers)
             except MIIError as failure:
                 error = f"{type(failure).__name__}: {failure}"
             except Failed as failure:
                 error = f"{failure.kind}: {failure}"
-            text, expected = "".join(texts), stand_in_text(prompt, self._tokens)
+            text, expected = answers[0].text if answers else "", stand_in_text(prompt, self._tokens)
             right = expected.startswith(text) if error else text == expected
             self.outcomes.append(Outcome(way, began, time.monotonic(), error, right))
             if error:
                 await asyncio.sleep(0.05)
 
-    async def _grpc(self, way: str, client: MIIClient, prompt: str, texts: list[str]) -> None:
-        if way == "grpc":
-            responses = await client.generate_async(prompt, timeout=_LONGEST_SECONDS, **self._options())
-            texts.extend(response.generated_text for response in responses or ())
-            return
-        async for pieces in client.astream(prompt, timeout=_LONGEST_SECONDS, **self._options()):
-            texts.extend(piece.generated_text for piece in pieces)
 
-    async def _http(self, way: str, http: Connections, prompt: str, texts: list[str]) -> None:
-        streams, body = way == "http stream", bytearray()
-        request = {"prompts": [prompt], "stream": streams, **self._options()}
+@dataclass
+class Answer:
+    """An answer, or what there is of it."""
+
+    text: str = ""
+    prompt_length: int = 0
+    length: int = 0
+    reason: str = "none"
+
+    def add(self, text: str, prompt_length: int, length: int, reason: str) -> None:
+        self.text += text
+        self.prompt_length, self.length, self.reason = prompt_length, length, reason
+
+
+class Asker:
+    """Asks a deployment in one of the `WAYS`.
+
+    Args:
+        client: of the deployment.
+        http: connections to its gateway.
+    """
+
+    def __init__(self, client: MIIClient, http: Connections) -> None:
+        self._client, self._http = client, http
+
+    async def ask(self, way: str, prompts: list[Any], options: dict[str, Any], answers: dict[int, Answer]) -> None:
+        """Puts what comes into `answers`, by the prompts' places, until all is there.
+
+        Raises:
+            MIIError: over gRPC, what went wrong.
+            Failed: over HTTP, what went wrong.
+        """
+        if way == "grpc stream":
+            async for pieces in self._client.astream(prompts, timeout=_LONGEST_SECONDS, **options):
+                for piece in pieces:
+                    _add(answers, piece.index, piece)
+        elif way == "grpc":
+            responses = await self._client.generate_async(prompts, timeout=_LONGEST_SECONDS, **options)
+            for index, response in enumerate(responses or ()):
+                _add(answers, index, response)
+        else:
+            await self._post(way == "http stream", {"prompts": prompts, **options}, answers)
+
+    async def _post(self, streams: bool, request: dict[str, Any], answers: dict[int, Answer]) -> None:
+        body = bytearray()
+        payload = json.dumps({**request, "stream": streams}).encode()
         try:
-            await http.post(json.dumps(request).encode(), lambda data, now: body.extend(data), _LONGEST_SECONDS)
+            await self._http.post(payload, lambda data, now: body.extend(data), _LONGEST_SECONDS)
         finally:
             whole = bytes(body).decode()
-            messages = _events(whole) if streams else [json.loads(whole)] if whole else []
-            for message in messages:
+            for message in _events(whole) if streams else [json.loads(whole)] if whole else []:
                 if isinstance(message, dict):
                     raise Failed("error event", message["message"])
-                texts.extend(piece["generated_text"] for piece in message)
+                for place, fields in enumerate(message):
+                    names = ("generated_text", "prompt_length", "generated_length", "finish_reason")
+                    values = [fields[name] for name in names]
+                    answers.setdefault(fields.get("index", place), Answer()).add(*values)
 
-    def _options(self) -> dict[str, Any]:
-        return {"max_new_tokens": self._tokens, "ignore_eos": True, "do_sample": False}
+
+@asynccontextmanager
+async def asking(config: MIIConfig) -> AsyncIterator[Asker]:
+    """Asks a deployment that answers HTTP too."""
+    http = Connections(f"http://127.0.0.1:{config.restful_api_port}/mii/{quote(config.deployment_name)}", {})
+    async with MIIClient(config) as client:
+        yield Asker(client, http)
+    http.close()
+
+
+def _add(answers: dict[int, Answer], index: int, response: Response) -> None:
+    answer = answers.setdefault(index, Answer())
+    length, reason = response.generated_length, str(response.finish_reason.value)
+    answer.add(response.generated_text, response.prompt_length, length, reason)
 
 
 def _events(text: str) -> list[Any]:
