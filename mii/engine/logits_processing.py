@@ -101,6 +101,7 @@ class LogitsProcessor:
     def __init__(self, sampling: SamplingTable, vocab: int, device: torch.device) -> None:
         self._sampling, self._vocab, self._device = sampling, vocab, device
         self._at_once = max(1, _BLOCK // vocab)
+        self._changed = torch.empty(self._at_once, vocab, device=device)
         self._workspace = sample_workspace(self._at_once, vocab, torch.float32, device)
         self._penalties: PenaltyRows | None = None
         self._key: list[tuple[int, object, bool]] = []
@@ -127,9 +128,10 @@ class LogitsProcessor:
 
     def _draw(self, batch: _Batch, logits: torch.Tensor, tokens: torch.Tensor, step: StepTensors) -> None:
         table = self._penalties.table if self._penalties is not None and batch.penalties is not None else None
-        changed = logits.index_select(0, batch.rows).float()
+        changed = self._changed[: len(batch.rows)]
         rows = batch.slots if batch.penalties is None else batch.penalties
-        apply_penalties(changed, changed, rows, table=table, bias=batch.bias, allowed=batch.allowed)
+        own = logits.index_select(0, batch.rows)
+        apply_penalties(changed, own, rows, table=table, bias=batch.bias, allowed=batch.allowed)
         drawn = torch.empty_like(batch.slots)
         positions = step.sample_positions.index_select(0, batch.rows)
         sample(

@@ -252,11 +252,35 @@ def apply_penalties(
 
 
 def _penalize(out: torch.Tensor, table: PenaltyTable, slots: torch.Tensor) -> None:
-    repetition, frequency, presence = (
-        column[slots].unsqueeze(1) for column in (table.repetition, table.frequency, table.presence)
-    )
-    counts = table.counts[slots]
+    if out.device.type == "cpu":
+        for row, slot in zip(out, slots.tolist(), strict=True):
+            _penalize_seen(row, table, slot)
+        return
+    penalize_together(out, table, slots)
+
+
+def penalize_together(out: torch.Tensor, table: PenaltyTable, slots: torch.Tensor) -> None:
+    """The penalties of `apply_penalties` without a look at any value, in place; `slots` int64, none negative."""
+    strengths = (column[slots].unsqueeze(1) for column in (table.repetition, table.frequency, table.presence))
+    out.copy_(_penalized(out, table.counts[slots], table.prompt[slots], *strengths))
+
+
+def _penalize_seen(row: torch.Tensor, table: PenaltyTable, slot: int) -> None:
+    """One row in the host's memory: only the tokens that the request has seen change."""
+    counts, prompt = table.counts[slot], table.prompt[slot]
+    seen = (counts.bool() | prompt).nonzero().squeeze(1)
+    strengths = (column[slot] for column in (table.repetition, table.frequency, table.presence))
+    row[seen] = _penalized(row[seen], counts[seen], prompt[seen], *strengths)
+
+
+def _penalized(
+    logits: torch.Tensor,
+    counts: torch.Tensor,
+    prompt: torch.Tensor,
+    repetition: torch.Tensor,
+    frequency: torch.Tensor,
+    presence: torch.Tensor,
+) -> torch.Tensor:
     said = counts > 0
-    repeated = torch.where(out > 0, out / repetition, out * repetition)
-    out.copy_(torch.where(said | table.prompt[slots], repeated, out))
-    out.sub_(frequency * counts + presence * said)
+    repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
+    return torch.where(said | prompt, repeated, logits) - (frequency * counts + presence * said)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from mii.ops.logits import Bias, PenaltyTable, apply_penalties, best_together, score
+from mii.ops.logits import Bias, PenaltyTable, apply_penalties, best_together, penalize_together, score
 
 INF, NAN = float("inf"), float("nan")
 DEVICE = "cpu"
@@ -100,6 +100,18 @@ def test_each_row_has_its_slot_s_penalties_and_a_new_request_starts_afresh() -> 
     assert (out != logits.float()).nonzero().tolist() == [[0, 6], [2, 5]]
     table.assign(1, Penalties(frequency_penalty=1.0), [])
     assert torch.equal(penalized(logits, table, [0, 0, 1]), logits.float())
+
+
+def test_penalties_of_all_rows_together_are_those_of_each_row() -> None:
+    generator = torch.Generator().manual_seed(0)
+    table, logits = PenaltyTable.allocate(5, 300), 4 * torch.randn(5, 300, generator=generator)
+    for slot in range(5):
+        prompt, answer = torch.randint(0, 300, (2, 60), generator=generator).tolist()
+        table.assign(slot, Penalties(0.5 + slot / 2, 0.3 * slot, 0.7 - slot), prompt[: slot * 15], answer)
+    logits[1, :50], logits[2, :50], logits[3, :50] = -0.0, INF, -INF
+    together = logits.clone()
+    penalize_together(together, table, torch.tensor([3, 0, 4, 1, 1]))
+    assert torch.equal(together, penalized(logits, table, [3, 0, 4, 1, 1]))
 
 
 def test_recorded_tokens_count_and_padding_does_not() -> None:
