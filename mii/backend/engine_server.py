@@ -116,10 +116,13 @@ class EngineServer:
             self._poller.poll()
         for _ in range(_MESSAGES_A_STEP):
             try:
-                front, message = self._socket.recv_multipart(zmq.NOBLOCK)
+                front, *parts = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            self._take(front, message)
+            if len(parts) == 1:
+                self._take(front, parts[0])
+            else:
+                logger.warning("a message of %d parts is of no front of this version, and is ignored", len(parts))
 
     def _take(self, front: bytes, message: bytes) -> None:
         try:

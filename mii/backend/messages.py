@@ -10,6 +10,8 @@ Abort(uids=[3, 4])
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import msgspec
 
 from mii.batching.data_classes import EngineRequest, TokenOutput
@@ -32,6 +34,8 @@ __all__ = [
     "decode_to_front",
     "encode",
 ]
+
+T = TypeVar("T")
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -164,7 +168,7 @@ def decode_to_engine(message: bytes | memoryview) -> ToEngine:
     Raises:
         msgspec.DecodeError: it is no message.
     """
-    return _to_engine.decode(message)
+    return _checked(_to_engine, message)
 
 
 def decode_to_front(message: bytes | memoryview) -> ToFront:
@@ -173,4 +177,11 @@ def decode_to_front(message: bytes | memoryview) -> ToFront:
     Raises:
         msgspec.DecodeError: it is no message.
     """
-    return _to_front.decode(message)
+    return _checked(_to_front, message)
+
+
+def _checked(decoder: msgspec.msgpack.Decoder[T], message: bytes | memoryview) -> T:
+    try:
+        return decoder.decode(message)
+    except UnicodeDecodeError as error:  # msgspec lets it through as it is
+        raise msgspec.DecodeError(f"a text of it is not UTF-8: {error}") from None
