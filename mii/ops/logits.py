@@ -1,6 +1,6 @@
 """What requests ask of logits beyond sampling: log-probabilities, penalties, biases, masks. Plain torch on any device.
 
-What runs in a step neither waits for the device nor depends on values it finds there, so a CUDA graph can hold it.
+On a GPU nothing that runs in a step waits for the device or depends on values it finds there, so a graph can hold it.
 
 Penalties change the float32 logits of each row, in this order:
 
