@@ -60,7 +60,7 @@ def nothing_left(cache: Path, temporary: Path) -> Iterator[None]:
     finally:
         for pid in processes_of(cache):
             os.kill(pid, 9)
-    assert list(temporary.iterdir()) == []
+    assert [str(path) for path in temporary.iterdir()] == []
     wait_until(lambda: set(zombies()) <= before)
 
 
