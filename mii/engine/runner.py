@@ -4,6 +4,8 @@ text.
 A step is: fill the host's staging buffer from the plan, one copy, `prepare`, the model, the sampler, and a copy of the
 sampled tokens back that nobody waits for until `LaunchedStep.tokens` is called. Decoding sequences take their last
 token from the device, so a step can be launched before the tokens of the step before have been read.
+
+What few requests ask for beyond that (`mii.engine.extras`) follows a step before its tokens are copied.
 """
 
 from __future__ import annotations
