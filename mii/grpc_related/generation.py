@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -120,10 +120,16 @@ class Generation:
         now: the time.
         places: for each prompt the number that its pieces have; None: counted from 0.
         pacer: gives a stream its turn to send; None: the answers are wanted when all have ended.
+        tell: in place of a pacer, called when there is something to `collect`.
     """
 
     def __init__(
-        self, prepared: Sequence[PreparedRequest], now: float, places: Sequence[int] | None, pacer: Pacer | None
+        self,
+        prepared: Sequence[PreparedRequest],
+        now: float,
+        places: Sequence[int] | None,
+        pacer: Pacer | None,
+        tell: Callable[[], object] | None = None,
     ) -> None:
         places = range(len(prepared)) if places is None else places
         self._answers = {
@@ -131,7 +137,7 @@ class Generation:
         }
         self._open = set(self._answers)
         self._fresh: list[_Answer] = []
-        self._pacer = pacer
+        self._pacer, self._tell = pacer, tell
         self._failure: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
         self._asked = False
@@ -162,7 +168,7 @@ class Generation:
         answer.push(event, now)
         if answer.ended:
             self._open.discard(event.uid)
-        if self._pacer is None:
+        if self._pacer is None and self._tell is None:
             if not self._open:
                 self._wake()
         elif not answer.fresh and (event.new_tokens or event.text or answer.ended):
@@ -178,6 +184,8 @@ class Generation:
         """Ends the call; its reader gets `error` at once."""
         self.drop()
         self._failure = error
+        if self._tell is not None:
+            self._tell()
         self._wake()
 
     async def all(self) -> list[Piece]:
@@ -206,6 +214,19 @@ class Generation:
             await self._wait()
             if self._fresh:
                 break
+        return self.collect()
+
+    @property
+    def ended(self) -> bool:
+        """Whether everything was taken."""
+        return not self._open and not self._fresh
+
+    def collect(self) -> tuple[list[Piece], list[Piece]]:
+        """What is new now, as `take` has it; may be nothing.
+
+        Raises:
+            Exception: see `take`.
+        """
         if self._failure is not None:
             raise self._failure
         fresh, self._fresh = self._fresh, []
@@ -226,7 +247,9 @@ class Generation:
 
     def _ask(self) -> None:
         """Asks for a turn to send, unless the reader is busy sending or has asked already."""
-        if self._pacer is not None and self._reader is not None and not self._asked:
+        if self._tell is not None:
+            self._tell()
+        elif self._pacer is not None and self._reader is not None and not self._asked:
             self._asked = True
             self._pacer.ask(self._turn)
 

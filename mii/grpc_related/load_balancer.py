@@ -24,8 +24,9 @@ from mii.errors import AccessError, ServerUnavailableError
 from mii.grpc_related.dispatch import Dispatcher, Shard
 from mii.grpc_related.links import Link
 from mii.grpc_related.options import REQUEST_ID, SERVICE_NAME, TOKEN
-from mii.grpc_related.proto.modelresponse_pb2 import HealthReply, MultiGenerationReply, StatsReply
+from mii.grpc_related.proto.modelresponse_pb2 import CallerMessage, HealthReply, MultiGenerationReply, StatsReply
 from mii.grpc_related.statuses import NO_RETRY, Status, status_of
+from mii.grpc_related.switchboard import Switchboard
 from mii.logging import logger
 
 __all__ = ["LoadBalancer"]
@@ -80,6 +81,7 @@ class LoadBalancer:
         self._dispatcher = Dispatcher(links)
         self._calls: Counter[str] = Counter()
         self._running: set[asyncio.Task[Any]] = set()
+        self._switchboards: set[Switchboard] = set()
         self._ended = ""
         self._started = time.monotonic()
 
@@ -91,6 +93,7 @@ class LoadBalancer:
             {
                 "GeneratorReply": grpc.unary_unary_rpc_method_handler(self._reply),
                 "GeneratorReplyStream": grpc.unary_stream_rpc_method_handler(self._reply_stream),
+                "Multiplex": grpc.stream_stream_rpc_method_handler(self._multiplex, CallerMessage.FromString),
                 "Health": grpc.unary_unary_rpc_method_handler(self._health, empty, HealthReply.SerializeToString),
                 "Stats": grpc.unary_unary_rpc_method_handler(self._stats, empty, StatsReply.SerializeToString),
                 "Terminate": grpc.unary_unary_rpc_method_handler(self._end, empty, Empty.SerializeToString),
@@ -105,10 +108,14 @@ class LoadBalancer:
         """Calls that wait for a replica are refused from now on."""
         self._dispatcher.draining = True
         self._dispatcher.wake()
+        for switchboard in self._switchboards:
+            switchboard.finish()
 
     def end(self, reason: str) -> None:
         """Ends what still runs; its callers get `reason`."""
         self._ended = reason
+        for switchboard in self._switchboards:
+            switchboard.fail_all(ServerUnavailableError(reason))
         for task in self._running:
             task.cancel()
 
@@ -135,6 +142,20 @@ class LoadBalancer:
             failures = await _together([self._part_stream(shard, call, lock) for shard in shards])
             if all(failures):
                 raise next(filter(None, failures))
+
+    async def _multiplex(self, messages: AsyncIterator[CallerMessage], context: Context) -> None:
+        """Many calls in one stream."""
+        switchboard = Switchboard(self._dispatcher, context.write, status=_status, ended=self._count)
+        self._switchboards.add(switchboard)
+        try:
+            if self._dispatcher.draining:
+                switchboard.finish()
+            await switchboard.serve(messages)
+        finally:
+            self._switchboards.discard(switchboard)
+
+    def _count(self, code: grpc.StatusCode) -> None:
+        self._calls[code.name] += 1
 
     async def _health(self, request: Any, context: Context) -> HealthReply:
         """Asks every replica; ready means that one at least is."""

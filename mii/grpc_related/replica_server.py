@@ -78,7 +78,7 @@ class ReplicaServer:
 
     async def stop(self, drain_seconds: float) -> None:
         """Refuses new calls, lets those that run end, and ends the rest after `drain_seconds`."""
-        self._service.draining = True
+        self._service.drain()
         await self._set_health(False)
         stopped = asyncio.create_task(self._server.stop(drain_seconds + _LAST_WORDS_SECONDS))
         await asyncio.wait([stopped], timeout=drain_seconds)

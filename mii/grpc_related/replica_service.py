@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, TypeAlias
 
 import grpc
@@ -16,12 +17,15 @@ import grpc.aio
 from mii.errors import AccessError, GenerationError, RequestCancelledError, ServerUnavailableError
 from mii.grpc_related.convert import pack_logprobs, positions_of, prompts_of, unpack_options
 from mii.grpc_related.generation import Generation, Piece
+from mii.grpc_related.multiplex import Calls, Multiplexer
 from mii.grpc_related.options import REQUEST_ID, TOKEN
 from mii.grpc_related.proto.modelresponse_pb2 import (
+    CallerMessage,
     HealthReply,
     MultiGenerationReply,
     MultiStringRequest,
     ReplicaHealth,
+    ServerMessage,
     StatsReply,
 )
 from mii.grpc_related.proto.modelresponse_pb2_grpc import ModelResponseServicer
@@ -59,6 +63,7 @@ class ReplicaService(ModelResponseServicer):
         self._stall_seconds = stall_seconds
         self._sending: dict[asyncio.Task[Any], float] = {}  # since when
         self._stalled: set[asyncio.Task[Any]] = set()
+        self._multiplexers: set[Multiplexer] = set()
         self.draining = False
         """Whether new calls are refused."""
 
@@ -86,6 +91,26 @@ class ReplicaService(ModelResponseServicer):
                         reply = MultiGenerationReply()
                         _write(reply, part, started)
                         await self._send(context, reply)
+
+    async def Multiplex(self, messages: AsyncIterator[CallerMessage], context: Context) -> None:
+        """The same for many calls in one stream, each of one prompt."""
+        calls = Calls(partial(self._open, streams=False), self._session.close_call, _write_new, self._count)
+        multiplexer = Multiplexer(calls, partial(self._send, context))
+        self._multiplexers.add(multiplexer)
+        try:
+            if self.draining:
+                multiplexer.finish()
+            await multiplexer.serve(messages)
+        except RequestCancelledError as error:
+            await self._abort(error, context)
+        finally:
+            self._multiplexers.discard(multiplexer)
+
+    def drain(self) -> None:
+        """Refuses new calls from now on."""
+        self.draining = True
+        for multiplexer in self._multiplexers:
+            multiplexer.finish()
 
     async def Health(self, request: Any, context: Context) -> HealthReply:
         """Asks the engine itself, so a hung one is not called ready."""
@@ -120,7 +145,7 @@ class ReplicaService(ModelResponseServicer):
                 self._stalled.add(task)
                 task.cancel()
 
-    async def _send(self, context: Context, reply: MultiGenerationReply) -> None:
+    async def _send(self, context: Context, reply: MultiGenerationReply | ServerMessage) -> None:
         """Returns when there is room for the next message."""
         task = asyncio.current_task()
         assert task is not None
@@ -141,7 +166,7 @@ class ReplicaService(ModelResponseServicer):
     async def _call(self, request: MultiStringRequest, context: Context, *, streams: bool) -> AsyncIterator[Generation]:
         """A call from its prompts to its end, whatever ends it; errors become statuses."""
         try:
-            generation = await self._open(request, streams)
+            generation = await self._open(request, streams=streams)
             try:
                 yield generation
             finally:
@@ -153,31 +178,32 @@ class ReplicaService(ModelResponseServicer):
         except Exception as error:
             await self._abort(error, context)
 
-    async def _open(self, request: MultiStringRequest, streams: bool) -> Generation:
+    async def _open(
+        self, request: MultiStringRequest, tell: Callable[[], object] | None = None, *, streams: bool
+    ) -> Generation:
         if self.draining:
             raise ServerUnavailableError("the server is shutting down")
         options = unpack_options(request)
         options.pop("stream", None)  # the method says it
         places = positions_of(request)
-        return await self._session.open(prompts_of(request), options, places=places, streams=streams)
+        return await self._session.open(prompts_of(request), options, places=places, streams=streams, tell=tell)
 
     async def _abort(self, error: Exception, context: Context) -> None:
         """Ends a call with the status of an error. It waits for a reader who is slow, but not for ever."""
         status = status_of(error)
-        self._session.metrics.calls[status[0].name] += 1
-        self._log(error, status[0], status[1], context)
+        self._count(status[0], _metadata(context, REQUEST_ID), error)
         try:
             await asyncio.wait_for(context.abort(*status), self._stall_seconds)
         except (grpc.aio.InternalError, asyncio.TimeoutError):  # whoever called is gone, or as good as that
             raise asyncio.CancelledError from None
 
-    def _log(self, error: Exception, code: grpc.StatusCode, details: str, context: Context) -> None:
-        """Our own mistakes with their trace; what callers did wrong only for whoever looks closely."""
-        name = _metadata(context, REQUEST_ID) or "without an id"
+    def _count(self, code: grpc.StatusCode, name: str, error: Exception | None = None) -> None:
+        """A call has ended. Our own mistakes are logged with their trace, those of callers for who looks closely."""
+        self._session.metrics.calls[code.name] += 1
         if code is grpc.StatusCode.INTERNAL:
-            logger.error("request %s failed: %s", name, details, exc_info=error)
-        else:
-            logger.debug("request %s: %s: %s", name, code.name, details)
+            logger.error("request %s failed: %s", name or "without an id", error, exc_info=error)
+        elif error is not None:
+            logger.debug("request %s: %s: %s", name or "without an id", code.name, error)
 
 
 def _check_any_complete(pieces: Iterable[Piece]) -> None:
@@ -187,7 +213,19 @@ def _check_any_complete(pieces: Iterable[Piece]) -> None:
         raise GenerationError(str(wrong[0]))
 
 
-def _write(reply: MultiGenerationReply, pieces: Iterable[Piece], started: float) -> None:
+def _write_new(reply: Any, generation: Generation, started: float) -> None:
+    """Writes what is new of a call.
+
+    Raises:
+        Exception: how the call ends.
+    """
+    pieces, last = generation.collect()
+    _check_any_complete(last)
+    _write(reply, pieces, started)
+    _write(reply, last, started)
+
+
+def _write(reply: Any, pieces: Iterable[Piece], started: float) -> None:
     seconds = time.monotonic() - started
     for piece in pieces:
         entry = reply.response.add(

@@ -109,7 +109,13 @@ class TextSession:
     # Calls
 
     async def open(
-        self, prompts: Sequence[Any], options: Mapping[str, Any], *, places: Sequence[int] | None = None, streams: bool
+        self,
+        prompts: Sequence[Any],
+        options: Mapping[str, Any],
+        *,
+        places: Sequence[int] | None = None,
+        streams: bool,
+        tell: Callable[[], object] | None = None,
     ) -> Generation:
         """Takes a call's prompts, all or none, and begins to generate. Whoever opens must `close_call`.
 
@@ -118,6 +124,7 @@ class TextSession:
             options: see `GenerateParamsConfig`.
             places: for each prompt the number that its pieces have; None: counted from 0.
             streams: whether pieces are wanted as they come (`Generation.take`), or all at the end (`Generation.all`).
+            tell: called when there are pieces to `Generation.collect`; in place of `streams`.
 
         Raises:
             pydantic.ValidationError: an option is unknown, of the wrong type or out of range.
@@ -129,7 +136,8 @@ class TextSession:
         try:
             started = time.monotonic()
             prepared = await self._read(prompts, options, places)
-            return self._begin(prepared, Generation(prepared, started, places, self._pacer if streams else None))
+            pacer = self._pacer if streams else None
+            return self._begin(prepared, Generation(prepared, started, places, pacer, tell))
         except BaseException:
             self._admitted -= len(prompts)
             raise

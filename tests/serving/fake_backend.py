@@ -21,18 +21,24 @@ from mii.entrypoints.http.settings import HttpSettings
 from mii.errors import AccessError, GenerationError, PromptTooLongError, ServerBusyError, ServerUnavailableError
 from mii.grpc_related.conversations import CHAT
 from mii.grpc_related.convert import prompts_of, unpack_options
-from mii.grpc_related.options import SERVER_OPTIONS, TOKEN
+from mii.grpc_related.options import REQUEST_ID, SERVER_OPTIONS, TOKEN
 from mii.grpc_related.proto.modelresponse_pb2 import (
+    CallEnd,
+    CallerMessage,
+    CallReply,
+    CallStart,
     HealthReply,
     MultiGenerationReply,
     MultiStringRequest,
     ReplicaHealth,
+    ServerMessage,
     SingleGenerationReply,
     StatsReply,
     TokenLogprob,
 )
 from mii.grpc_related.proto.modelresponse_pb2_grpc import ModelResponseServicer, add_ModelResponseServicer_to_server
 from mii.grpc_related.statuses import NO_RETRY, status_of
+from mii.grpc_related.trunk import end_of
 from mii.launch.loop import run
 
 __all__ = ["FakeBackend", "HttpFixture", "answer_of", "serving"]
@@ -113,6 +119,40 @@ class FakeBackend(ModelResponseServicer):
                 response=[_last(index, prompt, params, chats) for index, prompt in enumerate(prompts)]
             )
 
+    async def Multiplex(self, messages: AsyncIterator[CallerMessage], context: Any) -> AsyncIterator[ServerMessage]:
+        calls: dict[int, asyncio.Task[None]] = {}
+        said: asyncio.Queue[ServerMessage] = asyncio.Queue()
+
+        async def read() -> None:
+            async for message in messages:
+                for start in message.starts:
+                    calls[start.call] = asyncio.ensure_future(self._run(start, said))
+                for number in message.cancels:
+                    calls[number].cancel()
+
+        reading = asyncio.ensure_future(read())
+        try:
+            while True:
+                yield await said.get()
+        finally:
+            for task in (reading, *calls.values()):
+                task.cancel()
+
+    async def _run(self, start: CallStart, said: asyncio.Queue[ServerMessage]) -> None:
+        context = _CallContext(start.request_id)
+        request = MultiStringRequest.FromString(start.request)
+        try:
+            async with contextlib.aclosing(self.GeneratorReplyStream(request, context)) as replies:
+                async for reply in replies:
+                    for piece in reply.response:
+                        piece.index = request.positions[0]
+                        if piece.error:
+                            await context.abort(*status_of(GenerationError(piece.error)))
+                    said.put_nowait(ServerMessage(replies=[CallReply(call=start.call, response=reply.response)]))
+            said.put_nowait(ServerMessage(ends=[CallEnd(call=start.call)]))
+        except _Aborted as aborted:
+            said.put_nowait(ServerMessage(ends=[end_of(start.call, *aborted.status)]))
+
     async def Health(self, request: Any, context: Any) -> HealthReply:
         reason = "" if self.ready else "replica 0: no engine"
         return HealthReply(ready=self.ready, reason=reason, replicas=[ReplicaHealth(ready=self.ready)])
@@ -142,7 +182,7 @@ class FakeBackend(ModelResponseServicer):
         except (asyncio.CancelledError, GeneratorExit):
             self.cancelled += 1
             raise
-        except grpc.aio.AbortError:
+        except (grpc.aio.AbortError, _Aborted):
             raise
         except Exception as error:
             code, details, metadata = status_of(error)
@@ -160,6 +200,26 @@ class FakeBackend(ModelResponseServicer):
         if params.prompt_logprobs is not None:
             answer.prompt_logprobs.extend(_prompt_logprobs(prompt, params.prompt_logprobs))
         return answer
+
+
+class _Aborted(Exception):
+    """A call in a stream of many has ended with a status."""
+
+    def __init__(self, status: Any) -> None:
+        self.status = status
+
+
+class _CallContext:
+    """What a handler sees of a call in a stream of many."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ((REQUEST_ID, self._name),)
+
+    async def abort(self, code: grpc.StatusCode, details: str, metadata: Any) -> None:
+        raise _Aborted((code, details, metadata))
 
 
 def _fail_as_asked(prompts: list[Any]) -> None:

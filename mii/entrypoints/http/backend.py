@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
 import grpc.aio
 import msgspec
 from google.protobuf.empty_pb2 import Empty
 
-from mii.backend.calls import Attempts, stream_async, unary_async
+from mii.backend.calls import Attempts, unary_async
+from mii.entrypoints.http.answers import Answers, Piece
 from mii.entrypoints.http.errors import ApiError, api_error, no_permission
-from mii.errors import MIIError
+from mii.errors import MIIError, RequestTimeoutError
 from mii.grpc_related.convert import pack_request
-from mii.grpc_related.options import CHANNEL_OPTIONS, REQUEST_ID, TOKEN
-from mii.grpc_related.proto.modelresponse_pb2 import HealthReply, SingleGenerationReply
+from mii.grpc_related.options import CHANNEL_OPTIONS, REQUEST_ID, SERVICE_NAME, TOKEN
+from mii.grpc_related.proto.modelresponse_pb2 import CallStart, HealthReply, ServerMessage
 from mii.grpc_related.proto.modelresponse_pb2_grpc import ModelResponseStub
 from mii.grpc_related.statuses import error_of
+from mii.grpc_related.trunk import Trunk
 
 __all__ = ["Backend", "Call", "Piece", "error_of_answer"]
 
-Piece: TypeAlias = SingleGenerationReply
-"""An answer, or a part of one: text in `response`, and the `index` of its prompt."""
-
+_OURS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN)
 _WRONG_TOKEN = "the token is not this deployment's; it is in the file 'token' of the deployment's folder"
 _CONTROL_SECONDS = 8.0  # for calls that generate nothing
 
@@ -57,15 +59,20 @@ class Backend:
         self.address, self._timeout = address, timeout
         self._channel: Any = None
         self._stub: Any = None
+        self._trunk: Any = None
+        self._numbers = itertools.count(1)
+        self._answers: dict[int, Answers] = {}
 
     def open(self) -> None:
         """Makes the connection; it is dialled when it is needed, and again whenever it is lost."""
         self._channel = grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS)
         self._stub = ModelResponseStub(self._channel)
+        self._trunk = Trunk(self._channel.stream_stream(f"/{SERVICE_NAME}/Multiplex"), self._deliver)
 
     async def close(self) -> None:
         """Ends every call that still runs."""
         if self._channel is not None:
+            await self._trunk.close()
             await self._channel.close()
 
     async def generate(self, call: Call) -> list[Piece]:
@@ -88,13 +95,57 @@ class Backend:
             ApiError: the call has failed.
         """
         try:
-            message = pack_request(call.prompts, call.options)
-            replies = stream_async(self._stub.GeneratorReplyStream, message, self._attempts(), _metadata(call))
-            async with aclosing(replies):
-                async for reply in replies:
-                    yield reply.response
+            requests = [_alone(call, place) for place in range(len(call.prompts))]
+            attempts = self._attempts()
+            while True:
+                answers = Answers(len(requests))
+                try:
+                    async with self._running(requests, answers, attempts.remaining(), call.request_id):
+                        while pieces := await answers.take():
+                            yield pieces
+                    return
+                except grpc.aio.AioRpcError as error:
+                    seconds = attempts.pause(error, answers.started)
+                await asyncio.sleep(seconds)
         except MIIError as error:
             raise api_error(error) from error
+
+    @asynccontextmanager
+    async def _running(
+        self, requests: Sequence[bytes], answers: Answers, timeout: float | None, name: str
+    ) -> AsyncIterator[None]:
+        """Runs a call for each request while the block runs."""
+        starts = [CallStart(call=next(self._numbers), request=request, request_id=name) for request in requests]
+        tasks = [asyncio.ensure_future(self._run(start, place, answers)) for place, start in enumerate(starts)]
+        late = RequestTimeoutError(f"the answer was not complete within timeout={self._timeout} s")
+        timer = None if timeout is None else asyncio.get_running_loop().call_later(timeout, answers.fail, late)
+        try:
+            yield
+        finally:
+            if timer is not None:
+                timer.cancel()
+            for task in tasks:
+                task.cancel()
+
+    async def _run(self, start: CallStart, place: int, answers: Answers) -> None:
+        self._answers[start.call] = answers
+        try:
+            await self._trunk.run(start)
+        except grpc.aio.AioRpcError as error:
+            # One of several may fail alone, where that is our fault and some of the call has come.
+            if answers.count == 1 or error.code() not in _OURS or not answers.started:
+                answers.fail(error)
+            else:
+                answers.push([Piece(index=place, finish_reason="error", error=error.details() or "no reason given")])
+        finally:
+            del self._answers[start.call]
+            answers.end_one()
+
+    async def _deliver(self, raw: bytes, message: ServerMessage) -> None:
+        for reply in message.replies:
+            answers = self._answers.get(reply.call)
+            if answers is not None:
+                answers.push(reply.response)
 
     async def health(self) -> HealthReply:
         """What the engines say.
@@ -140,6 +191,14 @@ class Backend:
 
     def _attempts(self) -> Attempts:
         return Attempts(self._timeout, lambda: None, f"the load balancer at {self.address}")
+
+
+def _alone(call: Call, place: int) -> bytes:
+    """A request for one of a call's prompts, which keeps its place in the call."""
+    request = pack_request([call.prompts[place]], call.options)
+    del request.positions[:]
+    request.positions.append(place)
+    return request.SerializeToString()
 
 
 def error_of_answer(answer: Piece) -> ApiError:

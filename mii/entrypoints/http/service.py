@@ -108,7 +108,9 @@ class HttpService:
 
 async def _next(replies: AsyncGenerator[Sequence[Piece], None]) -> Sequence[Piece]:
     """The first reply; none where there is nothing to answer."""
-    return await anext(replies, ())
+    async for pieces in replies:
+        return pieces
+    return ()
 
 
 async def _events(

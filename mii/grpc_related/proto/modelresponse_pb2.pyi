@@ -128,6 +128,59 @@ class MultiGenerationReply(_message.Message):
     response: _containers.RepeatedCompositeFieldContainer[SingleGenerationReply]
     def __init__(self, response: _Optional[_Iterable[_Union[SingleGenerationReply, _Mapping]]] = ...) -> None: ...
 
+class CallStart(_message.Message):
+    __slots__ = ("call", "request", "request_id")
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    call: int
+    request: bytes
+    request_id: str
+    def __init__(self, call: _Optional[int] = ..., request: _Optional[bytes] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class CallerMessage(_message.Message):
+    __slots__ = ("starts", "cancels")
+    STARTS_FIELD_NUMBER: _ClassVar[int]
+    CANCELS_FIELD_NUMBER: _ClassVar[int]
+    starts: _containers.RepeatedCompositeFieldContainer[CallStart]
+    cancels: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, starts: _Optional[_Iterable[_Union[CallStart, _Mapping]]] = ..., cancels: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class CallReply(_message.Message):
+    __slots__ = ("call", "response")
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    RESPONSE_FIELD_NUMBER: _ClassVar[int]
+    call: int
+    response: _containers.RepeatedCompositeFieldContainer[SingleGenerationReply]
+    def __init__(self, call: _Optional[int] = ..., response: _Optional[_Iterable[_Union[SingleGenerationReply, _Mapping]]] = ...) -> None: ...
+
+class CallEnd(_message.Message):
+    __slots__ = ("call", "code", "details", "metadata")
+    class MetadataEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    CODE_FIELD_NUMBER: _ClassVar[int]
+    DETAILS_FIELD_NUMBER: _ClassVar[int]
+    METADATA_FIELD_NUMBER: _ClassVar[int]
+    call: int
+    code: int
+    details: str
+    metadata: _containers.ScalarMap[str, str]
+    def __init__(self, call: _Optional[int] = ..., code: _Optional[int] = ..., details: _Optional[str] = ..., metadata: _Optional[_Mapping[str, str]] = ...) -> None: ...
+
+class ServerMessage(_message.Message):
+    __slots__ = ("replies", "ends")
+    REPLIES_FIELD_NUMBER: _ClassVar[int]
+    ENDS_FIELD_NUMBER: _ClassVar[int]
+    replies: _containers.RepeatedCompositeFieldContainer[CallReply]
+    ends: _containers.RepeatedCompositeFieldContainer[CallEnd]
+    def __init__(self, replies: _Optional[_Iterable[_Union[CallReply, _Mapping]]] = ..., ends: _Optional[_Iterable[_Union[CallEnd, _Mapping]]] = ...) -> None: ...
+
 class HealthReply(_message.Message):
     __slots__ = ("ready", "reason", "replicas")
     READY_FIELD_NUMBER: _ClassVar[int]

@@ -30,6 +30,11 @@ class ModelResponseStub(object):
                 request_serializer=modelresponse__pb2.MultiStringRequest.SerializeToString,
                 response_deserializer=modelresponse__pb2.MultiGenerationReply.FromString,
                 )
+        self.Multiplex = channel.stream_stream(
+                '/modelresponse.ModelResponse/Multiplex',
+                request_serializer=modelresponse__pb2.CallerMessage.SerializeToString,
+                response_deserializer=modelresponse__pb2.ServerMessage.FromString,
+                )
         self.Health = channel.unary_unary(
                 '/modelresponse.ModelResponse/Health',
                 request_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
@@ -66,6 +71,13 @@ class ModelResponseServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Multiplex(self, request_iterator, context):
+        """Many calls of one caller, such as the HTTP gateway, in one stream: a message has what is new of all of them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Health(self, request, context):
         """Asks the engines.
         """
@@ -96,6 +108,11 @@ def add_ModelResponseServicer_to_server(servicer, server):
                     servicer.GeneratorReplyStream,
                     request_deserializer=modelresponse__pb2.MultiStringRequest.FromString,
                     response_serializer=modelresponse__pb2.MultiGenerationReply.SerializeToString,
+            ),
+            'Multiplex': grpc.stream_stream_rpc_method_handler(
+                    servicer.Multiplex,
+                    request_deserializer=modelresponse__pb2.CallerMessage.FromString,
+                    response_serializer=modelresponse__pb2.ServerMessage.SerializeToString,
             ),
             'Health': grpc.unary_unary_rpc_method_handler(
                     servicer.Health,
@@ -165,6 +182,23 @@ class ModelResponse(object):
         return grpc.experimental.unary_stream(request, target, '/modelresponse.ModelResponse/GeneratorReplyStream',
             modelresponse__pb2.MultiStringRequest.SerializeToString,
             modelresponse__pb2.MultiGenerationReply.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Multiplex(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(request_iterator, target, '/modelresponse.ModelResponse/Multiplex',
+            modelresponse__pb2.CallerMessage.SerializeToString,
+            modelresponse__pb2.ServerMessage.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

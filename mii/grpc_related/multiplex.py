@@ -1,0 +1,176 @@
+"""The server's side of `Multiplex` at a replica: what is new of all calls goes out in one message, once a step."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import grpc
+
+from mii.errors import RequestError
+from mii.grpc_related.generation import Generation
+from mii.grpc_related.options import MAX_MESSAGE_BYTES
+from mii.grpc_related.proto.modelresponse_pb2 import (
+    CallEnd,
+    CallerMessage,
+    CallReply,
+    CallStart,
+    MultiStringRequest,
+    ServerMessage,
+)
+from mii.grpc_related.statuses import status_of
+from mii.grpc_related.trunk import MESSAGE_BYTES, end_of
+
+__all__ = ["Calls", "Multiplexer"]
+
+# One call's reply may have this many bytes, so that it never makes a message that is refused, with all that is in it.
+_REPLY_BYTES = MAX_MESSAGE_BYTES // 2
+
+
+@dataclass
+class Calls:
+    """What a `Multiplexer` does with the calls that it is given.
+
+    Args:
+        open: begins a call, and tells when there is something to write of it.
+        close: ends one, whatever state it is in.
+        write: puts what is new of a call that was begun at a time into a reply.
+        ended: told of each call's status, its name, and the error that it ended with.
+    """
+
+    open: Callable[[MultiStringRequest, Callable[[], object]], Awaitable[Generation]]
+    close: Callable[[Generation], object]
+    write: Callable[[Any, Generation, float], object]
+    ended: Callable[[grpc.StatusCode, str, Exception | None], object]
+
+
+@dataclass(eq=False)
+class _Call:
+    """One call: being opened by `task`, then running as `generation`."""
+
+    name: str
+    started: float = field(default_factory=time.monotonic)
+    task: asyncio.Task[None] | None = None
+    generation: Generation | None = None
+
+
+class Multiplexer:
+    """One stream of a caller, and the calls in it.
+
+    Args:
+        calls: does the work.
+        send: writes a message, and returns when there is room for the next one.
+    """
+
+    def __init__(self, calls: Calls, send: Callable[[ServerMessage], Awaitable[None]]) -> None:
+        self._work, self._send = calls, send
+        self._calls: dict[int, _Call] = {}
+        self._fresh: dict[int, None] = {}
+        self._ends: list[CallEnd] = []
+        self._something = asyncio.Event()
+        self._closing = False
+
+    async def serve(self, messages: AsyncIterator[CallerMessage]) -> None:
+        """Until the caller has ended its side or `finish` was called, and every call has ended."""
+        reading = asyncio.ensure_future(self._read(messages))
+        try:
+            while not self._closing or self._calls or self._ends:
+                await self._something.wait()
+                self._something.clear()
+                while self._fresh or self._ends:
+                    message = self._collect()
+                    if message.replies or message.ends:
+                        await self._send(message)
+        finally:
+            reading.cancel()
+            for number in list(self._calls):
+                self._cancel(number)
+
+    def finish(self) -> None:
+        """Ends the stream once no call is left in it."""
+        self._closing = True
+        self._something.set()
+
+    async def _read(self, messages: AsyncIterator[CallerMessage]) -> None:
+        try:
+            async for message in messages:
+                for start in message.starts:
+                    self._start(start)
+                for number in message.cancels:
+                    self._cancel(number)
+        finally:
+            self.finish()
+
+    def _start(self, start: CallStart) -> None:
+        call = self._calls[start.call] = _Call(start.request_id)
+        call.task = asyncio.ensure_future(self._open(start, call))
+
+    async def _open(self, start: CallStart, call: _Call) -> None:
+        try:
+            request = MultiStringRequest.FromString(start.request)
+            if len(request.request) + len(request.token_prompts) != 1:
+                raise RequestError("a call in a stream of many has one prompt; make several calls")
+            call.generation = await self._work.open(request, partial(self._tell, start.call))
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            self._end(start.call, error)
+
+    def _tell(self, number: int) -> None:
+        """There is something to collect of a call."""
+        self._fresh[number] = None
+        self._something.set()
+
+    def _cancel(self, number: int) -> None:
+        call = self._calls.pop(number, None)
+        if call is None:
+            return
+        if call.task is not None:
+            call.task.cancel()
+        if call.generation is not None:
+            self._work.close(call.generation)
+        self._work.ended(grpc.StatusCode.CANCELLED, call.name, None)
+
+    def _end(self, number: int, error: Exception | None = None) -> None:
+        """Says that a call has ended, well or with an error."""
+        call = self._calls.pop(number)
+        if call.generation is not None:
+            self._work.close(call.generation)
+        code, details, metadata = (grpc.StatusCode.OK, "", ()) if error is None else status_of(error)
+        self._ends.append(end_of(number, code, details, metadata))
+        self._something.set()
+        self._work.ended(code, call.name, error)
+
+    def _collect(self) -> ServerMessage:
+        """What is new, up to a size, in one message."""
+        message, size = ServerMessage(), 0
+        while self._fresh and size < MESSAGE_BYTES:
+            number = next(iter(self._fresh))
+            del self._fresh[number]
+            call = self._calls.get(number)
+            if call is not None and call.generation is not None:
+                size += self._add(message, number, call, call.generation)
+        ends, self._ends = self._ends, []
+        message.ends.extend(ends)
+        return message
+
+    def _add(self, message: ServerMessage, number: int, call: _Call, generation: Generation) -> int:
+        """Adds what is new of a call to a message. Returns its size, roughly."""
+        reply = CallReply(call=number)
+        try:
+            self._work.write(reply, generation, call.started)
+            size = reply.ByteSize()
+            if size > _REPLY_BYTES:
+                raise RequestError(f"{size} bytes are too many for one message; ask for fewer log-probabilities")
+        except Exception as error:
+            self._end(number, error)
+            return 0
+        if reply.response:
+            message.replies.append(reply)
+        if generation.ended:
+            self._end(number)
+        return size

@@ -1,0 +1,150 @@
+"""The caller's side of `Multiplex`: one stream to a server that carries many calls.
+
+A gRPC message costs tens of microseconds at each end, however little is in it. Where hundreds of answers come at once,
+one message for all that is new of them costs little more than a message for one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from mii.grpc_related.proto.modelresponse_pb2 import CallEnd, CallerMessage, CallStart, ServerMessage
+
+__all__ = ["MESSAGE_BYTES", "Trunk", "end_of", "error_of_end"]
+
+MESSAGE_BYTES = 4 << 20
+"""A message of many calls grows no further than by one more call from here on."""
+Deliver = Callable[[bytes, ServerMessage], Awaitable[None]]
+
+
+class Trunk:
+    """Calls over one stream, which is opened by the first of them, and anew by the first after it was lost.
+
+    Args:
+        method: `Multiplex` of a server, with bytes both ways.
+        deliver: takes in each message; the next one is read when it is done.
+    """
+
+    def __init__(self, method: Any, deliver: Deliver) -> None:
+        self._method, self._deliver = method, deliver
+        self._stream: _Stream | None = None
+
+    async def run(self, start: CallStart) -> None:
+        """Makes a call, and returns when it has ended well. Whoever is cancelled while this waits cancels the call.
+
+        Raises:
+            grpc.aio.AioRpcError: it has not; or the stream is lost.
+        """
+        if self._stream is None or self._stream.lost:
+            self._stream = _Stream(self._method(), self._deliver)
+        await self._stream.run(start)
+
+    async def close(self) -> None:
+        """Ends the stream, and with it every call."""
+        if self._stream is not None:
+            await self._stream.close()
+
+
+class _Stream:
+    def __init__(self, call: Any, deliver: Deliver) -> None:
+        self._call, self._deliver = call, deliver
+        self._ends: dict[int, asyncio.Future[CallEnd]] = {}
+        self._starts: deque[CallStart] = deque()
+        self._cancels: list[int] = []
+        self._something = asyncio.Event()
+        self.lost = False
+        self._tasks = [asyncio.ensure_future(self._read()), asyncio.ensure_future(self._write())]
+
+    async def run(self, start: CallStart) -> None:
+        ended = self._ends[start.call] = asyncio.get_running_loop().create_future()
+        self._starts.append(start)
+        self._something.set()
+        try:
+            end = await ended
+        except asyncio.CancelledError:
+            self._cancels.append(start.call)
+            self._something.set()
+            raise
+        finally:
+            self._ends.pop(start.call, None)
+        if end.code:
+            raise error_of_end(end)
+
+    async def close(self) -> None:
+        self._call.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _read(self) -> None:
+        failure = _lost("the server has ended the stream")
+        try:
+            while (raw := await self._call.read()) is not grpc.aio.EOF:
+                message = ServerMessage.FromString(raw)
+                await self._deliver(raw, message)
+                for end in message.ends:
+                    ended = self._ends.get(end.call)
+                    if ended is not None and not ended.done():
+                        ended.set_result(end)
+        except grpc.aio.AioRpcError as error:
+            failure = error
+        finally:
+            self._lose(failure)
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                await self._something.wait()
+                self._something.clear()
+                while self._starts or self._cancels:
+                    await self._call.write(self._take().SerializeToString())
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            """The reader finds out why, and says so."""
+
+    def _take(self) -> CallerMessage:
+        """What is to be said, up to a size. A call's start goes out before its cancellation."""
+        message, size = CallerMessage(), 0
+        while self._starts and size < MESSAGE_BYTES:
+            size += len(self._starts[0].request)
+            message.starts.append(self._starts.popleft())
+        if not self._starts:
+            message.cancels.extend(self._cancels)
+            self._cancels.clear()
+        return message
+
+    def _lose(self, failure: grpc.aio.AioRpcError) -> None:
+        self.lost = True
+        self._tasks[1].cancel()
+        self._call.cancel()
+        for ended in self._ends.values():
+            if not ended.done():
+                ended.set_exception(failure)
+
+
+def end_of(call: int, code: grpc.StatusCode, details: str, metadata: Any) -> CallEnd:
+    """The end of a call as it travels.
+
+    Args:
+        call: its number.
+        code, details, metadata: its status.
+    """
+    return CallEnd(call=call, code=code.value[0], details=details, metadata=dict(metadata))
+
+
+def error_of_end(end: CallEnd) -> grpc.aio.AioRpcError:
+    """What a gRPC call of its own would have raised."""
+    metadata = grpc.aio.Metadata(*end.metadata.items())
+    return grpc.aio.AioRpcError(_CODES[end.code], grpc.aio.Metadata(), metadata, details=end.details)
+
+
+def _lost(details: str) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), details=details)
+
+
+_CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
