@@ -28,8 +28,8 @@ CHANNEL_OPTIONS: list[tuple[str, int]] = [
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.min_reconnect_backoff_ms", 1_000),  # how long one attempt may take
     ("grpc.max_reconnect_backoff_ms", 1_000),
-    # Bytes of one stream that may be under way. What a slow reader has not taken is merged in the replica; what has left
-    # that already comes as it is. Longer messages pass all the same.
+    # Bytes of one stream that may be under way. What a slow reader has not taken is merged in the replica; what has
+    # left that already comes as it is. Longer messages pass all the same.
     ("grpc.http2.lookahead_bytes", 8_192),
     ("grpc.http2.bdp_probe", 0),  # which would let them grow
 ]
