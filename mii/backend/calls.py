@@ -7,13 +7,17 @@ unless the server says that it has tried everything itself.
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable
+from contextlib import closing
+from functools import partial
 from typing import Any
 
 import grpc
 import grpc.aio
 
+from mii.backend.apart import Handle, apart
 from mii.errors import MIIError, RequestTimeoutError
 from mii.grpc_related.statuses import KIND, NO_RETRY, EndedCall, error_of
 
@@ -94,15 +98,9 @@ def unary(method: Any, request: Any, attempts: Attempts, metadata: Metadata = ()
     Raises:
         MIIError: what the call came to.
     """
-    while True:
-        call = method.future(request, timeout=attempts.remaining(), metadata=metadata)
-        try:
-            return call.result()
-        except grpc.RpcError as error:
-            seconds = attempts.pause(error, started=False)
-        finally:
-            call.cancel()
-        time.sleep(seconds)
+    with closing(_run(partial(method.future, request, metadata=metadata), _result, attempts)) as replies:
+        (reply,) = replies
+    return reply
 
 
 def stream(method: Any, request: Any, attempts: Attempts, metadata: Metadata = ()) -> Generator[Any, None, None]:
@@ -111,11 +109,26 @@ def stream(method: Any, request: Any, attempts: Attempts, metadata: Metadata = (
     Raises:
         MIIError: what the call came to.
     """
+    return _run(partial(method, request, metadata=metadata), iter, attempts)
+
+
+def _run(
+    start: Callable[..., Any], read: Callable[[Any], Iterable[Any]], attempts: Attempts
+) -> Generator[Any, None, None]:
+    handle = Handle()
+    replies = _attempt(start, read, attempts, handle)
+    return apart(replies, handle) if threading.current_thread() is threading.main_thread() else replies
+
+
+def _attempt(
+    start: Callable[..., Any], read: Callable[[Any], Iterable[Any]], attempts: Attempts, handle: Handle
+) -> Generator[Any, None, None]:
     started = False
     while True:
-        call = method(request, timeout=attempts.remaining(), metadata=metadata)
+        call = start(timeout=attempts.remaining())
+        handle.hold(call)
         try:
-            for reply in call:
+            for reply in read(call):
                 started = True
                 yield reply
             return
@@ -124,6 +137,10 @@ def stream(method: Any, request: Any, attempts: Attempts, metadata: Metadata = (
         finally:
             call.cancel()
         time.sleep(seconds)
+
+
+def _result(call: Any) -> Iterable[Any]:
+    yield call.result()
 
 
 async def unary_async(method: Any, request: Any, attempts: Attempts, metadata: Metadata = ()) -> Any:

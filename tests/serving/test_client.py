@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pickle
+import random
 import signal
 import threading
 import time
@@ -262,6 +263,31 @@ def test_ctrl_c_ends_a_call_here_and_in_the_engine(cluster: Cluster, client: MII
             pass
     cluster.wait_idle()
     assert client.generate("one", max_new_tokens=2)
+
+
+def test_interrupts_at_any_moment_leave_the_connection_usable(cluster: Cluster, client: MIIClient, said: Any) -> None:
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    def ask_for_ever() -> None:
+        while True:
+            for _ in client.stream(PROMPTS, max_new_tokens=15):
+                pass
+            client.generate("one", max_new_tokens=2)
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for attempt in range(60):
+            signal.setitimer(signal.ITIMER_REAL, random.Random(attempt).uniform(0.001, 0.04))
+            with pytest.raises(KeyboardInterrupt):
+                ask_for_ever()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    cluster.wait_idle()
+    (response,) = client.generate("one", max_new_tokens=3) or ()
+    assert response.generated_text == said("one", 3)
+    wait_until(lambda: not [thread for thread in threading.enumerate() if thread.name.startswith("mii-c")])
 
 
 def test_a_stream_that_is_closed_ends_in_the_engine(cluster: Cluster, client: MIIClient) -> None:
