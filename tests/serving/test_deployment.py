@@ -21,7 +21,7 @@ from mii.backend import deployment
 from mii.backend.server import MIIServer
 from mii.config import MIIConfig, get_mii_config
 from mii.config.registry import deployment_folder
-from mii.errors import DeploymentError, DeploymentExistsError, DeploymentNotFoundError, PortTakenError
+from mii.errors import DeploymentError, DeploymentExistsError, DeploymentNotFoundError, LauncherError, PortTakenError
 from mii.launch import child, supervisor
 from mii.launch.state import Spec, read_state
 from tests.serving.deployments import StandIns, free_port, pid_of, processes_of, wait_until
@@ -106,6 +106,16 @@ def test_an_attached_one_ends_with_the_process_that_started_it(stand_ins: StandI
 
     assert ended_with(fork(serve_and_die)) == -signal.SIGKILL
     wait_until(lambda: not processes_of(cache))
+
+
+def test_it_is_not_started_by_several_processes_of_a_launcher(
+    stand_ins: StandIns, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one_device = config(model={"tensor_parallel": 1})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LauncherError, match=r"\(WORLD_SIZE is set\); start it with plain python"):
+        MIIServer(one_device)
+    assert list(cache.iterdir()) == []
 
 
 def test_a_name_that_runs_is_refused_and_the_running_one_goes_on(stand_ins: StandIns) -> None:
