@@ -16,11 +16,13 @@ import httpx
 import pytest
 
 from mii.entrypoints import api_server
+from mii.entrypoints.http import server
 from mii.entrypoints.http.server import TlsFiles, listen, tls_from_environment
 from mii.entrypoints.http.settings import ApiKeys, CorsSettings, read_api_keys
 from mii.errors import PortTakenError
 from mii.grpc_related.options import REQUEST_ID
 from mii.grpc_related.restful_gateway import create_app
+from tests.serving.deployments import wait_until
 from tests.serving.fake_backend import TOKEN_OF_DEPLOYMENT, HttpFixture, answer_of, serving
 
 ROUTE = "/mii/a%20b/c"
@@ -217,6 +219,24 @@ def test_a_client_that_hangs_up_ends_its_call(gateway: HttpFixture, stream: bool
     gateway.wait_cancelled(before + 1)
 
 
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="the kernel does this on Linux only")
+def test_a_client_that_never_reads_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "STALL_SECONDS", 1)
+    with serving(create_app) as gateway, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        address = httpx.URL(gateway.url)
+        connection.connect((address.host, address.port))
+        body = json.dumps({"prompts": ["x"] * 100, "stream": True, "max_new_tokens": 80, "logprobs": 50}).encode()
+        head = b"POST /mii/a%%20b/c HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        connection.sendall(head % len(body) + body)
+        wait_until(lambda: 'mii_http_requests_total{route="/mii",status="499"} 1.0' in metrics(gateway))
+        assert 'mii_http_requests_running{route="/mii"} 0.0' in metrics(gateway)
+
+
+def metrics(gateway: HttpFixture) -> str:
+    return gateway.http.get("/metrics").text
+
+
 def test_a_client_that_hangs_up_while_it_sends_is_forgotten(gateway: HttpFixture) -> None:
     calls = len(gateway.fake.calls)
     address = httpx.URL(gateway.url)
@@ -320,16 +340,16 @@ def test_pages_of_other_origins_are_let_in_only_where_asked_for(gateway: HttpFix
 
 
 def test_the_plain_server_gives_texts() -> None:
-    with serving(api_server.create_app) as server:
+    with serving(api_server.create_app) as plain:
         body = {"prompt": ["a", "b"], "max_tokens": 2}
-        assert server.http.post("/generate", json=body).json() == {"text": [answer_of(2)] * 2}
-        stream = server.http.post("/generate", json={"prompt": "a", "max_tokens": 2, "stream": True}).text
+        assert plain.http.post("/generate", json=body).json() == {"text": [answer_of(2)] * 2}
+        stream = plain.http.post("/generate", json={"prompt": "a", "max_tokens": 2, "stream": True}).text
         assert stream == 'data: {"text":["one"]}\n\ndata: {"text":[" two"]}\n\ndata: [DONE]\n\n'
-        several = server.http.post("/generate", json={**body, "max_tokens": 1, "stream": True}).text
+        several = plain.http.post("/generate", json={**body, "max_tokens": 1, "stream": True}).text
         assert '{"text":["one"],"index":1}' in several
-        assert server.http.post("/generate", json={"prompt": 5}).status_code == 422
-        assert server.http.post("/generate", content=b"{", headers={"Content-Type": "application/json"}).status_code
-        assert server.http.get("/health").json()["status"] == "ok"
+        assert plain.http.post("/generate", json={"prompt": 5}).status_code == 422
+        assert plain.http.post("/generate", content=b"{", headers={"Content-Type": "application/json"}).status_code
+        assert plain.http.get("/health").json()["status"] == "ok"
 
 
 # Sockets and keys

@@ -16,9 +16,11 @@ from starlette.types import ASGIApp
 
 from mii.errors import PortTakenError
 
-__all__ = ["HttpServer", "TlsFiles", "listen", "tls_from_environment"]
+__all__ = ["STALL_SECONDS", "HttpServer", "TlsFiles", "listen", "tls_from_environment"]
 
 CERTFILE_ENV, KEYFILE_ENV = "SSL_CERTFILE", "SSL_KEYFILE"
+STALL_SECONDS = 120
+"""A client that takes nothing of what is sent to it for so long is given up."""
 _KEEP_ALIVE_SECONDS = 300  # as DeepSpeed-MII has it
 _BACKLOG = 2048
 _PASSIVE = socket.AI_PASSIVE
@@ -99,6 +101,7 @@ def listen(host: str, port: int) -> list[socket.socket]:
             with contextlib.ExitStack() as stack:
                 listener = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                _give_up_silent_clients(listener)
                 if family == socket.AF_INET6:  # the other family has a socket of its own
                     listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 bound = sockets[0].getsockname()[1] if sockets else port
@@ -119,6 +122,14 @@ def listen(host: str, port: int) -> list[socket.socket]:
             listener.close()
         raise PortTakenError(f"port {port} of {host!r} cannot be listened on: {error.strerror or error}") from error
     return sockets
+
+
+def _give_up_silent_clients(listener: socket.socket) -> None:
+    """Makes the kernel close connections whose client is gone without a word, or reads nothing for long."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("TCP_KEEPIDLE", STALL_SECONDS), ("TCP_USER_TIMEOUT", STALL_SECONDS * 1000)):
+        if hasattr(socket, name):  # Linux; accepted sockets inherit it
+            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def tls_from_environment(environment: Mapping[str, str]) -> TlsFiles:
