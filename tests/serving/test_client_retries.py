@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,6 @@ from typing import Any
 
 import grpc
 import pytest
-from google.protobuf.empty_pb2 import Empty
 
 from mii.backend import MIIClient, calls
 from mii.config import MIIConfig
@@ -26,54 +24,9 @@ from mii.errors import (
     ServingError,
     UnsupportedFeatureError,
 )
-from mii.grpc_related.options import SERVER_OPTIONS, TOKEN
-from mii.grpc_related.proto.modelresponse_pb2 import HealthReply, MultiGenerationReply, SingleGenerationReply
-from mii.grpc_related.proto.modelresponse_pb2_grpc import ModelResponseServicer, add_ModelResponseServicer_to_server
+from mii.grpc_related.proto.modelresponse_pb2 import MultiGenerationReply, SingleGenerationReply
 from mii.grpc_related.statuses import KIND, NO_RETRY, RETRY_AFTER
-
-Script = Callable[[Any, int], Iterator[MultiGenerationReply]]
-PIECE = MultiGenerationReply(response=[SingleGenerationReply(response="text", finish_reason="none")])
-LAST = MultiGenerationReply(response=[SingleGenerationReply(finish_reason="stop", generated_tokens=1)])
-
-
-class Scripted(ModelResponseServicer):
-    """Runs a script at each call, which gets the context and the number of the call, from 1."""
-
-    def __init__(self) -> None:
-        self.script: Script = lambda context, call: iter([PIECE, LAST])
-        self.calls = 0
-        self.tokens: list[str] = []
-        self.ready_after = 0.0
-
-    def GeneratorReplyStream(self, request: Any, context: Any) -> Iterator[MultiGenerationReply]:
-        self.calls += 1
-        yield from self.script(context, self.calls)
-
-    def GeneratorReply(self, request: Any, context: Any) -> MultiGenerationReply:
-        self.calls += 1
-        return next(iter(self.script(context, self.calls)))
-
-    def Health(self, request: Any, context: Any) -> HealthReply:
-        ready = time.monotonic() >= self.ready_after
-        return HealthReply(ready=ready, reason="" if ready else "it is loading")
-
-    def Terminate(self, request: Any, context: Any) -> Empty:
-        self.tokens.append(dict(context.invocation_metadata()).get(TOKEN, ""))
-        if self.tokens[-1] != "secret":
-            context.abort(grpc.StatusCode.PERMISSION_DENIED, "no token")
-        return Empty()
-
-
-@contextlib.contextmanager
-def serving(servicer: Scripted, port: int = 0) -> Iterator[int]:
-    server = grpc.server(ThreadPoolExecutor(4), options=SERVER_OPTIONS)
-    add_ModelResponseServicer_to_server(servicer, server)
-    bound = server.add_insecure_port(f"127.0.0.1:{port}")
-    server.start()
-    try:
-        yield bound
-    finally:
-        server.stop(0).wait()
+from tests.serving.scripted import Scripted, ends_with, scripted
 
 
 @pytest.fixture
@@ -84,26 +37,12 @@ def servicer() -> Scripted:
 @pytest.fixture
 def client(servicer: Scripted, monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[MIIClient]:
     monkeypatch.setattr(calls, "_PAUSES", (0.01, 0.02, 0.04))
-    with serving(servicer) as port, client_of(port) as client:
+    with scripted(servicer) as port, client_of(port) as client:
         yield client
 
 
 def client_of(port: int, **options: Any) -> MIIClient:
     return MIIClient(MIIConfig(model_config={"model_name_or_path": "m"}, port_number=port), **options)
-
-
-def ends_with(code: grpc.StatusCode, *metadata: tuple[str, str], until: int = 1_000_000, after: int = 0) -> Script:
-    """The first calls end so, after some pieces; later ones are answered."""
-
-    def script(context: Any, call: int) -> Iterator[MultiGenerationReply]:
-        if call > until:
-            yield from (PIECE, LAST)
-            return
-        yield from [PIECE] * after
-        context.set_trailing_metadata(metadata)
-        context.abort(code, "as the script says")
-
-    return script
 
 
 def every_way(client: MIIClient) -> list[Callable[[], Any]]:
@@ -194,19 +133,19 @@ def test_the_time_holds_for_all_attempts_together(
 
 
 def test_a_server_that_comes_up_in_the_meantime_answers(cache: Path) -> None:
-    with serving(Scripted()) as port:
+    with scripted(Scripted()) as port:
         pass
     client = client_of(port)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(client.generate, "one")
         time.sleep(0.5)
-        with serving(Scripted(), port):
+        with scripted(Scripted(), port):
             assert answer.result(10)
     client.close()
 
 
 def test_nobody_there_is_told_soon_where_the_registry_knows(cache: Path) -> None:
-    with serving(Scripted()) as port:
+    with scripted(Scripted()) as port:
         pass
     config = MIIConfig(model_config={"model_name_or_path": "m"}, port_number=port)
     file = save_deployment(config)
@@ -223,10 +162,11 @@ def test_nobody_there_is_told_soon_where_the_registry_knows(cache: Path) -> None
 
 
 def test_it_waits_until_the_server_is_ready(client: MIIClient, servicer: Scripted) -> None:
-    servicer.ready_after = time.monotonic() + 0.4
+    due = time.monotonic() + 0.4
+    servicer.ready = lambda: time.monotonic() >= due
     client.wait_ready(10)
-    assert time.monotonic() >= servicer.ready_after
-    servicer.ready_after = time.monotonic() + 60
+    assert time.monotonic() >= due
+    servicer.ready = lambda: False
     with pytest.raises(RequestTimeoutError, match=r"was not ready within 0\.3 s: it is loading"):
         client.wait_ready(0.3)
 
@@ -234,7 +174,7 @@ def test_it_waits_until_the_server_is_ready(client: MIIClient, servicer: Scripte
 def test_answers_that_failed_leave_the_others(client: MIIClient, servicer: Scripted) -> None:
     good = SingleGenerationReply(response="good", finish_reason="stop", generated_tokens=2, index=1)
     bad = SingleGenerationReply(finish_reason="error", error="its engine died", index=0)
-    servicer.script = lambda context, call: iter([MultiGenerationReply(response=[good, bad])])
+    servicer.script = lambda request, context, call: iter([MultiGenerationReply(response=[good, bad])])
     for way in (lambda: client.generate(["a", "b"]), lambda: asyncio.run(client.generate_async(["a", "b"]))):
         with pytest.raises(GenerationError, match="its engine died") as caught:
             way()

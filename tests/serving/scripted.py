@@ -1,0 +1,165 @@
+"""A gRPC server that follows a script, and a load balancer in this process: for what real replicas do too rarely."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+from google.protobuf.empty_pb2 import Empty
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import HealthServicer
+
+from mii.grpc_related.balancer_server import BalancerServer
+from mii.grpc_related.options import SERVER_OPTIONS, SERVICE_NAME, TOKEN
+from mii.grpc_related.proto.modelresponse_pb2 import (
+    HealthReply,
+    MultiGenerationReply,
+    ReplicaHealth,
+    SingleGenerationReply,
+    StatsReply,
+)
+from mii.grpc_related.proto.modelresponse_pb2_grpc import ModelResponseServicer, add_ModelResponseServicer_to_server
+
+__all__ = ["Balancer", "Scripted", "balancing", "echo", "ends_with", "scripted"]
+
+Script = Callable[[Any, Any, int], Iterator[MultiGenerationReply]]
+
+
+def echo(request: Any, context: Any, call: int) -> Iterator[MultiGenerationReply]:
+    """A script that answers with the prompts themselves, all pieces first and then all ends."""
+    texts = [*request.request, *(str(list(prompt.ids)) for prompt in request.token_prompts)]
+    places = list(request.positions) or list(range(len(texts)))
+    for finish_reason in ("none", "stop"):
+        pairs = zip(places, texts if finish_reason == "none" else [""] * len(texts), strict=True)
+        yield MultiGenerationReply(
+            response=[
+                SingleGenerationReply(response=text, finish_reason=finish_reason, index=place, generated_tokens=1)
+                for place, text in pairs
+            ]
+        )
+
+
+def ends_with(code: grpc.StatusCode, *metadata: tuple[str, str], until: int = 1_000_000, after: int = 0) -> Script:
+    """A script in which the first `until` calls end so, after some messages; later ones are answered."""
+
+    def script(request: Any, context: Any, call: int) -> Iterator[MultiGenerationReply]:
+        if call > until:
+            yield from echo(request, context, call)
+            return
+        for _, reply in zip(range(after), echo(request, context, call), strict=False):
+            yield reply
+        context.set_trailing_metadata(metadata)
+        context.abort(code, "as the script says")
+
+    return script
+
+
+class Scripted(ModelResponseServicer):
+    """A replica, or a whole deployment. Runs its script at each call."""
+
+    def __init__(self) -> None:
+        self.script: Script = echo
+        self.requests: list[Any] = []
+        self.contexts: list[Any] = []
+        self.tokens: list[str] = []
+        self.ready: Callable[[], bool] = lambda: True
+        self.server: Any = None
+        self.port = 0
+        self.health = HealthServicer()
+        self.serve(True)
+
+    @property
+    def calls(self) -> int:
+        return len(self.requests)
+
+    def serve(self, ready: bool) -> None:
+        """Says whether it is well, to those that watch."""
+        states = health_pb2.HealthCheckResponse
+        self.health.set(SERVICE_NAME, states.SERVING if ready else states.NOT_SERVING)
+
+    def GeneratorReplyStream(self, request: Any, context: Any) -> Iterator[MultiGenerationReply]:
+        self.requests.append(request)
+        self.contexts.append(context)
+        yield from self.script(request, context, self.calls)
+
+    def GeneratorReply(self, request: Any, context: Any) -> MultiGenerationReply:
+        self.requests.append(request)
+        self.contexts.append(context)
+        return next(iter(self.script(request, context, self.calls)))
+
+    def Health(self, request: Any, context: Any) -> HealthReply:
+        ready = self.ready()
+        reason = "" if ready else "it is loading"
+        return HealthReply(
+            ready=ready, reason=reason, replicas=[ReplicaHealth(ready=ready, reason=reason, device="cpu")]
+        )
+
+    def Stats(self, request: Any, context: Any) -> StatsReply:
+        return StatsReply(json=b'{"outstanding": 3}')
+
+    def Terminate(self, request: Any, context: Any) -> Empty:
+        self.tokens.append(dict(context.invocation_metadata()).get(TOKEN, ""))
+        if self.tokens[-1] != "secret":
+            context.abort(grpc.StatusCode.PERMISSION_DENIED, "no token")
+        return Empty()
+
+
+@contextlib.contextmanager
+def scripted(servicer: Scripted, port: int = 0) -> Iterator[int]:
+    """Serves it; yields the port."""
+    server = servicer.server = grpc.server(ThreadPoolExecutor(16), options=SERVER_OPTIONS)
+    add_ModelResponseServicer_to_server(servicer, server)
+    health_pb2_grpc.add_HealthServicer_to_server(servicer.health, server)
+    servicer.port = server.add_insecure_port(f"127.0.0.1:{port}")
+    server.start()
+    try:
+        yield servicer.port
+    finally:
+        server.stop(0).wait()
+
+
+class Balancer:
+    """A load balancer in a thread of this process.
+
+    Args:
+        addresses: of the replicas.
+        queue_size: of each.
+    """
+
+    def __init__(self, addresses: Sequence[str], queue_size: int) -> None:
+        self.ended: list[str] = []
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="balancer")
+        self._thread.start()
+        self.port = self._run(self._start(addresses, queue_size))
+        self.address = f"127.0.0.1:{self.port}"
+
+    async def _start(self, addresses: Sequence[str], queue_size: int) -> int:
+        self.server = BalancerServer(addresses, queue_size=queue_size, token="secret", terminate=self.ended.append)
+        return await self.server.start("127.0.0.1:0")
+
+    def stop(self, drain_seconds: float = 0.0) -> None:
+        """Drains and ends it."""
+        if self._thread.is_alive():
+            self._run(self.server.stop(drain_seconds))
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    def _run(self, work: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
+
+
+@contextlib.contextmanager
+def balancing(addresses: Sequence[str], queue_size: int = 100) -> Iterator[Balancer]:
+    """A load balancer that is gone afterwards."""
+    balancer = Balancer(addresses, queue_size)
+    try:
+        yield balancer
+    finally:
+        balancer.stop()
