@@ -70,7 +70,8 @@ class MIIConfig(ConfigModel):
         default=RESTFUL_API_PORT_DEFAULT, description="port that the HTTP gateway listens on"
     )
     restful_processes: PositiveInt = Field(
-        default=RESTFUL_PROCESSES_DEFAULT, description="HTTP requests that are worked on at once"
+        default=RESTFUL_PROCESSES_DEFAULT,
+        description="processes that answer HTTP, up to one a core; not given: one for each 16 cores, up to 8",
     )
     hostfile: str | None = Field(
         default=HOSTFILE_DEFAULT,

@@ -28,7 +28,13 @@ class Meter:
     def __init__(self, registry: CollectorRegistry) -> None:
         route = ["route"]
         self.requests = Counter("mii_http_requests", "HTTP requests that ended", ["route", "status"], registry=registry)
-        self.running = Gauge("mii_http_requests_running", "HTTP requests under way", route, registry=registry)
+        self.running = Gauge(
+            "mii_http_requests_running",
+            "HTTP requests under way",
+            route,
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
         self.prompt_tokens = Counter("mii_http_prompt_tokens", "Tokens of prompts", route, registry=registry)
         self.generated_tokens = Counter("mii_http_generated_tokens", "Tokens generated", route, registry=registry)
         self.first_token = Histogram(

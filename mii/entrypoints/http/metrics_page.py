@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, TypeAlias
@@ -9,6 +10,7 @@ from typing import Any, TypeAlias
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
 from starlette.responses import Response
 
 from mii.entrypoints.http.errors import ApiError
@@ -64,8 +66,17 @@ def add_metrics(app: FastAPI, service: HttpService) -> None:
             stats: Mapping[str, Any] | None = await service.backend.stats()
         except ApiError:
             stats = None
-        page = generate_latest(service.registry) + _print(deployment_metrics(stats))
+        page = generate_latest(_everyones(service.registry)) + _print(deployment_metrics(stats))
         return Response(page, media_type=CONTENT_TYPE_LATEST)
+
+
+def _everyones(registry: CollectorRegistry) -> CollectorRegistry:
+    """What all processes of this server count, where there are several (see `mii.launch.gateway`)."""
+    if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        return registry
+    together = CollectorRegistry()
+    MultiProcessCollector(together)
+    return together
 
 
 def deployment_metrics(stats: Mapping[str, Any] | None) -> Iterator[Metric]:

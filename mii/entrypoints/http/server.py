@@ -85,12 +85,13 @@ class _Server(uvicorn.Server):
         yield
 
 
-def listen(host: str, port: int) -> list[socket.socket]:
+def listen(host: str, port: int, *, shared: bool = False) -> list[socket.socket]:
     """Sockets on every address that a host name stands for.
 
     Args:
         host: a name or an address; "0.0.0.0" and "::" are every one of the machine.
         port: 0 takes any that is free.
+        shared: others may listen there too, if they share it as well: the kernel spreads connections among them.
 
     Raises:
         PortTakenError: the port is in use, or the host is none of this machine.
@@ -101,6 +102,8 @@ def listen(host: str, port: int) -> list[socket.socket]:
             with contextlib.ExitStack() as stack:
                 listener = stack.enter_context(socket.socket(family, socket.SOCK_STREAM))
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if shared:
+                    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
                 _give_up_silent_clients(listener)
                 if family == socket.AF_INET6:  # the other family has a socket of its own
                     listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
