@@ -3,8 +3,8 @@
     python -m tests.serving.standin <folder of the deployment> replica-<i>-engine
 
 Its options come from ``standin-<i>.json`` in the folder, where there is one (see `Options`). The answer to a prompt is
-a function of the prompt alone (`answer`), so that a client can check every token it gets. When it stops it writes
-``emitted-<i>.json`` if asked to: when each token of each request left, by the clock that all processes share.
+a function of the prompt alone (`answer`), so that a client can check every token it gets. When it stops it writes, if
+asked to, when each token of each request left, by the clock that all processes share.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import json
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -44,7 +45,7 @@ class Options(msgspec.Struct):
         stop_ids: ends of text; it never says one.
         load_seconds: how long it takes to come up.
         poison: a prompt that has this token makes the step fail that runs it.
-        record: write when each token left.
+        record: folder for a file ``emitted-<i>.json``, of times by the prompt's token ids; empty: none is written.
     """
 
     step_seconds: float = 0.005
@@ -56,7 +57,7 @@ class Options(msgspec.Struct):
     stop_ids: tuple[int, ...] = (2,)
     load_seconds: float = 0.0
     poison: int | None = None
-    record: bool = False
+    record: str = ""
 
 
 def answer(prompt_ids: list[int], position: int) -> int:
@@ -173,7 +174,7 @@ def main() -> None:
             process.ready()
             server.serve()
         if options.record:
-            (process.folder.path / f"emitted-{process.replica}.json").write_text(json.dumps(engine.emitted))
+            Path(options.record, f"emitted-{process.replica}.json").write_text(json.dumps(engine.emitted))
 
 
 if __name__ == "__main__":
