@@ -79,3 +79,9 @@ def test_serve(smollm2: Path) -> None:
     (reply,) = json.loads(lines[-1])
     assert reply["prompt_length"] == 3
     assert 1 <= reply["generated_length"] <= 8
+
+
+def test_openai_chat(smollm2: Path) -> None:
+    answer, counts = run("openai_chat.py", smollm2).splitlines()
+    assert "Paris" in answer
+    assert re.fullmatch(r"-- \d+ \+ \d+ tokens", counts)
