@@ -18,13 +18,14 @@ from mii.logging import logger
 
 __all__ = ["Link"]
 
-_OPTIONS = [
-    *CHANNEL_OPTIONS,
+_OPTIONS = {
+    **dict(CHANNEL_OPTIONS),
     # A replica that is stopped and not dead is given up after ten seconds, and what it had is told so.
-    ("grpc.keepalive_time_ms", 6_000),
-    ("grpc.keepalive_timeout_ms", 4_000),
-    ("grpc.max_reconnect_backoff_ms", 250),
-]
+    "grpc.keepalive_time_ms": 6_000,
+    "grpc.keepalive_timeout_ms": 3_000,
+    "grpc.http2.ping_timeout_ms": 3_000,
+    "grpc.max_reconnect_backoff_ms": 250,
+}
 _AGAIN_SECONDS = 0.05
 
 
@@ -39,7 +40,7 @@ class Link:
 
     def __init__(self, index: int, address: str, queue_size: int) -> None:
         self.index, self.address, self.queue_size = index, address, queue_size
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        self._channel = grpc.aio.insecure_channel(address, options=list(_OPTIONS.items()))
         self.unary = self._channel.unary_unary(f"/{SERVICE_NAME}/GeneratorReply")
         self.stream = self._channel.unary_stream(f"/{SERVICE_NAME}/GeneratorReplyStream")
         self.multiplex = self._channel.stream_stream(f"/{SERVICE_NAME}/Multiplex")

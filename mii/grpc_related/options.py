@@ -12,7 +12,12 @@ TOKEN = "mii-token"
 REQUEST_ID = "mii-request-id"
 """Metadata that names a request in the logs."""
 _SIZES = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", MAX_MESSAGE_BYTES)]
-_KEEPALIVE = [("grpc.keepalive_time_ms", 30_000), ("grpc.keepalive_timeout_ms", 10_000)]
+_KEEPALIVE = [
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),  # no limit: one who only waits for an answer looks after it too
+]
 
 SERVER_OPTIONS: list[tuple[str, int]] = [
     *_SIZES,

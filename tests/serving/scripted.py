@@ -110,9 +110,9 @@ class Scripted(ModelResponseServicer):
 
 
 @contextlib.contextmanager
-def scripted(servicer: Scripted, port: int = 0) -> Iterator[int]:
+def scripted(servicer: Scripted, port: int = 0, options: Sequence[tuple[str, int]] = ()) -> Iterator[int]:
     """Serves it; yields the port."""
-    server = servicer.server = grpc.server(ThreadPoolExecutor(16), options=SERVER_OPTIONS)
+    server = servicer.server = grpc.server(ThreadPoolExecutor(16), options=[*options, *SERVER_OPTIONS])
     add_ModelResponseServicer_to_server(servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(servicer.health, server)
     servicer.port = server.add_insecure_port(f"127.0.0.1:{port}")
