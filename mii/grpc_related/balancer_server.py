@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection
 from mii.errors import PortTakenError
 from mii.grpc_related.links import Link
 from mii.grpc_related.load_balancer import LoadBalancer
-from mii.grpc_related.options import SERVER_OPTIONS, SERVICE_NAME
+from mii.grpc_related.options import SERVER_OPTIONS, SERVICE_NAME, STALL_SECONDS
 
 __all__ = ["BalancerServer"]
 
@@ -34,10 +34,17 @@ class BalancerServer:
         queue_size: prompts that one replica takes at once.
         token: see `LoadBalancer`.
         terminate: see `LoadBalancer`.
+        stall_seconds: see `STALL_SECONDS`.
     """
 
     def __init__(
-        self, addresses: Sequence[str], *, queue_size: int, token: str, terminate: Callable[[str], None]
+        self,
+        addresses: Sequence[str],
+        *,
+        queue_size: int,
+        token: str,
+        terminate: Callable[[str], None],
+        stall_seconds: float = STALL_SECONDS,
     ) -> None:
         self._links = [Link(index, address, queue_size) for index, address in enumerate(addresses)]
         self._service = LoadBalancer(self._links, token=token, terminate=terminate)
@@ -48,7 +55,7 @@ class BalancerServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE_NAME, HEALTH_NAME, reflection.SERVICE_NAME), self._server)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._draining = False
+        self._draining, self._stall_seconds = False, stall_seconds
         self._first = asyncio.Event()
 
     async def start(self, address: str) -> int:
@@ -68,6 +75,7 @@ class BalancerServer:
         await self._server.start()
         for link in self._links:
             self._spawn(link.watch(self._on_change))
+        self._spawn(self._end_stalled())
         return int(port)
 
     async def wait_ready(self) -> None:
@@ -95,6 +103,11 @@ class BalancerServer:
         self._service.on_change(link)
         self._first.set()
         self._spawn(self._set_health(any(other.ready for other in self._links) and not self._draining))
+
+    async def _end_stalled(self) -> None:
+        while True:
+            await asyncio.sleep(self._stall_seconds / 4)
+            self._service.end_stalled(self._stall_seconds)
 
     def _spawn(self, work: object) -> None:
         task = asyncio.ensure_future(work)  # type: ignore[call-overload]

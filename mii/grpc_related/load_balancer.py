@@ -47,6 +47,14 @@ class _Call:
         given = context.invocation_metadata() or ()
         self.metadata = tuple((key, value) for key, value in given if not key.startswith(_NOT_PASSED_ON))
         self.name = dict(self.metadata).get(REQUEST_ID) or "without an id"
+        self.writing_since = 0.0
+        """When the message that is being written was begun; 0.0: none is."""
+
+    async def write(self, message: bytes) -> None:
+        """Passes a message on; returns when the caller has room for the next one."""
+        self.writing_since = time.monotonic()
+        await self.context.write(message)
+        self.writing_since = 0.0
 
     async def unary(self, shard: Shard, link: Link) -> bytes:
         """The reply of a replica."""
@@ -80,7 +88,7 @@ class LoadBalancer:
         self._links, self._token, self._terminate = links, token, terminate
         self._dispatcher = Dispatcher(links)
         self._calls: Counter[str] = Counter()
-        self._running: set[asyncio.Task[Any]] = set()
+        self._running: dict[asyncio.Task[Any], _Call] = {}
         self._switchboards: set[Switchboard] = set()
         self._ended = ""
         self._started = time.monotonic()
@@ -119,6 +127,15 @@ class LoadBalancer:
         for task in self._running:
             task.cancel()
 
+    def end_stalled(self, seconds: float) -> None:
+        """Ends the calls whose caller has taken nothing for so long."""
+        latest = time.monotonic() - seconds
+        for task, call in self._running.items():
+            if 0.0 < call.writing_since < latest:
+                logger.info("call %s is ended: its reader took nothing for %g s", call.name, seconds)
+                call.writing_since = 0.0
+                task.cancel()
+
     # Methods
 
     async def _reply(self, request: bytes, context: Context) -> bytes:
@@ -136,7 +153,7 @@ class LoadBalancer:
             shards = await self._dispatcher.split(request)
             if len(shards) == 1:
                 (shard,) = shards
-                await self._dispatcher.carry(shard, lambda link: call.stream(shard, link, context.write), call.name)
+                await self._dispatcher.carry(shard, lambda link: call.stream(shard, link, call.write), call.name)
                 return
             lock = asyncio.Lock()
             failures = await _together([self._part_stream(shard, call, lock) for shard in shards])
@@ -212,7 +229,7 @@ class LoadBalancer:
 
         async def write(message: bytes) -> None:
             async with lock:
-                await call.context.write(message)
+                await call.write(message)
             for answer in MultiGenerationReply.FromString(message).response:
                 if answer.error or answer.finish_reason not in ("", "none"):
                     running.discard(answer.index)
@@ -224,7 +241,7 @@ class LoadBalancer:
             failure = _if_ours(error)
         if running:
             async with lock:
-                await call.context.write(_failed(running, failure).SerializeToString())
+                await call.write(_failed(running, failure).SerializeToString())
         return failure
 
     @asynccontextmanager
@@ -232,9 +249,9 @@ class LoadBalancer:
         """A call from its beginning to its end, whatever ends it; errors become statuses."""
         task, code = asyncio.current_task(), grpc.StatusCode.OK
         assert task is not None
-        self._running.add(task)
+        call = self._running[task] = _Call(context)
         try:
-            yield _Call(context)
+            yield call
         except asyncio.CancelledError:
             code = grpc.StatusCode.UNAVAILABLE if self._ended else grpc.StatusCode.CANCELLED
             if not self._ended:
@@ -242,10 +259,10 @@ class LoadBalancer:
             await context.abort(*_status(ServerUnavailableError(self._ended)))
         except Exception as error:
             status = _status(error)
-            code = status[0]
+            code, call.writing_since = status[0], time.monotonic()  # the end, too, waits until the caller has room
             await context.abort(*status)
         finally:
-            self._running.discard(task)
+            del self._running[task]
             self._calls[code.name] += 1
 
     def _numbers(self) -> dict[str, Any]:

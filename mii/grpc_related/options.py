@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from mii.constants import GRPC_MAX_MESSAGE_BYTES as MAX_MESSAGE_BYTES
 
-__all__ = ["CHANNEL_OPTIONS", "MAX_MESSAGE_BYTES", "REQUEST_ID", "SERVER_OPTIONS", "SERVICE_NAME", "TOKEN"]
+__all__ = [
+    "CHANNEL_OPTIONS",
+    "MAX_MESSAGE_BYTES",
+    "REQUEST_ID",
+    "SERVER_OPTIONS",
+    "SERVICE_NAME",
+    "STALL_SECONDS",
+    "TOKEN",
+]
 
 SERVICE_NAME = "modelresponse.ModelResponse"
 TOKEN = "mii-token"
 """Metadata that shows that a caller may end the deployment."""
 REQUEST_ID = "mii-request-id"
 """Metadata that names a request in the logs."""
+STALL_SECONDS = 120.0
+"""A stream whose reader takes nothing for so long is ended."""
 _SIZES = [("grpc.max_receive_message_length", MAX_MESSAGE_BYTES), ("grpc.max_send_message_length", MAX_MESSAGE_BYTES)]
 _KEEPALIVE = [
     ("grpc.keepalive_time_ms", 30_000),

@@ -18,7 +18,7 @@ from mii.errors import AccessError, GenerationError, RequestCancelledError, Serv
 from mii.grpc_related.convert import pack_logprobs, positions_of, prompts_of, unpack_options
 from mii.grpc_related.generation import Generation, Piece
 from mii.grpc_related.multiplex import Calls, Multiplexer
-from mii.grpc_related.options import REQUEST_ID, TOKEN
+from mii.grpc_related.options import REQUEST_ID, STALL_SECONDS, TOKEN
 from mii.grpc_related.proto.modelresponse_pb2 import (
     CallerMessage,
     HealthReply,
@@ -35,8 +35,6 @@ from mii.logging import logger
 
 __all__ = ["STALL_SECONDS", "ReplicaService"]
 
-STALL_SECONDS = 120.0
-"""A stream whose reader takes nothing for so long is ended."""
 _HEALTH_SECONDS, _STATS_SECONDS = 5.0, 0.5
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 

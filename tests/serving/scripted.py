@@ -129,18 +129,19 @@ class Balancer:
     Args:
         addresses: of the replicas.
         queue_size: of each.
+        options: of `BalancerServer`.
     """
 
-    def __init__(self, addresses: Sequence[str], queue_size: int) -> None:
+    def __init__(self, addresses: Sequence[str], queue_size: int, **options: Any) -> None:
         self.ended: list[str] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="balancer")
         self._thread.start()
-        self.port = self._run(self._start(addresses, queue_size))
+        self.port = self._run(self._start(addresses, queue_size=queue_size, **options))
         self.address = f"127.0.0.1:{self.port}"
 
-    async def _start(self, addresses: Sequence[str], queue_size: int) -> int:
-        self.server = BalancerServer(addresses, queue_size=queue_size, token="secret", terminate=self.ended.append)
+    async def _start(self, addresses: Sequence[str], **options: Any) -> int:
+        self.server = BalancerServer(addresses, token="secret", terminate=self.ended.append, **options)
         return await self.server.start("127.0.0.1:0")
 
     def stop(self, drain_seconds: float = 0.0) -> None:
@@ -156,9 +157,9 @@ class Balancer:
 
 
 @contextlib.contextmanager
-def balancing(addresses: Sequence[str], queue_size: int = 100) -> Iterator[Balancer]:
+def balancing(addresses: Sequence[str], queue_size: int = 100, **options: Any) -> Iterator[Balancer]:
     """A load balancer that is gone afterwards."""
-    balancer = Balancer(addresses, queue_size)
+    balancer = Balancer(addresses, queue_size, **options)
     try:
         yield balancer
     finally:

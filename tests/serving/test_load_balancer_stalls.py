@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import socket
 import threading
 import time
@@ -18,6 +19,7 @@ from google.protobuf.empty_pb2 import Empty
 from mii.backend import MIIClient
 from mii.grpc_related import links
 from mii.grpc_related.convert import pack_request
+from mii.grpc_related.proto.modelresponse_pb2 import MultiGenerationReply, SingleGenerationReply
 from mii.grpc_related.proto.modelresponse_pb2_grpc import ModelResponseStub
 from tests.serving.clusters import Cluster, shared_cluster
 from tests.serving.deployments import wait_until
@@ -96,6 +98,27 @@ def test_a_replica_that_stands_still_is_given_up_and_taken_back(monkeypatch: pyt
             cable.thaw()
             wait_until(lambda: stub.Health(Empty()).replicas[0].ready)
         cable.close()
+
+
+def test_a_caller_who_never_reads_is_given_up() -> None:
+    replica, over = Scripted(), threading.Event()
+
+    def endless(request: Any, context: Any, call: int) -> Iterator[Any]:
+        context.add_callback(over.set)
+        while context.is_active():
+            yield MultiGenerationReply(response=[SingleGenerationReply(response="x" * 10_000, finish_reason="none")])
+
+    replica.script = endless
+    with scripted(replica) as port, balancing([f"127.0.0.1:{port}"], stall_seconds=0.4) as balancer:
+        with grpc.insecure_channel(balancer.address) as channel:
+            stub = ModelResponseStub(channel)
+            calls = lambda: json.loads(stub.Stats(Empty()).json)["balancer"]["calls"]  # noqa: E731
+            stream = stub.GeneratorReplyStream(pack_request(["x"], {}))
+            next(stream)
+            assert over.wait(10)
+            wait_until(lambda: calls() == {"CANCELLED": 1})
+            with pytest.raises(grpc.RpcError):
+                list(stream)
 
 
 @pytest.fixture(scope="module")
