@@ -109,16 +109,19 @@ def test_a_caller_who_never_reads_is_given_up() -> None:
             yield MultiGenerationReply(response=[SingleGenerationReply(response="x" * 10_000, finish_reason="none")])
 
     replica.script = endless
-    with scripted(replica) as port, balancing([f"127.0.0.1:{port}"], stall_seconds=0.4) as balancer:
-        with grpc.insecure_channel(balancer.address) as channel:
-            stub = ModelResponseStub(channel)
-            calls = lambda: json.loads(stub.Stats(Empty()).json)["balancer"]["calls"]  # noqa: E731
-            stream = stub.GeneratorReplyStream(pack_request(["x"], {}))
-            next(stream)
-            assert over.wait(10)
-            wait_until(lambda: calls() == {"CANCELLED": 1})
-            with pytest.raises(grpc.RpcError):
-                list(stream)
+    with (
+        scripted(replica) as port,
+        balancing([f"127.0.0.1:{port}"], stall_seconds=0.4) as balancer,
+        grpc.insecure_channel(balancer.address) as channel,
+    ):
+        stub = ModelResponseStub(channel)
+        calls = lambda: json.loads(stub.Stats(Empty()).json)["balancer"]["calls"]  # noqa: E731
+        stream = stub.GeneratorReplyStream(pack_request(["x"], {}))
+        next(stream)
+        assert over.wait(10)
+        wait_until(lambda: calls() == {"CANCELLED": 1})
+        with pytest.raises(grpc.RpcError):
+            list(stream)
 
 
 @pytest.fixture(scope="module")
