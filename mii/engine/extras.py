@@ -13,7 +13,7 @@ from mii.engine.logits_processing import EditedRow, LogitsProcessor, holds_slot
 from mii.engine.scoring import LaunchedScores, ScoredPrompt, Scorer
 from mii.engine.sequence import Sequence
 from mii.modeling.decoder import Decoder
-from mii.modeling.layers import ActivationArena, Forward
+from mii.modeling.forward import ActivationArena, Forward
 from mii.ops.sampler import SamplingTable
 
 _FEW = 16

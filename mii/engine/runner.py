@@ -21,7 +21,7 @@ from mii.engine.graphs import MOST_TOKENS, StepGraphs, decode_bucket, sample_buc
 from mii.engine.scoring import LaunchedScores
 from mii.engine.sequence import Sequence
 from mii.modeling.decoder import Decoder
-from mii.modeling.layers import ActivationArena, Forward
+from mii.modeling.forward import ActivationArena, Forward
 from mii.modeling.rope import rope_rows, rope_table, trained_length
 from mii.ops import abi
 from mii.ops.attention import AttentionBatch, AttentionPlan

@@ -17,7 +17,7 @@ import torch
 from mii.batching.data_classes import TokenLogprob
 from mii.engine.sequence import Sequence
 from mii.modeling.decoder import Decoder
-from mii.modeling.layers import ActivationArena, Forward
+from mii.modeling.forward import ActivationArena, Forward
 from mii.ops.logits import Scores, score, upload
 
 

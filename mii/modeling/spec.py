@@ -24,8 +24,13 @@ class RopeSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """The shape and the wiring options of a decoder. Sizes count elements; `windows` has one entry a layer, 0 for
-    none.
+    """The shape and the wiring options of a decoder. Sizes count elements.
+
+    Args:
+        windows: One entry a layer, 0 for none.
+        norm: Kind of the norms, a name of `mii.ops.abi.NORMS`; `norm_weight` and `norm_bias` say what they hold.
+        block: How norms, attention and MLP are wired, a name of `mii.modeling.blocks.BLOCKS`.
+        mlp: Kind of the MLP, a name of `mii.modeling.mlp.MLPS`.
     """
 
     family: str
@@ -46,6 +51,12 @@ class ModelSpec:
     output_bias: bool = False
     mlp_bias: bool = False
     tied_embeddings: bool = False
+    head_bias: bool = False
+    norm: str = "rms"
+    norm_weight: bool = True
+    norm_bias: bool = False
+    block: str = "sequential"
+    mlp: str = "gated"
 
     @property
     def q_size(self) -> int:

@@ -12,6 +12,7 @@ OK, INVALID, UNSUPPORTED, DEVICE = range(4)
 NUM_SEQS, NUM_TOKENS, NUM_SAMPLES, NUM_UPDATES = range(4)
 COUNTS = 8
 RMS, RMS_PLUS1, LAYER = range(3)
+NORMS = {"rms": RMS, "rms_plus1": RMS_PLUS1, "layer": LAYER}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "gelu_quick": 4, "relu2": 5}
 
 

@@ -1,0 +1,87 @@
+"""What a forward works on: the buffers of a step, and the step as the layers see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mii.modeling.parameters import Placement
+from mii.modeling.spec import ModelSpec
+from mii.ops.attention import AttentionBatch, AttentionPlan
+from mii.ops.prepare import StepTensors
+
+
+@dataclass(slots=True)
+class Activations:
+    """The buffers of one forward, [tokens, width] each, and for the sampled rows [samples, width]."""
+
+    hidden: torch.Tensor
+    residual: torch.Tensor
+    branch: torch.Tensor
+    qkv: torch.Tensor
+    attention: torch.Tensor
+    up: torch.Tensor
+    activated: torch.Tensor
+    last: torch.Tensor
+    last_residual: torch.Tensor
+    last_normed: torch.Tensor
+    logits: torch.Tensor
+
+
+class ActivationArena:
+    """Memory for the largest step, handed out as views of fewer rows; views are kept, since shapes recur."""
+
+    def __init__(self, spec: ModelSpec, place: Placement, max_tokens: int, max_samples: int, up_width: int) -> None:
+        widths = {
+            "hidden": spec.hidden_size,
+            "residual": spec.hidden_size,
+            "branch": spec.hidden_size,
+            "qkv": spec.q_size + 2 * spec.kv_size,
+            "attention": spec.q_size,
+            "up": up_width,
+            "activated": spec.intermediate_size,
+        }
+        self._rows = {name: place.empty(max_tokens, width) for name, width in widths.items()}
+        sampled = dict.fromkeys(("last", "last_residual", "last_normed"), spec.hidden_size) | {
+            "logits": spec.vocab_size
+        }
+        self._samples = {name: place.empty(max_samples, width) for name, width in sampled.items()}
+        self.max_samples = max_samples
+        self._views: dict[tuple[int, int], Activations] = {}
+        # Padding of a bucket reads what no step wrote: zeros, so that it stays finite.
+        for tensor in self._rows.values():
+            tensor.zero_()
+
+    def views(self, tokens: int, samples: int) -> Activations:
+        key = (tokens, samples)
+        if key not in self._views:
+            if len(self._views) >= 1024:
+                self._views.clear()
+            rows = {name: tensor[:tokens] for name, tensor in self._rows.items()}
+            self._views[key] = Activations(**rows, **{name: tensor[:samples] for name, tensor in self._samples.items()})
+        return self._views[key]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (*self._rows.values(), *self._samples.values()))
+
+
+@dataclass(slots=True)
+class Forward:
+    """One step as the layers see it: what `prepare` wrote, the cache, the attention plans by window, the buffers.
+
+    `rope_rows` are the rows of `cos_sin` to rotate each token by: its position, but for tables made for one step.
+    """
+
+    step: StepTensors
+    ids: torch.Tensor
+    positions: torch.Tensor
+    rope_rows: torch.Tensor
+    kv_slots: torch.Tensor
+    sample_rows: torch.Tensor
+    cos_sin: torch.Tensor | None
+    caches: list[tuple[torch.Tensor, torch.Tensor]]
+    batch: AttentionBatch
+    plans: dict[int, AttentionPlan]
+    buffers: Activations
