@@ -21,8 +21,15 @@ import pytest
 
 from mii.logging import logger
 from tests.checkpoints import write_checkpoint
+from tests.families_table import FamiliesTable
 
 GPU_TESTS = Path(__file__).parent / "gpu"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--families-table", type=Path, metavar="FILE", help="bring docs/families.md up to date with what is measured"
+    )
 
 
 def pytest_configure() -> None:
@@ -58,6 +65,16 @@ def _same_log_level() -> Iterator[None]:
     level = logger.level
     yield
     logger.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def families_table(request: pytest.FixtureRequest) -> Iterator[FamiliesTable]:
+    """Where a family's test records the error that it measured; written at the end where the command line asks."""
+    table = FamiliesTable()
+    yield table
+    path = request.config.getoption("--families-table")
+    if path is not None:
+        table.write(path)
 
 
 @pytest.fixture(scope="session")

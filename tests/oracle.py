@@ -45,6 +45,12 @@ class Oracle:
         self.forget_long_contexts()
         return self.model(torch.tensor([prompt], device=self.device)).logits[0, -1].float().cpu()
 
+    @torch.inference_mode()
+    def logits_along(self, prompt: list[int], answer: list[int]) -> torch.Tensor:
+        """What each token of an answer was chosen from, [len(answer), vocab], in float32 on the CPU."""
+        ids = torch.tensor([prompt + answer], device=self.device)
+        return self.model(ids).logits[0, len(prompt) - 1 : -1].float().cpu()
+
     def forget_long_contexts(self) -> None:
         """A dynamically scaled rotation keeps the base of the longest context seen until a short one comes by."""
         self.model(torch.tensor([[1]], device=self.device))
@@ -76,6 +82,34 @@ def drain(engine: Engine, count: int) -> list[list[int]]:
         for output in engine.step():
             answers[output.uid] += output.token_ids
     return answers
+
+
+def final_logits(engine: Engine, prompt: list[int], chunk: int = 32) -> torch.Tensor:
+    """Logits of a prompt's last token, [vocab] in float32 on the CPU, fed a chunk at a time."""
+    uid = 10**6
+    for start in range(0, len(prompt), chunk):
+        logits = engine.put([uid], [prompt[start : start + chunk]])[0]
+    engine.flush(uid)
+    return logits.float().cpu()
+
+
+def tolerance(logits: torch.Tensor, dtype: str) -> float:
+    """The largest difference of a logit that is allowed, by the largest logit: 1e-4 of it in float32, 8 units in its
+    last place in the 16-bit formats.
+
+    There (8 bits of mantissa in bfloat16, 11 in float16) a logit is the sum of hundreds of rounded products whose order
+    differs between two correct programs.
+    """
+    share = 1e-4 if dtype == "fp32" else 8 * torch.finfo(DTYPES[dtype]).eps
+    return float(share * logits.abs().max())
+
+
+def assert_greedy_but_for_ties(oracle: Oracle, prompt: list[int], answer: list[int], dtype: str) -> None:
+    """Follows an answer through the oracle's logits: each token is its best one, or within rounding of it."""
+    for row, token in zip(oracle.logits_along(prompt, answer), answer, strict=True):
+        assert row.max() - row[token] <= tolerance(row, dtype), (
+            f"token {token} is not the best by {row.max() - row[token]}"
+        )
 
 
 def random_prompts(vocab: int, lengths: list[int], seed: int = 0) -> list[list[int]]:

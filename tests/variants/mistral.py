@@ -1,0 +1,7 @@
+"""Mistral with and without its window."""
+
+from __future__ import annotations
+
+from tests.variants import variants
+
+VARIANTS = variants("Mistral", "mistral", {"no window": {"sliding_window": None}, "window": {"sliding_window": 20}})
