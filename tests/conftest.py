@@ -45,6 +45,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("cuda")
     wanted = [item for item in items if item.get_closest_marker("cuda")]
     reason = _no_gpu() if wanted else None
+    if wanted and not reason:
+        _share_gpu(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
     if reason:
         for item in wanted:
             item.add_marker(pytest.mark.skip(reason=reason))
@@ -57,6 +59,14 @@ def _no_gpu() -> str | None:
         return "no NVIDIA GPU here"
     capability = torch.cuda.get_device_capability()
     return None if capability >= (8, 0) else f"the GPU has compute capability {capability}, 8.0 is needed"
+
+
+def _share_gpu(processes: int) -> None:
+    """Of several processes that test at once (pytest -n) each may take its share of the memory and no more."""
+    import torch
+
+    if processes > 1:
+        torch.cuda.set_per_process_memory_fraction(0.9 / processes)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,362 @@
+"""Everything that has to be proven on a GPU, by one command, on a machine that may have no network.
+
+    python -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+        --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
+        -d wheels pydantic==2.14.4 pydantic-core==2.50.5 typing-extensions typing-inspection annotated-types msgspec
+    pip wheel --no-deps --no-build-isolation -w wheels .           # mii itself, with its CUDA library
+    python benchmarks/card.py --wheels wheels --out results
+
+The machine needs Python, torch, transformers, numpy, safetensors, rich, tqdm, pytest, pytest-timeout and pytest-xdist;
+what else is missing there goes into the folder of wheels. `pydantic` needs the `pydantic-core` of its own version.
+
+The parts, each with a time limit of its own and each selected by `--parts`:
+
+    install     every wheel of the folder into a temporary site folder; the native library of the GPU loads
+    tests       tests/gpu, six processes at once, each with its share of the GPU's memory
+    sanitizer   compute-sanitizer memcheck over GPU tests of norms, activations, products, experts and the engine
+    offline     `mii bench offline`, for each of `--shapes`
+    kernels     benchmarks/run_kernels.py
+
+The sanitizer looks at this project's kernels alone. That its filter matches them is proven each time: a kernel is made
+to read out of bounds and has to be reported. A part in which nothing ran fails. What the parts print goes to
+`<out>/<part>.txt`, figures to `<out>/*.json`, the outcome of all to `<out>/card.json` and, as a table, to the terminal.
+Exits with 1 when a part fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMITS = {"install": 60, "tests": 240, "sanitizer": 200, "offline": 200, "kernels": 90}
+EACH_SANITIZED = 60  # seconds of one group under the sanitizer
+OURS = "kns=3mii"  # names of our kernels start with _ZN3mii
+QUIET = ["--report-api-errors", "no"]  # torch tries calls that may fail
+FILTERS = (  # what the sanitizer is told, as far as its version takes it; padding tells neighbouring allocations apart
+    [*QUIET, "--kernel-regex", OURS, "--padding", "256"],
+    [*QUIET, "--kernel-regex", OURS],
+    [*QUIET, "--kernel-name", OURS],
+    QUIET,
+)
+
+# What runs under the sanitizer, by group: a file of tests/gpu and pytest's -k.
+SANITIZED = {
+    "norm": ("test_norm.py", "dtype0 or dtype2"),
+    "activation": ("test_activation.py", "dtype0 or dtype2"),
+    "linear": ("test_linear.py", "equals_torch and not 49152 and not 14336 and not 6144"),
+    "moe": ("test_moe.py", ""),
+    "engine": ("test_engine.py", "replayed or preemption or stops_early"),
+}
+
+CHECK_INSTALL = """
+import torch, mii
+from mii.ops import native
+assert torch.cuda.is_available(), "torch finds no GPU"
+library = native.library(torch.device("cuda"))
+assert library is not None, f"{mii.__file__} has no CUDA library: was the wheel built where nvcc is?"
+print(mii.__file__, library.build_info(), torch.__version__, torch.cuda.get_device_name())
+"""
+
+# The second row lies a terabyte behind the first, where nothing was allocated.
+READ_OUT_OF_BOUNDS = """
+import torch
+from mii.ops import abi, native
+x, out = torch.ones(1, 4096, device="cuda"), torch.empty(2, 4096, device="cuda")
+args = abi.MiiNorm(out.data_ptr(), x.data_ptr(), None, None, None, 2, 4096, 1 << 38, 4096, 1e-6, abi.RMS,
+                   abi.DTYPE_CODES[x.dtype])
+native.library(x.device).call("mii_norm", args, native.stream(x.device))
+try:
+    torch.cuda.synchronize()
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@dataclass
+class Outcome:
+    """How a part ended. `figures` are short facts for the table and the JSON file."""
+
+    part: str
+    good: bool
+    seconds: float = 0.0
+    figures: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def summary(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self.figures.items() if not isinstance(value, list))
+
+
+@dataclass(frozen=True)
+class Card:
+    """Where things are: `work` is a temporary folder with the site folder, and copies of tests and benchmarks.
+
+    They are copies, so that a `mii` without native libraries beside them is never taken for the one of the wheel.
+    """
+
+    wheels: Path
+    out: Path
+    work: Path
+    deadline: float
+
+    @property
+    def site(self) -> Path:
+        return self.work / "site"
+
+    def left(self, limit: float) -> float:
+        """Seconds that something may take: its own limit, and what is left of all."""
+        return max(1.0, min(limit, self.deadline - time.monotonic()))
+
+    def run(self, command: Sequence[str], log: IO[str], limit: float, **environment: str) -> int:
+        """Runs a command in the work folder, output into `log`; its exit code, or 124 when it was stopped."""
+        print("$", " ".join(command), file=log, flush=True)
+        paths = os.pathsep.join([str(self.site), str(self.work)])
+        process = subprocess.Popen(
+            command,
+            cwd=self.work,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", **environment},
+            start_new_session=True,
+        )
+        try:
+            return process.wait(self.left(limit))
+        except subprocess.TimeoutExpired:
+            print(f"stopped after {self.left(limit):.0f} s", file=log, flush=True)
+            return 124
+        finally:
+            end_session(process)
+
+
+def end_session(process: subprocess.Popen[bytes]) -> None:
+    """Ends a command and whatever it left running in its session."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+# -- the parts ------------------------------------------------------------------------------------------------------
+
+
+def install(card: Card, log: IO[str], limit: float) -> Outcome:
+    wheels = sorted(map(str, card.wheels.glob("*.whl")))
+    ours = [wheel for wheel in wheels if Path(wheel).name.startswith("mii-")]
+    if len(ours) != 1:
+        return Outcome("install", False, figures={"wheels of mii": len(ours)})
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--no-cache-dir"]
+    if card.run([*pip, "--target", str(card.site), *wheels], log, limit):
+        return Outcome("install", False, figures={"pip": "failed"})
+    code = card.run([sys.executable, "-c", CHECK_INSTALL], log, limit)
+    return Outcome("install", code == 0, figures={"wheels": len(wheels), "library": "loads" if not code else "missing"})
+
+
+def tests(card: Card, log: IO[str], limit: float) -> Outcome:
+    report = card.work / "tests.xml"
+    command = [*pytest_on("tests/gpu", report), "-n", "6", "--durations=10"]
+    code = card.run(command, log, limit)
+    counts = read_report(report)
+    good = code == 0 and counts["passed"] > 0
+    return Outcome("tests", good, figures=counts | ({"stopped after s": round(limit)} if code == 124 else {}))
+
+
+def sanitizer(card: Card, log: IO[str], limit: float) -> Outcome:
+    tool = find_sanitizer()
+    if tool is None:
+        return Outcome("sanitizer", False, figures={"compute-sanitizer": "not found"})
+    memcheck = [tool, "--tool", "memcheck"]
+    end = time.monotonic() + limit
+    options = working_filter(card, log, memcheck, limit)
+    if options is None:
+        return Outcome("sanitizer", False, figures={"planted error": "not reported"})
+    figures: dict[str, Any] = {"with": " ".join(options)}
+    for group, (name, wanted) in SANITIZED.items():
+        left = min(EACH_SANITIZED, end - time.monotonic())
+        figures[group] = sanitize(card, log, [*memcheck, *options], name, wanted, left) if left > 5 else "no time left"
+    return Outcome("sanitizer", all(figures[group].endswith("clean") for group in SANITIZED), figures=figures)
+
+
+def working_filter(card: Card, log: IO[str], memcheck: list[str], limit: float) -> list[str] | None:
+    """The narrowest options under which the planted error is reported; None where it is under none."""
+    for options in FILTERS:
+        command = [*memcheck, *options, sys.executable, "-c", READ_OUT_OF_BOUNDS]
+        start = log.tell()
+        card.run(command, log, limit / 4, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        if errors_reported(log, start):
+            return options
+    return None
+
+
+def errors_reported(log: IO[str], start: int) -> int | None:
+    """What the sanitizer's last line since `start` says; None where it did not come to its end."""
+    log.seek(0, os.SEEK_END)
+    with open(log.name, errors="replace") as lines:
+        lines.seek(start)
+        found = re.findall(r"ERROR SUMMARY: (\d+) error", lines.read())
+    return int(found[-1]) if found else None
+
+
+def sanitize(card: Card, log: IO[str], memcheck: list[str], name: str, wanted: str, limit: float) -> str:
+    """Runs tests under the sanitizer; how it went, in a word or two."""
+    if not (card.work / "tests/gpu" / name).exists():
+        return f"no tests/gpu/{name}"
+    report = card.work / f"sanitized-{name}.xml"
+    command = [*memcheck, *pytest_on(f"tests/gpu/{name}", report), *(["-k", wanted] if wanted else [])]
+    # Each tensor an allocation of its own, so that a read past one is noticed. Not for what is captured in graphs.
+    uncached = {} if name == "test_engine.py" else {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    begin, start = time.monotonic(), log.tell()
+    code = card.run(command, log, limit, **uncached)
+    counts, errors, seconds = read_report(report), errors_reported(log, start), time.monotonic() - begin
+    if code == 124:
+        return f"stopped after {seconds:.0f} s"
+    if errors:
+        return f"{errors} errors"
+    if code or errors is None or not counts["passed"]:
+        return f"exit code {code}, {counts['passed']} passed, {counts['failed']} failed"
+    return f"{counts['passed']} passed in {seconds:.0f} s, clean"
+
+
+def offline(card: Card, log: IO[str], limit: float, shapes: Sequence[str], options: Sequence[str]) -> Outcome:
+    figures: dict[str, Any] = {}
+    end = time.monotonic() + limit
+    for shape in shapes:
+        target = card.out / f"offline-{shape}.json"
+        command = [sys.executable, "-m", "mii", "bench", "offline", "--shape", shape, "--json", str(target), *options]
+        code = card.run(command, log, end - time.monotonic())
+        figures[shape] = f"{len(read_json(target).get('rows', []))} rows" if code == 0 else f"exit code {code}"
+    return Outcome("offline", all(text.endswith("rows") for text in figures.values()), figures=figures)
+
+
+def kernels(card: Card, log: IO[str], limit: float) -> Outcome:
+    target = card.out / "kernels.json"
+    code = card.run([sys.executable, "benchmarks/run_kernels.py", "--json", str(target)], log, limit)
+    cases = read_json(target).get("cases", [])
+    return Outcome("kernels", code == 0 and bool(cases), figures={"cases": len(cases), "exit code": code})
+
+
+# -- what they share --------------------------------------------------------------------------------------------------
+
+
+def pytest_on(path: str, report: Path) -> list[str]:
+    return [sys.executable, "-m", "pytest", path, "-q", "-p", "no:cacheprovider", f"--junit-xml={report}"]
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """Counts of a JUnit file, and the names of what failed; zeros where pytest did not come to write it."""
+    counts: dict[str, Any] = {"passed": 0, "failed": 0, "skipped": 0}
+    if not path.exists():
+        return counts
+    failures = []
+    for case in ElementTree.parse(path).iter("testcase"):
+        kinds = {child.tag for child in case}
+        failed = bool(kinds & {"failure", "error"})
+        counts["failed" if failed else "skipped" if "skipped" in kinds else "passed"] += 1
+        failures += [f"{case.get('classname')}::{case.get('name')}"] * failed
+    return counts | ({"failures": failures} if failures else {})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
+def find_sanitizer() -> str | None:
+    """On the path, or where the CUDA toolkit puts it."""
+    places = [os.environ.get("CUDA_HOME", "/usr/local/cuda"), "/usr/local/cuda"]
+    candidates = [f"{place}/{folder}/compute-sanitizer" for place in places for folder in ("bin", "compute-sanitizer")]
+    return shutil.which("compute-sanitizer") or next((path for path in candidates if os.access(path, os.X_OK)), None)
+
+
+def run_part(part: str, run: Callable[[IO[str], float], Outcome], card: Card, limit: float) -> Outcome:
+    """Runs one part with its log; one that breaks is a part that failed, and the next one runs."""
+    begin = time.monotonic()
+    if card.deadline - begin < 5:
+        return Outcome(part, False, figures={"not run": "no time left"})
+    with open(card.out / f"{part}.txt", "w") as log:
+        try:
+            outcome = run(log, card.left(limit))
+        except Exception as error:
+            print(repr(error), file=log)
+            outcome = Outcome(part, False, figures={"error": repr(error)})
+    outcome.seconds = round(time.monotonic() - begin, 1)
+    return outcome
+
+
+def write(outcomes: Sequence[Outcome], card: Card) -> None:
+    """After every part, so that the file is there even if the machine goes away."""
+    (card.out / "card.json").write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
+
+
+def arguments_of(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Proves on a GPU what only a GPU can prove.")
+    parser.add_argument("--wheels", type=Path, required=True, metavar="FOLDER", help="wheels to install, mii's too")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "card-results")), metavar="FOLDER")
+    parser.add_argument("--parts", nargs="+", choices=LIMITS, default=list(LIMITS), metavar="PART")
+    parser.add_argument("--skip", nargs="+", choices=LIMITS, default=[], metavar="PART")
+    parser.add_argument("--limit", action="append", default=[], metavar="PART=SECONDS", help="another time limit")
+    parser.add_argument("--within", type=float, default=570.0, metavar="SECONDS", help="for all parts (default: 570)")
+    parser.add_argument("--shapes", nargs="+", default=["llama3-8b"], help="for the part offline")
+    parser.add_argument("--offline", default="", metavar="OPTIONS", help="more options of mii bench offline")
+    args = parser.parse_args(arguments)
+    args.limits = LIMITS | {part: float(seconds) for part, _, seconds in (text.partition("=") for text in args.limit)}
+    # Without an installed wheel no part runs.
+    args.parts = ["install", *(part for part in args.parts if part != "install" and part not in args.skip)]
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = arguments_of(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="mii-card-") as folder:
+        card = Card(args.wheels.resolve(), args.out.resolve(), Path(folder), time.monotonic() + args.within)
+        for name in ("tests", "benchmarks"):
+            shutil.copytree(ROOT / name, card.work / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+        shutil.copy(ROOT / "pyproject.toml", card.work)
+        runs: dict[str, Callable[[IO[str], float], Outcome]] = {
+            "install": lambda log, limit: install(card, log, limit),
+            "tests": lambda log, limit: tests(card, log, limit),
+            "sanitizer": lambda log, limit: sanitizer(card, log, limit),
+            "offline": lambda log, limit: offline(card, log, limit, args.shapes, args.offline.split()),
+            "kernels": lambda log, limit: kernels(card, log, limit),
+        }
+        outcomes: list[Outcome] = []
+        for part in args.parts:
+            outcomes.append(run_part(part, runs[part], card, args.limits[part]))
+            write(outcomes, card)
+            print_part(outcomes[-1], card)
+            if part == "install" and not outcomes[-1].good:
+                break
+    print_table(outcomes)
+    return 0 if all(outcome.good for outcome in outcomes) else 1
+
+
+def print_part(outcome: Outcome, card: Card) -> None:
+    """The end of the log: of a benchmark its table, of a part that failed what went wrong."""
+    lines = (card.out / f"{outcome.part}.txt").read_text(errors="replace").splitlines() if outcome.seconds else []
+    print(f"== {outcome.part}", flush=True)
+    wanted = {"offline": 40, "kernels": 80}.get(outcome.part, 5 if outcome.good else 40)
+    print("\n".join(lines[-wanted:]), flush=True)
+
+
+def print_table(outcomes: Sequence[Outcome]) -> None:
+    print(f"\n{'part':<10} {'':<6} {'s':>6}  what came of it")
+    for outcome in outcomes:
+        print(f"{outcome.part:<10} {'ok' if outcome.good else 'FAILED':<6} {outcome.seconds:6.1f}  {outcome.summary}")
+        for name in outcome.figures.get("failures", [])[:20]:
+            print(f"{'':<27}{name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
