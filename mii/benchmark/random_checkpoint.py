@@ -86,7 +86,7 @@ def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     family = find_family(config)
     spec = family.read_spec(config)
     outline = dict(Decoder(spec, Placement(torch.device("meta"), torch.bfloat16)).parameters())
-    return {name: tuple(outline[t.path].view(t.part).shape) for name, t in family.weights(spec).items()}
+    return {name: t.stored_shape(tuple(outline[t.path].view(t.part).shape)) for name, t in family.weights(spec).items()}
 
 
 def _reach(shape: tuple[int, ...]) -> int:

@@ -12,17 +12,29 @@ from mii.ops.rope_kv import rope_kv
 
 
 class Attention(Module):
-    """Fused query, key and value projection, rotary positions, KV write, paged attention, output projection."""
+    """Fused query, key and value projection, rotary positions, KV write, paged attention, output projection.
 
-    def __init__(self, place: Placement, spec: ModelSpec, layer: int) -> None:
+    Without the output projection (`project=False`) the layer ends in `attend`, and its block goes on from there.
+    """
+
+    def __init__(self, place: Placement, spec: ModelSpec, layer: int, *, project: bool = True) -> None:
         parts = {"q": spec.q_size, "k": spec.kv_size, "v": spec.kv_size}
         self.qkv = Linear(place, spec.hidden_size, parts, bias=spec.qkv_bias)
-        self.output = Linear(place, spec.q_size, {"": spec.hidden_size}, bias=spec.output_bias)
+        self.output = Linear(place, spec.q_size, {"": spec.hidden_size}, bias=spec.output_bias) if project else None
         self.spec, self.layer, self.window = spec, layer, spec.windows[layer]
         self._rotary_dim = spec.rope.rotary_dim if spec.rope else 0
         self._interleaved = bool(spec.rope and spec.rope.interleaved)
+        self._scale = spec.attention_scale * (spec.layer_scales[layer] if spec.layer_scales else 1.0)
+        slopes = spec.alibi_slopes
+        self._slopes = torch.tensor(slopes, dtype=torch.float32, device=place.device) if slopes else None
 
     def __call__(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Writes the attention of `x` [tokens, hidden] into `out` and returns it."""
+        assert self.output is not None
+        return self.output(out, self.attend(forward, x))
+
+    def attend(self, forward: Forward, x: torch.Tensor) -> torch.Tensor:
+        """The heads' results for `x`, in the step's buffer for them, [tokens, heads * head size]."""
         spec, buffers = self.spec, forward.buffers
         k_cache, v_cache = forward.caches[self.layer]
         qkv = self.qkv(buffers.qkv, x)
@@ -41,5 +53,14 @@ class Attention(Module):
         )
         plan = forward.plans[self.window]
         queries = qkv[:, : spec.q_size]
-        attention(buffers.attention, queries, k_cache, v_cache, forward.batch, plan, scale=spec.attention_scale)
-        return self.output(out, buffers.attention)
+        attention(
+            buffers.attention,
+            queries,
+            k_cache,
+            v_cache,
+            forward.batch,
+            plan,
+            scale=self._scale,
+            alibi_slopes=self._slopes,
+        )
+        return buffers.attention

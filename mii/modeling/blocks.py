@@ -12,8 +12,8 @@ from typing import ClassVar, Protocol
 from mii.modeling.attention import Attention
 from mii.modeling.forward import Forward
 from mii.modeling.layers import Norm
-from mii.modeling.mlp import MLP, make_mlp
-from mii.modeling.parameters import Module, Placement
+from mii.modeling.mlp import MLP, DenseMLP, make_mlp
+from mii.modeling.parameters import JointLinear, Module, Placement
 from mii.modeling.spec import ModelSpec
 
 
@@ -21,7 +21,9 @@ class Block(Protocol):
     """A decoder layer. `adds_later`: whether its last branch is still to be added to the stream when it returns."""
 
     adds_later: ClassVar[bool]
-    mlp: MLP
+
+    @property
+    def mlp(self) -> MLP: ...
 
     def __call__(self, forward: Forward, first: bool) -> None:
         """Takes the stream through the layer; `first`: nothing is left in `branch` by a layer before."""
@@ -42,16 +44,91 @@ class SequentialBlock(Module):
     def __call__(self, forward: Forward, first: bool) -> None:
         buffers = forward.buffers
         hidden, residual, branch = buffers.hidden, buffers.residual, buffers.branch
-        if first:
-            self.attention_norm(hidden, residual)
-        else:
-            self.attention_norm(hidden, branch, residual)
+        _norm_stream(self.attention_norm, forward, first)
         self.attention(forward, branch, hidden)
         self.mlp_norm(hidden, branch, residual)
         self.mlp(forward, branch, hidden)
 
 
-BLOCKS: dict[str, type[SequentialBlock]] = {"sequential": SequentialBlock}
+class NormedResidualBlock(SequentialBlock):
+    """`y = norm(x); y += attention(y); x = norm(y); x += mlp(x)`: what is normed goes on as the stream (Bloom's option
+    `apply_residual_connection_post_layernorm`).
+    """
+
+    def __call__(self, forward: Forward, first: bool) -> None:
+        buffers = forward.buffers
+        hidden, residual, branch = buffers.hidden, buffers.residual, buffers.branch
+        _norm_stream(self.attention_norm, forward, first)
+        self.attention(forward, branch, hidden)
+        self.mlp_norm(residual, branch, hidden)
+        self.mlp(forward, branch, residual)
+
+
+class PostNormBlock(SequentialBlock):
+    """`x = norm(x + attention(x)); x = norm(x + mlp(x))`: the first transformers, and OPT-350m."""
+
+    adds_later: ClassVar[bool] = False
+
+    def __call__(self, forward: Forward, first: bool) -> None:
+        buffers = forward.buffers
+        hidden, residual, branch = buffers.hidden, buffers.residual, buffers.branch
+        self.attention(forward, branch, residual)
+        self.attention_norm(hidden, branch, residual)
+        self.mlp(forward, branch, hidden)
+        self.mlp_norm(residual, branch, hidden)
+
+
+class ParallelBlock(Module):
+    """`y = norm(x); x += attention(y) + mlp(y)`, the sum being one product: GPT-J, Falcon-7B, Phi-2."""
+
+    adds_later: ClassVar[bool] = True
+    two_norms: ClassVar[bool] = False
+
+    def __init__(self, place: Placement, spec: ModelSpec, layer: int) -> None:
+        self.attention_norm = Norm(place, spec)
+        self.mlp_norm = Norm(place, spec) if self.two_norms else None
+        self.attention = Attention(place, spec, layer, project=False)
+        self.mlp = DenseMLP(place, spec, project=False)
+        biased = {"attention": spec.output_bias, "mlp": spec.mlp_bias}
+        self.output = JointLinear(
+            place,
+            {"attention": spec.q_size, "mlp": spec.intermediate_size},
+            spec.hidden_size,
+            [name for name, has_bias in biased.items() if has_bias],
+        )
+
+    def __call__(self, forward: Forward, first: bool) -> None:
+        buffers = forward.buffers
+        _norm_stream(self.attention_norm, forward, first)
+        self.attention.attend(forward, buffers.hidden)
+        if self.mlp_norm is not None:
+            self.mlp_norm(buffers.hidden, buffers.residual)
+        self.mlp.activate(forward, buffers.hidden)
+        self.output(buffers.branch, buffers.joint)
+
+
+class ParallelTwoNormsBlock(ParallelBlock):
+    """`x += attention(norm(x)) + mlp(another_norm(x))`: GPT-NeoX, Falcon-40B."""
+
+    two_norms: ClassVar[bool] = True
+
+
+def _norm_stream(norm: Norm, forward: Forward, first: bool) -> None:
+    """Norms the stream into `hidden`, after adding to it what the layer before left in `branch`."""
+    buffers = forward.buffers
+    if first:
+        norm(buffers.hidden, buffers.residual)
+    else:
+        norm(buffers.hidden, buffers.branch, buffers.residual)
+
+
+BLOCKS: dict[str, type[SequentialBlock | ParallelBlock]] = {
+    "sequential": SequentialBlock,
+    "normed_residual": NormedResidualBlock,
+    "post_norm": PostNormBlock,
+    "parallel": ParallelBlock,
+    "parallel_two_norms": ParallelTwoNormsBlock,
+}
 
 
 def make_block(place: Placement, spec: ModelSpec, layer: int) -> Block:

@@ -17,9 +17,10 @@ class Decoder(Module):
 
     def __init__(self, spec: ModelSpec, place: Placement) -> None:
         self.spec, self.place = spec, place
-        self.embedding = Embedding(place, spec.vocab_size, spec.hidden_size)
+        self.embedding = Embedding(place, spec)
         self.blocks = [make_block(place, spec, layer) for layer in range(spec.num_layers)]
-        self.norm = Norm(place, spec)
+        self.norm = Norm(place, spec) if spec.final_norm else None
+        self.projection = Linear(place, spec.hidden_size, {"": spec.embedding_size}) if spec.embedding_size else None
         self.head = self._make_head()
         self.up_width = max(block.mlp.up_width for block in self.blocks)
 
@@ -27,11 +28,11 @@ class Decoder(Module):
         spec = self.spec
         if spec.tied_embeddings:
             return TiedHead(self.place, spec.vocab_size, bias=spec.head_bias)
-        return Linear(self.place, spec.hidden_size, {"": spec.vocab_size}, bias=spec.head_bias)
+        return Linear(self.place, spec.embedding_size or spec.hidden_size, {"": spec.vocab_size}, bias=spec.head_bias)
 
     def forward(self, forward: Forward) -> torch.Tensor:
         buffers = forward.buffers
-        self.embedding(buffers.residual, forward.ids)
+        self.embedding(buffers.residual, forward.ids, forward.positions)
         for index, block in enumerate(self.blocks):
             block(forward, first=index == 0)
         if not len(buffers.logits):
@@ -41,18 +42,26 @@ class Decoder(Module):
     def project(self, forward: Forward) -> torch.Tensor:
         """Logits of the rows that `forward.sample_rows` names, from what the last block left for every token."""
         buffers = forward.buffers
-        gather(buffers.last_residual, buffers.residual, forward.sample_rows)
-        if self.blocks[-1].adds_later:
-            gather(buffers.last, buffers.branch, forward.sample_rows)
-            self.norm(buffers.last_normed, buffers.last, buffers.last_residual)
-        else:
-            self.norm(buffers.last_normed, buffers.last_residual)
-        return self.head(buffers.logits, buffers.last_normed)
+        last = self._last(forward)
+        if self.projection is not None:
+            last = self.projection(buffers.last_projected, last)
+        return self.head(buffers.logits, last)
+
+    def _last(self, forward: Forward) -> torch.Tensor:
+        """The rows to project, normed where the model has a final norm."""
+        buffers = forward.buffers
+        stream, branch, out = buffers.last_residual, buffers.last, buffers.last_normed
+        gather(stream, buffers.residual, forward.sample_rows)
+        if not self.blocks[-1].adds_later:
+            return stream if self.norm is None else self.norm(out, stream)
+        gather(branch, buffers.branch, forward.sample_rows)
+        return torch.add(stream, branch, out=out) if self.norm is None else self.norm(out, branch, stream)
 
     def finish(self) -> None:
         """Called when every weight is there."""
         for _, module in self.modules():
             if isinstance(module, Linear):
                 module.finish()
+        self.embedding.finish()
         if isinstance(self.head, TiedHead):
             self.head.finish(self.embedding.weight.tensor)

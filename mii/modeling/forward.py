@@ -14,7 +14,10 @@ from mii.ops.prepare import StepTensors
 
 @dataclass(slots=True)
 class Activations:
-    """The buffers of one forward, [tokens, width] each, and for the sampled rows [samples, width]."""
+    """The buffers of one forward, [tokens, width] each, and for the sampled rows [samples, width].
+
+    `joint` is `attention` and `activated` side by side, where a block multiplies both at once; else it has no width.
+    """
 
     hidden: torch.Tensor
     residual: torch.Tensor
@@ -23,9 +26,11 @@ class Activations:
     attention: torch.Tensor
     up: torch.Tensor
     activated: torch.Tensor
+    joint: torch.Tensor
     last: torch.Tensor
     last_residual: torch.Tensor
     last_normed: torch.Tensor
+    last_projected: torch.Tensor
     logits: torch.Tensor
 
 
@@ -38,14 +43,12 @@ class ActivationArena:
             "residual": spec.hidden_size,
             "branch": spec.hidden_size,
             "qkv": spec.q_size + 2 * spec.kv_size,
-            "attention": spec.q_size,
             "up": up_width,
-            "activated": spec.intermediate_size,
         }
         self._rows = {name: place.empty(max_tokens, width) for name, width in widths.items()}
-        sampled = dict.fromkeys(("last", "last_residual", "last_normed"), spec.hidden_size) | {
-            "logits": spec.vocab_size
-        }
+        self._rows |= _joint(place, max_tokens, spec)
+        sampled = dict.fromkeys(("last", "last_residual", "last_normed"), spec.hidden_size)
+        sampled |= {"last_projected": spec.embedding_size, "logits": spec.vocab_size}
         self._samples = {name: place.empty(max_samples, width) for name, width in sampled.items()}
         self.max_samples = max_samples
         self._views: dict[tuple[int, int], Activations] = {}
@@ -65,6 +68,15 @@ class ActivationArena:
     @property
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (*self._rows.values(), *self._samples.values()))
+
+
+def _joint(place: Placement, max_tokens: int, spec: ModelSpec) -> dict[str, torch.Tensor]:
+    """What attention and the MLP write before their last products: side by side in parallel blocks."""
+    widths = {"attention": spec.q_size, "activated": spec.intermediate_size}
+    if not spec.parallel:
+        return {name: place.empty(max_tokens, width) for name, width in (*widths.items(), ("joint", 0))}
+    joint = place.empty(max_tokens, sum(widths.values()))
+    return {"joint": joint, **dict(zip(widths, joint.split(list(widths.values()), dim=1), strict=True))}
 
 
 @dataclass(slots=True)

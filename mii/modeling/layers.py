@@ -17,15 +17,54 @@ from mii.ops.linear import LinearWeight, linear, pack_linear
 from mii.ops.norm import norm
 
 
-class Embedding(Module):
-    """Token embeddings, [vocab, hidden]."""
+class Norm(Module):
+    """A norm of the kind that the model has, with the residual addition before it when one is given."""
 
-    def __init__(self, place: Placement, vocab: int, width: int) -> None:
-        self.weight = Parameter(place.empty(vocab, width))
+    def __init__(self, place: Placement, spec: ModelSpec, width: int | None = None) -> None:
+        width = spec.hidden_size if width is None else width
+        self.weight = Parameter(place.empty(width)) if spec.norm_weight else None
+        self.bias = Parameter(place.empty(width)) if spec.norm_bias else None
+        self.eps, self.kind = spec.norm_eps, abi.NORMS[spec.norm]
 
-    def __call__(self, out: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        embedding(out, self.weight.tensor, ids)
+    def __call__(self, out: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        weight = None if self.weight is None else self.weight.tensor
+        bias = None if self.bias is None else self.bias.tensor
+        norm(out, x, weight, eps=self.eps, bias=bias, residual=residual, kind=self.kind)
         return out
+
+
+class Embedding(Module):
+    """Token embeddings [vocab, width], with what a model has besides: learned positions, a projection, a norm."""
+
+    def __init__(self, place: Placement, spec: ModelSpec) -> None:
+        hidden, width = spec.hidden_size, spec.embedding_size
+        self.weight = Parameter(place.empty(spec.vocab_size, width or hidden))
+        self.projection = Parameter(place.empty(hidden, width)) if width else None
+        self.positions = Parameter(place.empty(spec.learned_positions, hidden)) if spec.learned_positions else None
+        self.norm = Norm(place, spec) if spec.embedding_norm else None
+        self._offset = spec.position_offset
+        self._table: torch.Tensor | None = None
+
+    def finish(self) -> None:
+        """Called when every weight is there. A projection is applied to the whole table once."""
+        table = self.weight.tensor
+        self._table = table if self.projection is None else table @ self.projection.tensor.t()
+
+    def __call__(self, out: torch.Tensor, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        assert self._table is not None
+        if self.positions is None:
+            embedding(out, self._table, ids)
+        else:
+            position_table = self.positions.tensor
+            embedding(
+                out,
+                self._table,
+                ids,
+                position_table=position_table,
+                positions=positions,
+                position_offset=self._offset,
+            )
+        return out if self.norm is None else self.norm(out, out)
 
 
 class TiedHead(Module):
@@ -42,20 +81,4 @@ class TiedHead(Module):
     def __call__(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         assert self._packed is not None
         linear(out, x, self._packed, None if self.bias is None else self.bias.tensor)
-        return out
-
-
-class Norm(Module):
-    """A norm of the kind that the model has, with the residual addition before it when one is given."""
-
-    def __init__(self, place: Placement, spec: ModelSpec, width: int | None = None) -> None:
-        width = spec.hidden_size if width is None else width
-        self.weight = Parameter(place.empty(width)) if spec.norm_weight else None
-        self.bias = Parameter(place.empty(width)) if spec.norm_bias else None
-        self.eps, self.kind = spec.norm_eps, abi.NORMS[spec.norm]
-
-    def __call__(self, out: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        weight = None if self.weight is None else self.weight.tensor
-        bias = None if self.bias is None else self.bias.tensor
-        norm(out, x, weight, eps=self.eps, bias=bias, residual=residual, kind=self.kind)
         return out

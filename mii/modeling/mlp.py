@@ -22,39 +22,29 @@ class MLP(Protocol):
         ...
 
 
-class GatedMLP(Module):
-    """`down(act(gate(x)) * up(x))`, with gate and up as one product."""
+class DenseMLP(Module):
+    """`down(act(up(x)))`, or gated `down(act(gate(x)) * up(x))`, with gate and up as one product.
 
-    def __init__(self, place: Placement, spec: ModelSpec) -> None:
-        size = spec.intermediate_size
-        self.up = Linear(place, spec.hidden_size, {"gate": size, "up": size}, bias=spec.mlp_bias)
-        self.down = Linear(place, size, {"": spec.hidden_size}, bias=spec.mlp_bias)
-        self.kind, self.up_width = spec.activation, 2 * size
+    Without the last product (`project=False`) the layer ends in `activate`, and its block goes on from there.
+    """
 
-    def __call__(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        buffers = forward.buffers
-        activation(buffers.activated, self.up(buffers.up, x), self.kind, gated=True)
-        return self.down(out, buffers.activated)
-
-
-class PlainMLP(Module):
-    """`down(act(up(x)))`."""
-
-    def __init__(self, place: Placement, spec: ModelSpec) -> None:
-        size = spec.intermediate_size
-        self.up = Linear(place, spec.hidden_size, {"": size}, bias=spec.mlp_bias)
-        self.down = Linear(place, size, {"": spec.hidden_size}, bias=spec.mlp_bias)
-        self.kind, self.up_width = spec.activation, size
+    def __init__(self, place: Placement, spec: ModelSpec, *, project: bool = True) -> None:
+        size, gated = spec.intermediate_size, spec.mlp == "gated"
+        self.up = Linear(place, spec.hidden_size, {"gate": size, "up": size} if gated else {"": size}, spec.mlp_bias)
+        self.down = Linear(place, size, {"": spec.hidden_size}, spec.mlp_bias) if project else None
+        self.kind, self.gated, self.up_width = spec.activation, gated, self.up.out_features
 
     def __call__(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        assert self.down is not None
+        return self.down(out, self.activate(forward, x))
+
+    def activate(self, forward: Forward, x: torch.Tensor) -> torch.Tensor:
+        """What the last product is made of, in the step's buffer for it, [tokens, intermediate]."""
         buffers = forward.buffers
-        activation(buffers.activated, self.up(buffers.up, x), self.kind, gated=False)
-        return self.down(out, buffers.activated)
-
-
-MLPS: dict[str, type[GatedMLP | PlainMLP]] = {"gated": GatedMLP, "plain": PlainMLP}
+        activation(buffers.activated, self.up(buffers.up, x), self.kind, gated=self.gated)
+        return buffers.activated
 
 
 def make_mlp(place: Placement, spec: ModelSpec, layer: int) -> MLP:
     """The MLP of one layer, by `spec.mlp`."""
-    return MLPS[spec.mlp](place, spec)
+    return DenseMLP(place, spec)

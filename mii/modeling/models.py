@@ -53,27 +53,26 @@ def load_model(
     started = time.monotonic()
     model = Decoder(spec, Placement(device, dtype))
     targets = family.weights(spec)
-    names = _check_names(checkpoint, family, targets)
-    _fill(model, checkpoint, targets, names, progress)
+    _fill(model, checkpoint, targets, _stored_names(checkpoint, family, targets), progress)
     model.finish()
-    logger.info("read %d tensors of %s in %.2f s", len(names), checkpoint.path, time.monotonic() - started)
+    logger.info("read %d tensors of %s in %.2f s", len(targets), checkpoint.path, time.monotonic() - started)
     return model
 
 
-def _check_names(checkpoint: Checkpoint, family: Family, targets: Mapping[str, Target]) -> list[str]:
-    """The tensors to read. Reports what is missing and what nobody knows before a byte is read."""
-    present = set(checkpoint.names())
-    missing = sorted(set(targets) - present)
+def _stored_names(checkpoint: Checkpoint, family: Family, targets: Mapping[str, Target]) -> dict[str, str]:
+    """What the checkpoint calls each tensor. Reports what is missing and what nobody knows before a byte is read."""
+    present = {family.canonical(name): name for name in checkpoint.names()}
+    missing = sorted(set(targets) - set(present))
     if missing:
         raise CheckpointError(f"{checkpoint.path}: {len(missing)} weights are missing: {_some(missing)}.")
     tied = {"lm_head.weight"}
-    extra = sorted(n for n in present - set(targets) - tied if not n.endswith(family.ignored))
+    extra = sorted(n for n in set(present) - set(targets) - tied if not n.endswith(family.ignored))
     if extra:
         raise CheckpointError(
             f"{checkpoint.path}: {len(extra)} weights have no place in a {family.name} model: {_some(extra)}. "
             "Either the config does not belong to these weights or this variant is not supported."
         )
-    return list(targets)
+    return {name: present[name] for name in targets}
 
 
 def _some(names: list[str]) -> str:
@@ -81,35 +80,39 @@ def _some(names: list[str]) -> str:
 
 
 def _fill(
-    model: Decoder, checkpoint: Checkpoint, targets: Mapping[str, Target], names: list[str], progress: bool | None
+    model: Decoder,
+    checkpoint: Checkpoint,
+    targets: Mapping[str, Target],
+    stored: Mapping[str, str],
+    progress: bool | None,
 ) -> None:
     parameters = dict(model.parameters())
     # In the model's order, so that each matrix is complete, packed and its parts forgotten before the next one starts.
     order = {path: index for index, path in enumerate(parameters)}
-    names = sorted(names, key=lambda name: order[targets[name].path])
+    names = sorted(targets, key=lambda name: order[targets[name].path])
     linears = {path: module for path, module in model.modules() if isinstance(module, Linear)}
-    checkpoint.prefetch(names)
+    checkpoint.prefetch([stored[name] for name in names])
     total = sum(parameters[targets[name].path].view(targets[name].part).numel() for name in names)
     with progress_bar("weights", total * model.place.dtype.itemsize, unit="B", enabled=progress) as bar:
         for name in names:
-            path, part = targets[name]
-            size = _read(checkpoint, name, parameters[path], part, model.place.dtype)
+            target = targets[name]
+            size = _read(checkpoint, stored[name], parameters[target.path], target, model.place.dtype)
             bar.update(size)
-            owner = linears.get(path.rpartition(".")[0])
+            owner = linears.get(target.path.rpartition(".")[0])
             if owner is not None and owner.complete:
                 owner.finish()
 
 
-def _read(checkpoint: Checkpoint, name: str, parameter: Parameter, part: str, dtype: torch.dtype) -> int:
+def _read(checkpoint: Checkpoint, name: str, parameter: Parameter, target: Target, dtype: torch.dtype) -> int:
     """Copies one tensor into its place, converting on the way; returns the bytes written."""
-    view = parameter.view(part)
-    shape = tuple(checkpoint.shape(name))
-    if shape != tuple(view.shape):
+    view = parameter.view(target.part)
+    shape, expected = tuple(checkpoint.shape(name)), target.stored_shape(tuple(view.shape))
+    if shape != expected:
         raise CheckpointError(
-            f"{checkpoint.path}: {name} has shape {list(shape)} and the config asks for {list(view.shape)}."
+            f"{checkpoint.path}: {name} has shape {list(shape)}, the config asks for {list(expected)}."
         )
-    view.copy_(checkpoint.get(name, dtype))
-    parameter.filled(part)
+    view.copy_(target.arranged(checkpoint.get(name, dtype)))
+    parameter.filled(target.part)
     return view.numel() * view.element_size()
 
 

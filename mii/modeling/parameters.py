@@ -1,12 +1,12 @@
 """Where weights live: tensors on the device that a checkpoint is read into, one part at a time.
 
-A fused matrix (query, key and value; gate and up) is one tensor with named row ranges, so each checkpoint tensor is
-written straight into its place and no second copy of the model ever exists.
+A fused matrix (query, key and value; gate and up) is one tensor with named ranges of rows or columns, so each
+checkpoint tensor is written straight into its place and no second copy of the model ever exists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,23 +15,23 @@ from mii.ops.linear import LinearWeight, linear, pack_linear
 
 
 class Parameter:
-    """A tensor to be filled from a checkpoint. `parts` names row ranges of it and their sizes, in order."""
+    """A tensor to be filled from a checkpoint. `parts` names ranges of it along `dim` and their sizes, in order."""
 
-    __slots__ = ("missing", "parts", "tensor")
+    __slots__ = ("dim", "missing", "parts", "tensor")
 
-    def __init__(self, tensor: torch.Tensor, parts: Mapping[str, int] | None = None) -> None:
-        self.tensor = tensor
-        self.parts = dict(parts) if parts else {"": tensor.shape[0]}
+    def __init__(self, tensor: torch.Tensor, parts: Mapping[str, int] | None = None, dim: int = 0) -> None:
+        self.tensor, self.dim = tensor, dim
+        self.parts = dict(parts) if parts else {"": tensor.shape[dim]}
         self.missing = set(self.parts)
 
     def view(self, part: str = "") -> torch.Tensor:
-        """The rows of one part, [size, ...]; the empty name means all of them."""
+        """One part of the tensor; the empty name means all of it."""
         if part == "":
             return self.tensor
         start = 0
         for name, size in self.parts.items():
             if name == part:
-                return self.tensor[start : start + size]
+                return self.tensor.narrow(self.dim, start, size)
             start += size
         raise KeyError(part)
 
@@ -100,3 +100,27 @@ class Linear(Module):
         assert self.packed is not None
         linear(out, x, self.packed, self._bias)
         return out
+
+
+class JointLinear(Linear):
+    """`out = sum of x_i @ weight_i^T + bias_i`: one product over inputs that lie side by side, [rows, sum of inputs].
+
+    Args:
+        inputs: Names and widths of the inputs; the weights are the parts of `weight` with these names.
+        out_features: Width of the result.
+        biased: The inputs that have a bias; these are the parts of `bias`.
+    """
+
+    def __init__(
+        self, place: Placement, inputs: Mapping[str, int], out_features: int, biased: Collection[str] = ()
+    ) -> None:
+        super().__init__(place, sum(inputs.values()), {"": out_features})
+        self.weight = Parameter(self.weight.tensor, inputs, dim=1)
+        if biased:
+            self.bias = Parameter(place.empty(len(biased) * out_features), dict.fromkeys(biased, out_features))
+
+    def finish(self) -> None:
+        super().finish()
+        if self.bias is not None and self._bias is None:
+            each = self.bias.tensor.view(-1, self.out_features)
+            self._bias = each.sum(0, dtype=torch.promote_types(each.dtype, torch.float32)).to(each.dtype)

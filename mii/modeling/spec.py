@@ -30,7 +30,11 @@ class ModelSpec:
         windows: One entry a layer, 0 for none.
         norm: Kind of the norms, a name of `mii.ops.abi.NORMS`; `norm_weight` and `norm_bias` say what they hold.
         block: How norms, attention and MLP are wired, a name of `mii.modeling.blocks.BLOCKS`.
-        mlp: Kind of the MLP, a name of `mii.modeling.mlp.MLPS`.
+        mlp: Kind of the MLP: "gated" or "plain".
+        embedding_size: Width of the token embeddings where they are projected to the hidden size and back; 0: as wide.
+        learned_positions: Rows of the table of learned positions, 0 for none; a position's row is `position_offset` on.
+        alibi_slopes: Slope of each query head, empty for none.
+        layer_scales: Factor on `attention_scale` for each layer, empty for none.
     """
 
     family: str
@@ -55,8 +59,20 @@ class ModelSpec:
     norm: str = "rms"
     norm_weight: bool = True
     norm_bias: bool = False
+    final_norm: bool = True
     block: str = "sequential"
     mlp: str = "gated"
+    embedding_size: int = 0
+    embedding_norm: bool = False
+    learned_positions: int = 0
+    position_offset: int = 0
+    alibi_slopes: tuple[float, ...] = ()
+    layer_scales: tuple[float, ...] = ()
+
+    @property
+    def parallel(self) -> bool:
+        """Whether attention and MLP of a layer are added to the stream in one product."""
+        return self.block.startswith("parallel")
 
     @property
     def q_size(self) -> int:

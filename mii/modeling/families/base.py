@@ -6,14 +6,34 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
+
 from mii.modeling.spec import ModelSpec
 
 
 class Target(NamedTuple):
-    """Where a checkpoint tensor goes: the path of a parameter, and the part of it (empty: all of it)."""
+    """Where a checkpoint tensor goes, and how it is laid out there.
+
+    Args:
+        path: Path of a parameter.
+        part: The part of it; empty: all of it.
+        rows: Row r of the part is the stored row `rows[r]`; None: the same order.
+        transposed: The tensor is stored as [in, out].
+    """
 
     path: str
     part: str = ""
+    rows: torch.Tensor | None = None
+    transposed: bool = False
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that the checkpoint's tensor must have for a part of this shape."""
+        return shape[::-1] if self.transposed else shape
+
+    def arranged(self, stored: torch.Tensor) -> torch.Tensor:
+        """The part out of the checkpoint's tensor."""
+        tensor = stored.t() if self.transposed and stored.dim() == 2 else stored
+        return tensor if self.rows is None else tensor[self.rows]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +46,30 @@ class Family:
         read_spec: Reads the config; raises CheckpointError naming the field that is missing, wrong or not supported.
         weights: Checkpoint tensor names and their targets, for a spec.
         ignored: Ends of tensor names that checkpoints may hold and nothing needs (tables that are computed).
+        canonical: The name in `weights` of a tensor that older or partial checkpoints call otherwise.
     """
 
     name: str
     architectures: tuple[str, ...]
     read_spec: Callable[[Mapping[str, Any]], ModelSpec]
     weights: Callable[[ModelSpec], dict[str, Target]]
-    ignored: tuple[str, ...] = (".rotary_emb.inv_freq", ".attn.masked_bias", ".attn.bias")
+    ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
+    canonical: Callable[[str], str] = str
+
+
+def below(prefix: str) -> Callable[[str], str]:
+    """Puts a prefix before the names of checkpoints that were saved from the model below its head, without it."""
+
+    def canonical(name: str) -> str:
+        return name if name.startswith((prefix, "lm_head.")) else prefix + name
+
+    return canonical
+
+
+def grouped_rows(q_heads: int, kv_heads: int, head_dim: int) -> torch.Tensor:
+    """The stored row of each row of [all queries | all keys | all values], where a checkpoint keeps the queries, the
+    key and the value of each group of heads together (GPT-NeoX and Bloom with a group for each head, Falcon).
+    """
+    groups = torch.arange((q_heads + 2 * kv_heads) * head_dim).view(kv_heads, -1, head_dim)
+    queries, keys, values = groups[:, :-2], groups[:, -2], groups[:, -1]
+    return torch.cat([queries.flatten(), keys.flatten(), values.flatten()])
