@@ -83,19 +83,24 @@ MII_API int64_t mii_attention_workspace_bytes(const MiiAttention* args) {
 MII_API int32_t mii_attention_plan(const MiiAttention* args, void* stream) {
   if (const int32_t code = check(*args)) return code;
   const Bounds bounds = bounds_of(*args);
-  return bounds.ctas > 0 ? launch_plan(*args, bounds, stream) : MII_OK;
+  return bounds.ctas > 0 ? launch_plan(*args, bounds, hopper_serves(*args), stream) : MII_OK;
 }
 
 MII_API int32_t mii_attention(const MiiAttention* args, void* stream) {
   if (const int32_t code = check(*args)) return code;
   const Bounds bounds = bounds_of(*args);
   if (bounds.ctas == 0 || !copies_fit(*args)) return launch_generic(*args, stream);
-  const AttentionParams p = {*args,
-                             work_list(*args, bounds),
-                             workspace(*args, bounds),
-                             args->q_heads / args->kv_heads,
-                             log2_of(args->block_size),
-                             args->scale * kLog2e};
+  AttentionParams p = {*args,
+                       work_list(*args, bounds),
+                       workspace(*args, bounds),
+                       args->q_heads / args->kv_heads,
+                       log2_of(args->block_size),
+                       args->scale * kLog2e,
+                       false};
+  if (hopper_serves(*args)) {
+    if (const int32_t code = launch_hopper(p, stream)) return code;
+    p.prompts_apart = true;
+  }
   return dispatch_head(args->head_dim, int32_t(MII_UNSUPPORTED),
                        [&](auto head) { return launch_tiled<decltype(head)::value>(p, bounds, stream); });
 }

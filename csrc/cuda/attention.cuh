@@ -5,8 +5,8 @@
 
 namespace mii {
 
-// Fills a.work on the device.
-int32_t launch_plan(const MiiAttention& a, Bounds bounds, void* stream);
+// Fills a.work on the device. `prompts_apart`: the prompts have a launch of their own, so decode has all CTAs.
+int32_t launch_plan(const MiiAttention& a, Bounds bounds, bool prompts_apart, void* stream);
 
 // The tensor-core kernel, for D in 64, 80, 96, 128 and 256, in attention_d<D>.cu.
 template <int D>
@@ -14,6 +14,11 @@ int32_t launch_tiled(const AttentionParams& p, Bounds bounds, void* stream);
 // How many of its CTAs a multiprocessor of the current device holds; 0 if the device cannot run it.
 template <int D>
 int tiled_occupancy();
+
+// The prompts of a step by Hopper's warpgroup products, in attention_hopper.cu; launch_tiled then has the rest to do.
+// `hopper_serves` answers from what plan and layers of a step have in common.
+bool hopper_serves(const MiiAttention& a);
+int32_t launch_hopper(const AttentionParams& p, void* stream);
 
 // One warp for each query row and head: any dtype, head size up to 512, any alignment.
 int32_t launch_generic(const MiiAttention& a, void* stream);

@@ -13,6 +13,7 @@ struct PlanParams {
   WorkList work;
   Bounds bounds;
   int32_t group;
+  bool prompts_apart;
 };
 
 struct Sequence {
@@ -222,7 +223,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ 
   const int seqs = min(p.a.counts[MII_NUM_SEQS], static_cast<int>(p.a.max_seqs));
   PlanHeader header = {};
   const int2 decodes = list_decodes(p, seqs, decode_base, shared);
-  cut_axis(p, decodes, decode_base, header, shared.prefills == 0);
+  cut_axis(p, decodes, decode_base, header, p.prompts_apart || shared.prefills == 0);
   if (shared.prefills > 0) {
     const int tiles = order_prefills(p, seqs, order, tile_base, shared);
     header.items = list_prefills(p, tiles, order, tile_base, shared);
@@ -234,12 +235,12 @@ size_t plan_shared(int64_t max_seqs) { return sizeof(Shared) + 3 * (max_seqs + 1
 
 }  // namespace
 
-int32_t launch_plan(const MiiAttention& a, Bounds bounds, void* stream) {
+int32_t launch_plan(const MiiAttention& a, Bounds bounds, bool prompts_apart, void* stream) {
   const size_t shared = plan_shared(a.max_seqs);
   MII_REQUIRE(shared <= static_cast<size_t>(card().shared_per_block), MII_UNSUPPORTED,
               "attention plan: %lld sequences in a step are more than one CTA can list", (long long)a.max_seqs);
   if (shared > 48 * 1024) cudaFuncSetAttribute(plan_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-  const PlanParams p = {a, work_list(a, bounds), bounds, a.q_heads / a.kv_heads};
+  const PlanParams p = {a, work_list(a, bounds), bounds, a.q_heads / a.kv_heads, prompts_apart};
   return launch("mii_attention_plan", plan_kernel, {dim3(1), dim3(kThreads), shared}, stream, p);
 }
 

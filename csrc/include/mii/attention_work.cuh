@@ -119,6 +119,7 @@ struct AttentionParams {
   int32_t group;       // query heads of a KV head
   int32_t block_bits;  // log2(block_size)
   float unit;          // scale in units of log2
+  bool prompts_apart;  // the prompts have a launch of their own: this one does the rest
 };
 
 }  // namespace mii

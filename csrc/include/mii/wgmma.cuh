@@ -1,0 +1,170 @@
+// Hopper's warpgroup products (wgmma), the barriers in shared memory around them, and the hand-over of registers.
+//
+// Fragments of wgmma.m64nNk16 (PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16"), warp w of a group, lane l:
+//   D [64 x N]:  d[4 i], d[4 i + 1] row 16 w + l/4, columns 8 i + 2(l%4) .. +1;  d[4 i + 2], d[4 i + 3] row + 8
+//   A [64 x 16]: as A of mma.m16n8k16 for the warp's 16 rows (attention_mma.cuh)
+// so D of one product, rounded and packed, is A of the next.
+#pragma once
+#include "mii/attention_mma.cuh"
+#include "mii/wgmma_layout.h"
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define MII_HOPPER 1
+#endif
+
+namespace mii {
+
+constexpr int kWarpgroup = 128;
+
+#if defined(MII_HOPPER)
+
+// ---- products -----------------------------------------------------------------------------------------------------
+// Before the first product of a batch, and after registers that one reads or adds to were written.
+MII_DEVICE void products_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+MII_DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Waits until at most N of the youngest batches are under way.
+template <int N>
+MII_DEVICE void products_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+// Keeps the compiler from moving uses of finished results before the wait for them.
+template <typename Register, int N>
+MII_DEVICE void settle(Register (&registers)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if constexpr (sizeof(Register) == 4 && std::is_same_v<Register, float>) {
+      asm volatile("" : "+f"(registers[i])::"memory");
+    } else {
+      asm volatile("" : "+r"(registers[i])::"memory");
+    }
+  }
+}
+
+// d (+)= a b, a and b in shared memory, both with k along their rows' elements. N = 2 kRegisters columns.
+template <typename T, bool kAdd, int kRegisters>
+MII_DEVICE void product(float (&d)[kRegisters], uint64_t a, uint64_t b);
+// d += a b, a in registers, b in shared memory with N along its rows' elements ("transposed").
+template <typename T, int kRegisters>
+MII_DEVICE void product_transposed(float (&d)[kRegisters], const uint32_t (&a)[4], uint64_t b);
+#define MII_NAMES_32 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
+  "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define MII_RESULTS_32 \
+  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
+  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
+  "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
+  "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+#define MII_NAMES_64 \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
+  "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, " \
+  "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, " \
+  "%59, %60, %61, %62, %63"
+#define MII_RESULTS_64 \
+  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
+  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
+  "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
+  "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), \
+  "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), \
+  "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), \
+  "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), \
+  "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+
+#define MII_PRODUCT(REGISTERS, COLUMNS, TYPE, A, B, ADD)                                                      \
+  asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #ADD ", 0;\n"                                         \
+               "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE                          \
+               " {" MII_NAMES_##REGISTERS "}, %" #A ", %" #B ", add, 1, 1, 0, 0;\n}"                          \
+               : MII_RESULTS_##REGISTERS                                                                     \
+               : "l"(a), "l"(b), "n"(kAdd ? 1 : 0))
+#define MII_PRODUCT_TRANSPOSED(REGISTERS, COLUMNS, TYPE, A0, A1, A2, A3, B)                                      \
+  asm volatile("{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n"                                                    \
+               "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE                             \
+               " {" MII_NAMES_##REGISTERS "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", add, 1, 1, 1;\n}" \
+               : MII_RESULTS_##REGISTERS                                                                        \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+
+template <typename T, bool kAdd, int kRegisters>
+MII_DEVICE void product(float (&d)[kRegisters], uint64_t a, uint64_t b) {
+  static_assert(kRegisters == 64);
+  if constexpr (std::is_same_v<T, __half>) {
+    MII_PRODUCT(64, 128, "f16", 64, 65, 66);
+  } else {
+    MII_PRODUCT(64, 128, "bf16", 64, 65, 66);
+  }
+}
+
+template <typename T, int kRegisters>
+MII_DEVICE void product_transposed(float (&d)[kRegisters], const uint32_t (&a)[4], uint64_t b) {
+  static_assert(kRegisters == 32 || kRegisters == 64);
+  if constexpr (kRegisters == 32) {
+    if constexpr (std::is_same_v<T, __half>) {
+      MII_PRODUCT_TRANSPOSED(32, 64, "f16", 32, 33, 34, 35, 36);
+    } else {
+      MII_PRODUCT_TRANSPOSED(32, 64, "bf16", 32, 33, 34, 35, 36);
+    }
+  } else {
+    if constexpr (std::is_same_v<T, __half>) {
+      MII_PRODUCT_TRANSPOSED(64, 128, "f16", 64, 65, 66, 67, 68);
+    } else {
+      MII_PRODUCT_TRANSPOSED(64, 128, "bf16", 64, 65, 66, 67, 68);
+    }
+  }
+}
+
+#undef MII_PRODUCT
+#undef MII_PRODUCT_TRANSPOSED
+#undef MII_NAMES_32
+#undef MII_NAMES_64
+#undef MII_RESULTS_32
+#undef MII_RESULTS_64
+
+// ---- barriers in shared memory ------------------------------------------------------------------------------------
+MII_DEVICE void barrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+MII_DEVICE void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Whether the phase of this parity is over; waits for a moment of the hardware's choice.
+MII_DEVICE bool barrier_try(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred done;\nmbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.b32 %0, 1, 0, done;\n}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+// An error in the hand-over shall give wrong numbers, not hang the card: after a wait this long (seconds) it goes on. A
+// trap in its place keeps the assembler from giving the warpgroups registers of their own.
+MII_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
+  constexpr int kTries = 1 << 22;
+#pragma unroll 1
+  for (int i = 0; i < kTries; ++i) {
+    if (barrier_try(barrier, parity)) break;
+  }
+}
+
+// Makes this thread's writes to shared memory visible to products, which read it by another way than loads do.
+MII_DEVICE void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Barriers of `threads` threads by number (0 is __syncthreads): all come, of them some without waiting.
+MII_DEVICE void threads_wait(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+MII_DEVICE void threads_arrive(int number, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+// ---- registers ----------------------------------------------------------------------------------------------------
+template <int kCount>
+MII_DEVICE void take_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+template <int kCount>
+MII_DEVICE void give_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kCount));
+}
+
+#endif  // MII_HOPPER
+
+}  // namespace mii
