@@ -4,7 +4,7 @@ names.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,10 +88,25 @@ class ModelSpec:
 
 
 class ConfigReader:
-    """Typed reads from a checkpoint's config. What is missing or of the wrong kind is named in the error."""
+    """Typed reads from a checkpoint's config. What is missing or of the wrong kind is named in the error.
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = config
+    Args:
+        config: As in config.json.
+        aliases: Other names that a field has in some configs, by the name it is read under.
+
+    Raises:
+        CheckpointError: A field has two values, under two of its names.
+    """
+
+    def __init__(self, config: Mapping[str, Any], aliases: Mapping[str, Sequence[str]] | None = None) -> None:
+        self.config = dict(config)
+        for name, others in (aliases or {}).items():
+            given = {key: config[key] for key in (name, *others) if config.get(key) is not None}
+            if len(set(map(repr, given.values()))) > 1:
+                both = " and ".join(f"'{key}' is {value!r}" for key, value in given.items())
+                raise CheckpointError(f"config.json: {both}, but they mean the same.")
+            if given:
+                self.config[name] = next(iter(given.values()))
 
     def required_integer(self, name: str) -> int:
         value = self.config.get(name)
@@ -124,19 +139,23 @@ class ConfigReader:
             raise CheckpointError(f"config.json: '{name}' is {value!r}; supported are {', '.join(sorted(choices))}.")
         return choices[value]
 
-    def heads(self) -> tuple[int, int, int]:
-        """Query heads, key/value heads and head size; grouped heads must divide evenly."""
+    def heads(self, *, grouped: bool = True) -> tuple[int, int, int]:
+        """Query heads, key/value heads and head size; grouped heads must divide evenly.
+
+        With `grouped=False` each query head has a key head and all of them make up the hidden size, whatever else the
+        config says: in families that have no fields for it.
+        """
         q_heads = self.required_integer("num_attention_heads")
-        kv_heads = self.integer("num_key_value_heads", q_heads)
+        kv_heads = self.integer("num_key_value_heads", q_heads) if grouped else q_heads
         if q_heads % kv_heads:
             raise CheckpointError(
                 f"config.json: {q_heads} attention heads cannot share {kv_heads} key/value heads evenly."
             )
         hidden = self.required_integer("hidden_size")
-        head_dim = self.config.get("head_dim")
-        if head_dim is None and hidden % q_heads:
+        given = grouped and self.config.get("head_dim") is not None
+        if not given and hidden % q_heads:
             raise CheckpointError(f"config.json: hidden_size {hidden} is not a multiple of {q_heads} attention heads.")
-        return q_heads, kv_heads, self.integer("head_dim", hidden // q_heads)
+        return q_heads, kv_heads, self.required_integer("head_dim") if given else hidden // q_heads
 
 
 ACTIVATIONS = {

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from mii.modeling.families import llama, mistral
+from mii.modeling.families import bloom, falcon, gpt2, gpt_neox, gptj, llama, mistral, opt, phi
 from mii.modeling.families.base import Family, Target
 
+_MODULES = (bloom, falcon, gpt2, gpt_neox, gptj, llama, mistral, opt, phi)
 FAMILIES: dict[str, Family] = {
-    architecture: family for family in (llama.FAMILY, mistral.FAMILY) for architecture in family.architectures
+    architecture: module.FAMILY for module in _MODULES for architecture in module.FAMILY.architectures
 }
 
 __all__ = ["FAMILIES", "Family", "Target"]

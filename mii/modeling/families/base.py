@@ -55,21 +55,3 @@ class Family:
     weights: Callable[[ModelSpec], dict[str, Target]]
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
     canonical: Callable[[str], str] = str
-
-
-def below(prefix: str) -> Callable[[str], str]:
-    """Puts a prefix before the names of checkpoints that were saved from the model below its head, without it."""
-
-    def canonical(name: str) -> str:
-        return name if name.startswith((prefix, "lm_head.")) else prefix + name
-
-    return canonical
-
-
-def grouped_rows(q_heads: int, kv_heads: int, head_dim: int) -> torch.Tensor:
-    """The stored row of each row of [all queries | all keys | all values], where a checkpoint keeps the queries, the
-    key and the value of each group of heads together (GPT-NeoX and Bloom with a group for each head, Falcon).
-    """
-    groups = torch.arange((q_heads + 2 * kv_heads) * head_dim).view(kv_heads, -1, head_dim)
-    queries, keys, values = groups[:, :-2], groups[:, -2], groups[:, -1]
-    return torch.cat([queries.flatten(), keys.flatten(), values.flatten()])

@@ -1,0 +1,105 @@
+"""Falcon: 7B (one key head, one norm, parallel), the new decoder of 40B, 180B and 11B (grouped heads, one or two
+norms), and the models of RefinedWeb (ALiBi, sequential).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mii.errors import CheckpointError
+from mii.modeling.alibi import alibi_slopes
+from mii.modeling.families.base import Family, Target
+from mii.modeling.families.names import grouped_rows, targets_by_role
+from mii.modeling.rope import context_length, read_rope
+from mii.modeling.spec import ACTIVATIONS, ConfigReader, ModelSpec
+
+_ALIASES = {
+    "hidden_size": ("n_embed",),
+    "num_hidden_layers": ("n_layer",),
+    "num_attention_heads": ("n_head",),
+    "num_kv_heads": ("n_head_kv",),
+}
+
+
+def read_spec(config: Mapping[str, Any]) -> ModelSpec:
+    """`new_decoder_architecture` outweighs `multi_query` and `parallel_attn`, as in transformers. ALiBi is scaled as
+    the scores are that it is added to.
+    """
+    read = ConfigReader(config, _ALIASES)
+    q_heads, kv_heads, head_dim = _heads(read)
+    hidden, layers = read.required_integer("hidden_size"), read.required_integer("num_hidden_layers")
+    alibi, bias, scale = read.flag("alibi"), read.flag("bias"), head_dim**-0.5
+    rope = None if alibi else read_rope(config, head_dim)
+    return ModelSpec(
+        family="falcon",
+        vocab_size=read.required_integer("vocab_size"),
+        hidden_size=hidden,
+        num_layers=layers,
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=read.integer("ffn_hidden_size", 4 * hidden),
+        max_positions=context_length(rope, read.integer("max_position_embeddings", 2048)),
+        norm_eps=read.number("layer_norm_epsilon", 1e-5),
+        activation=read.choice("activation", ACTIVATIONS, "gelu"),
+        rope=rope,
+        windows=(0,) * layers,
+        attention_scale=scale,
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=bias,
+        tied_embeddings=read.flag("tie_word_embeddings", True),
+        norm="layer",
+        norm_bias=True,
+        block=_block(read),
+        mlp="plain",
+        alibi_slopes=tuple(scale * slope for slope in alibi_slopes(q_heads)) if alibi else (),
+    )
+
+
+def _heads(read: ConfigReader) -> tuple[int, int, int]:
+    """Query heads, key/value heads and head size: groups in the new decoder, before it one key head or as many."""
+    kv_heads = read.required_integer("num_attention_heads")
+    if _is_new(read):
+        kv_heads = read.integer("num_kv_heads", kv_heads)
+    elif read.flag("multi_query", True):
+        kv_heads = 1
+    return ConfigReader({**read.config, "num_key_value_heads": kv_heads, "head_dim": None}).heads()
+
+
+def _is_new(read: ConfigReader) -> bool:
+    return read.flag("new_decoder_architecture", "n_head_kv" in read.config)
+
+
+def _block(read: ConfigReader) -> str:
+    new, norms = _is_new(read), read.integer("num_ln_in_parallel_attn", 2 if _is_new(read) else 1)
+    if norms > 2 or (norms == 2 and not new):
+        raise CheckpointError(
+            f"config.json: 'num_ln_in_parallel_attn' is {norms}; it can be 1, or 2 with 'new_decoder_architecture'."
+        )
+    if not new and not read.flag("parallel_attn", True):
+        return "sequential"
+    return "parallel_two_norms" if norms == 2 else "parallel"
+
+
+def weights(spec: ModelSpec) -> dict[str, Target]:
+    names = _LAYER | _NORMS[spec.block]
+    return targets_by_role(spec, _OUTER, names, qkv_rows=grouped_rows(spec.q_heads, spec.kv_heads, spec.head_dim))
+
+
+_OUTER = {"embedding": "transformer.word_embeddings", "norm": "transformer.ln_f", "head": "lm_head"}
+_BLOCK = "transformer.h.{layer}."
+_LAYER = {
+    "qkv": _BLOCK + "self_attention.query_key_value",
+    "attention output": _BLOCK + "self_attention.dense",
+    "up": _BLOCK + "mlp.dense_h_to_4h",
+    "down": _BLOCK + "mlp.dense_4h_to_h",
+}
+_NORMS = {
+    "sequential": {"attention norm": _BLOCK + "input_layernorm", "mlp norm": _BLOCK + "post_attention_layernorm"},
+    "parallel": {"attention norm": _BLOCK + "input_layernorm"},
+    "parallel_two_norms": {"attention norm": _BLOCK + "ln_attn", "mlp norm": _BLOCK + "ln_mlp"},
+}
+
+FAMILY = Family("falcon", ("FalconForCausalLM", "RWForCausalLM"), read_spec, weights)

@@ -1,0 +1,73 @@
+"""GPT-NeoX and Pythia: attention and MLP side by side, each behind a norm of its own, and partly rotated heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mii.modeling.families.base import Family, Target
+from mii.modeling.families.names import grouped_rows, targets_by_role
+from mii.modeling.rope import context_length, read_rope
+from mii.modeling.spec import ACTIVATIONS, ConfigReader, ModelSpec
+
+
+def read_spec(config: Mapping[str, Any]) -> ModelSpec:
+    read = ConfigReader(config, {"rope_theta": ("rotary_emb_base",), "partial_rotary_factor": ("rotary_pct",)})
+    q_heads, kv_heads, head_dim = read.heads(grouped=False)
+    layers = read.required_integer("num_hidden_layers")
+    rope = read_rope({"partial_rotary_factor": 0.25, **read.config}, head_dim)
+    bias = read.flag("attention_bias", True)
+    return ModelSpec(
+        family="gpt_neox",
+        vocab_size=read.required_integer("vocab_size"),
+        hidden_size=read.required_integer("hidden_size"),
+        num_layers=layers,
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=read.required_integer("intermediate_size"),
+        max_positions=context_length(rope, read.integer("max_position_embeddings", 2048)),
+        norm_eps=read.number("layer_norm_eps", 1e-5),
+        activation=read.choice("hidden_act", ACTIVATIONS, "gelu"),
+        rope=rope,
+        windows=(0,) * layers,
+        attention_scale=head_dim**-0.5,
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=True,
+        tied_embeddings=read.flag("tie_word_embeddings"),
+        norm="layer",
+        norm_bias=True,
+        block="parallel_two_norms" if read.flag("use_parallel_residual", True) else "sequential",
+        mlp="plain",
+    )
+
+
+def weights(spec: ModelSpec) -> dict[str, Target]:
+    return targets_by_role(spec, _OUTER, _LAYER, qkv_rows=grouped_rows(spec.q_heads, spec.kv_heads, spec.head_dim))
+
+
+def canonical(name: str) -> str:
+    """The head was called embed_out."""
+    return name.replace("embed_out.", "lm_head.")
+
+
+_OUTER = {"embedding": "gpt_neox.embed_in", "norm": "gpt_neox.final_layer_norm", "head": "lm_head"}
+_BLOCK = "gpt_neox.layers.{layer}."
+_LAYER = {
+    "attention norm": _BLOCK + "input_layernorm",
+    "qkv": _BLOCK + "attention.query_key_value",
+    "attention output": _BLOCK + "attention.dense",
+    "mlp norm": _BLOCK + "post_attention_layernorm",
+    "up": _BLOCK + "mlp.dense_h_to_4h",
+    "down": _BLOCK + "mlp.dense_4h_to_h",
+}
+
+FAMILY = Family(
+    "gpt_neox",
+    ("GPTNeoXForCausalLM",),
+    read_spec,
+    weights,
+    ignored=(".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),  # a table and the causal mask
+    canonical=canonical,
+)

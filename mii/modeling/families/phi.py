@@ -1,0 +1,65 @@
+"""Phi-1, Phi-1.5 and Phi-2: attention and MLP side by side behind one norm, partly rotated heads, biases everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mii.errors import CheckpointError
+from mii.modeling.families.base import Family, Target
+from mii.modeling.families.names import targets_by_role
+from mii.modeling.rope import context_length, read_rope
+from mii.modeling.spec import ACTIVATIONS, ConfigReader, ModelSpec
+
+
+def read_spec(config: Mapping[str, Any]) -> ModelSpec:
+    read = ConfigReader(config)
+    if read.flag("qk_layernorm"):
+        raise CheckpointError("config.json: 'qk_layernorm' is true; LayerNorms of queries and keys are not supported.")
+    q_heads, kv_heads, head_dim = read.heads()
+    layers = read.required_integer("num_hidden_layers")
+    rope = read_rope({"partial_rotary_factor": 0.5, **config}, head_dim)
+    return ModelSpec(
+        family="phi",
+        vocab_size=read.required_integer("vocab_size"),
+        hidden_size=read.required_integer("hidden_size"),
+        num_layers=layers,
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=read.required_integer("intermediate_size"),
+        max_positions=context_length(rope, read.integer("max_position_embeddings", 2048)),
+        norm_eps=read.number("layer_norm_eps", 1e-5),
+        activation=read.choice("hidden_act", ACTIVATIONS, "gelu_new"),
+        rope=rope,
+        windows=(0,) * layers,
+        attention_scale=head_dim**-0.5,
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        tied_embeddings=read.flag("tie_word_embeddings"),
+        head_bias=True,
+        norm="layer",
+        norm_bias=True,
+        block="parallel",
+        mlp="plain",
+    )
+
+
+def weights(spec: ModelSpec) -> dict[str, Target]:
+    return targets_by_role(spec, _OUTER, _LAYER)
+
+
+_OUTER = {"embedding": "model.embed_tokens", "norm": "model.final_layernorm", "head": "lm_head"}
+_BLOCK = "model.layers.{layer}."
+_LAYER = {
+    "attention norm": _BLOCK + "input_layernorm",
+    "q": _BLOCK + "self_attn.q_proj",
+    "k": _BLOCK + "self_attn.k_proj",
+    "v": _BLOCK + "self_attn.v_proj",
+    "attention output": _BLOCK + "self_attn.dense",
+    "up": _BLOCK + "mlp.fc1",
+    "down": _BLOCK + "mlp.fc2",
+}
+
+FAMILY = Family("phi", ("PhiForCausalLM",), read_spec, weights)
