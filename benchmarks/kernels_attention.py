@@ -7,9 +7,7 @@ counts the products that the causal mask leaves.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +32,6 @@ class Work:
     block: int = 64
     window: int = 0
     softcap: float = 0.0
-    hopper: bool = False  # the prompts' kernel is asked for that MII_WGMMA=1 brings
 
     @property
     def tokens(self) -> int:
@@ -66,15 +63,13 @@ def _cuda_cases() -> Iterator[Case]:
     yield _decode("64 x 8192, window 1024", Work(((1, 8192),) * 64, window=1024))
     yield _decode("64 x 2048, heads 71/1 of 64", Work(((1, 2048),) * 64, 71, 1, 64))
     for seqs, length in ((1, 2048), (8, 2048), (2, 8192), (32, 512)):
-        yield _prompt(f"{seqs} prompts of {length}", Work(((length, length),) * seqs))
-    yield _prompt("1 prompt of 32768", Work(((32768, 32768),)))
-    if torch.cuda.get_device_capability() == (9, 0):
-        yield from _hopper_cases()
-    yield _prompt("8 prompts of 2048, heads 32/32", Work(((2048, 2048),) * 8, kv_heads=32))
-    yield _prompt("8 prompts of 2048, heads of 64", Work(((2048, 2048),) * 8, head_dim=64))
-    yield _prompt("8 prompts of 2048, heads 16/8 of 256", Work(((2048, 2048),) * 8, 16, 8, 256))
-    yield _prompt("chunk of 512 at 8192", Work(((512, 8192),)))
-    yield _prompt("chunk of 512 at 2048, 256 x 1 at 1024", Work(((512, 2048), *(((1, 1024),) * 256))))
+        yield prompt(f"{seqs} prompts of {length}", Work(((length, length),) * seqs))
+    yield prompt("1 prompt of 32768", Work(((32768, 32768),)))
+    yield prompt("8 prompts of 2048, heads 32/32", Work(((2048, 2048),) * 8, kv_heads=32))
+    yield prompt("8 prompts of 2048, heads of 64", Work(((2048, 2048),) * 8, head_dim=64))
+    yield prompt("8 prompts of 2048, heads 16/8 of 256", Work(((2048, 2048),) * 8, 16, 8, 256))
+    yield prompt("chunk of 512 at 8192", Work(((512, 8192),)))
+    yield prompt("chunk of 512 at 2048, 256 x 1 at 1024", Work(((512, 2048), *(((1, 1024),) * 256))))
     for text, lengths in (
         ("64 decode", ((1, 1000),) * 64),
         ("2048 decode", ((1, 1000),) * 2048),
@@ -84,42 +79,20 @@ def _cuda_cases() -> Iterator[Case]:
         yield Case("attention plan", text, 16 * len(lengths), lambda device, w=Work(lengths): _plan_call(w, device))
 
 
-def _hopper_cases() -> Iterator[Case]:
-    for seqs, length in ((8, 2048), (2, 8192), (1, 32768), (32, 512)):
-        yield _prompt(f"{seqs} of {length}, wgmma", Work(((length, length),) * seqs, hopper=True))
-    yield _prompt("8 of 2048, heads 32/32, wgmma", Work(((2048, 2048),) * 8, kv_heads=32, hopper=True))
-    yield _prompt("8 of 2048, heads of 64, wgmma", Work(((2048, 2048),) * 8, head_dim=64, hopper=True))
-    yield _prompt("chunk of 512 at 8192, wgmma", Work(((512, 8192),), hopper=True))
-    yield _prompt("chunk of 512, 256 x 1 at 1024, wgmma", Work(((512, 2048), *(((1, 1024),) * 256)), hopper=True))
-
-
 def _cpu_cases() -> Iterator[Case]:
     small = {"q_heads": 9, "kv_heads": 3, "head_dim": 64, "block": 32}
     for seqs, context in ((1, 1024), (8, 512), (64, 256)):
         yield _decode(f"{seqs} x {context}, heads 9/3 of 64", Work(((1, context),) * seqs, **small))
-    yield _prompt("1 prompt of 512, heads 9/3 of 64", Work(((512, 512),), **small))
+    yield prompt("1 prompt of 512, heads 9/3 of 64", Work(((512, 512),), **small))
 
 
 def _decode(text: str, work: Work) -> Case:
     return Case("attention", f"decode {text}", work.bytes, lambda device: _call(work, device))
 
 
-def _prompt(text: str, work: Work) -> Case:
+def prompt(text: str, work: Work) -> Case:
+    """A case with prompts, whose arithmetic counts."""
     return Case("attention", text, work.bytes, lambda device: _call(work, device), work.flops)
-
-
-@contextmanager
-def _kernel_of(work: Work) -> Iterator[None]:
-    """The library asks for the variable at every launch."""
-    before = os.environ.pop("MII_WGMMA", None)
-    if work.hopper:
-        os.environ["MII_WGMMA"] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop("MII_WGMMA", None)
-        if before is not None:
-            os.environ["MII_WGMMA"] = before
 
 
 def _batch(work: Work, device: torch.device) -> tuple[AttentionBatch, int]:
@@ -155,15 +128,9 @@ def _plan_call(work: Work, device: torch.device) -> Call:
 
 def _call(work: Work, device: torch.device) -> Call:
     batch, blocks = _batch(work, device)
-    with _kernel_of(work):
-        plan = _planned(work, batch, device)
+    plan = _planned(work, batch, device)
     shape = (blocks, work.kv_heads, work.block, work.head_dim)
     k_cache, v_cache = (torch.randn(shape, device=device, dtype=DTYPE) for _ in range(2))
     q = torch.randn(work.tokens, work.q_heads * work.head_dim, device=device, dtype=DTYPE)
     out, scale = torch.empty_like(q), work.head_dim**-0.5
-
-    def call() -> None:
-        with _kernel_of(work):
-            attention(out, q, k_cache, v_cache, batch, plan, scale=scale, softcap=work.softcap)
-
-    return call
+    return lambda: attention(out, q, k_cache, v_cache, batch, plan, scale=scale, softcap=work.softcap)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 COLD = 256 << 20  # bytes that the large cases cycle through: several times an L2 cache
+FLOPS = 4e13  # that a graph of many launches has at most, as far as it has more than a few
 WARM = 4 << 20  # cases up to this size find their inputs in the cache, as in a real step
 
 Call = Callable[[], object]
@@ -37,17 +38,20 @@ class Case:
 
 def run_cases(cases: Iterable[Case], device: torch.device) -> list[dict[str, Any]]:
     """Every case's median time; on a GPU inside a CUDA graph of many launches, as in a step."""
-    seconds = _graph_seconds if device.type == "cuda" else _host_seconds
     results = []
     for case in cases:
         copies = max(1, min(16, COLD // case.bytes)) if case.bytes > WARM else 1
         calls = [case.make(device) for _ in range(copies)]
-        result = {"kernel": case.kernel, "case": case.case, "seconds": seconds(calls), "bytes": case.bytes}
+        if device.type == "cuda":
+            seconds = _graph_seconds(calls, launches=max(4, min(32, int(FLOPS / max(1, case.flops)))))
+        else:
+            seconds = _host_seconds(calls)
+        result = {"kernel": case.kernel, "case": case.case, "seconds": seconds, "bytes": case.bytes}
         results.append(result | ({"flops": case.flops} if case.flops else {}))
     return results
 
 
-def _graph_seconds(calls: list[Call], launches: int = 32, replays: int = 20) -> float:
+def _graph_seconds(calls: list[Call], launches: int, replays: int = 20) -> float:
     """Median time of one launch within a graph of many, the calls taking turns."""
     for call in calls:
         call()

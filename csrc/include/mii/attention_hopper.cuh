@@ -2,9 +2,9 @@
 //
 // A CTA fills a multiprocessor and takes tile after tile of packed rows (token-major, the query heads of one KV head
 // side by side) from the same list as the kernel for older cards. One warpgroup only copies: queries into two buffers,
-// K and V tiles into a ring, in the order in which they are asked for (K0, K1, V0, K2, V1, ...). Two warpgroups compute,
-// 64 rows each: while one turns scores into weights the other has the tensor cores, and within a warpgroup the weights
-// of one tile are made while the values of the tile before are added up.
+// K and V tiles into a ring, in the order in which they are asked for (K0, K1, V0, K2, V1, ...). Two warpgroups
+// compute, 64 rows each: while one turns scores into weights the other has the tensor cores, and within a warpgroup the
+// weights of one tile are made while the values of the tile before are added up.
 #pragma once
 #include "mii/attention_queue.cuh"
 #include "mii/attention_score.cuh"
