@@ -88,10 +88,13 @@ int32_t mii_prepare(const MiiPrepare* args, void*) {
       const int32_t position = a.kv_len[s] - (last - t);
       a.ids[t] = a.host_ids[t] >= 0 ? a.host_ids[t] : a.last_token[slot];
       a.positions[t] = position;
+      if (a.rope_shift != nullptr) a.rope_rows[t] = position + a.rope_shift[s];
       a.kv_slots[t] = table[position / a.block_size] * a.block_size + position % a.block_size;
     }
   }
   for (int64_t t = tokens; t < a.max_tokens; ++t) a.ids[t] = a.positions[t] = 0, a.kv_slots[t] = -1;
+  if (a.rope_shift != nullptr)
+    for (int64_t t = tokens; t < a.max_tokens; ++t) a.rope_rows[t] = 0;
   for (int32_t i = 0; i < samples; ++i) {
     const int32_t s = a.sample_seq[i];
     a.sample_rows[i] = a.q_start[s + 1] - 1;
@@ -111,6 +114,8 @@ int32_t mii_norm(const MiiNorm* args, void*) {
   if (!known_dtype(args->dtype)) return bad_dtype("norm", args->dtype);
   if (args->kind < MII_RMS || args->kind > MII_LAYER)
     return fail(MII_INVALID, "norm takes kind 0 (RMS), 1 (RMS with 1 + weight) or 2 (layer), not %d", args->kind);
+  if (args->x_weight != nullptr && (args->residual == nullptr || args->kind == MII_LAYER))
+    return fail(MII_INVALID, "norm takes an x_weight with a residual and an RMS kind only");
   return active_kernels().norm(*args);
 }
 
@@ -129,8 +134,8 @@ int32_t mii_attention(const MiiAttention* args, void*) {
 
 int32_t mii_activation(const MiiActivation* args, void*) {
   if (!known_dtype(args->dtype)) return bad_dtype("activation", args->dtype);
-  if (args->kind < MII_SILU || args->kind > MII_RELU2)
-    return fail(MII_INVALID, "activation takes kinds 0 to %d, not %d", MII_RELU2, args->kind);
+  if (args->kind < MII_SILU || args->kind > MII_SOFTCAP)
+    return fail(MII_INVALID, "activation takes kinds 0 to %d, not %d", MII_SOFTCAP, args->kind);
   return active_kernels().activation(*args);
 }
 

@@ -13,8 +13,8 @@ int32_t activation(const MiiActivation& a, void* stream) {
   const int64_t chunks = ceil_div(count, int64_t(kThreads * kActivationPacks));
   const int64_t threads = ceil_div(ceil_div(count, chunks * kActivationPacks), int64_t(kWarp)) * kWarp;
   const ActivationArgs<T> args = {
-      static_cast<T*>(a.out), static_cast<const T*>(a.x), static_cast<const T*>(a.bias), a.x_stride,
-      a.out_stride,           static_cast<int>(count),    static_cast<int>(chunks),      a.kind};
+      static_cast<T*>(a.out), static_cast<const T*>(a.x), static_cast<const T*>(a.bias), a.x_stride, a.out_stride,
+      a.limit,                static_cast<int>(count),    static_cast<int>(chunks),      a.kind};
   return launch("mii_activation", activation_rows<T, N, Gated>, Shape{dim3(a.rows * chunks), dim3(threads)}, stream,
                 args);
 }
@@ -35,7 +35,7 @@ int32_t either(const MiiActivation& a, void* stream) {
 
 extern "C" int32_t mii_activation(const MiiActivation* a, void* stream) {
   using namespace mii;
-  MII_REQUIRE(a->kind >= MII_SILU && a->kind <= MII_RELU2, MII_INVALID, "activation: kind %d", a->kind);
+  MII_REQUIRE(a->kind >= MII_SILU && a->kind <= MII_SOFTCAP, MII_INVALID, "activation: kind %d", a->kind);
   const bool fits = a->rows >= 0 && a->width > 0 && a->width < INT32_MAX / 2 &&
                     a->rows * ceil_div(a->width, int64_t(256)) <= INT32_MAX;
   MII_REQUIRE(fits, MII_UNSUPPORTED, "activation: %lld rows of %lld", (long long)a->rows, (long long)a->width);

@@ -9,20 +9,23 @@ template <typename T>
 bool vectorised(const MiiNorm& a) {
   const bool strides = a.width % kPack<T> == 0 && a.x_stride % kPack<T> == 0 && a.out_stride % kPack<T> == 0;
   const bool pointers =
-      aligned(a.out, 16) && aligned(a.x, 16) && aligned(a.residual, 16) && aligned(a.weight, 16) && aligned(a.bias, 16);
+      aligned(a.out, 16) && aligned(a.x, 16) && aligned(a.residual, 16) && aligned(a.weight, 16) && aligned(a.bias, 16) &&
+      aligned(a.x_weight, 16);
   return strides && pointers && a.width / kPack<T> <= 8 * norm_threads(8, false);
 }
 
 template <typename T, int Packs>
 int32_t launch_cta_rows(const NormArgs<T>& args, int count, void* stream) {
-  const int threads = ceil_div(ceil_div(count, Packs), kWarp) * kWarp;
-  return launch("mii_norm", norm_rows<T, Packs, false>, Shape{dim3(args.rows), dim3(threads)}, stream, args);
+  const Shape shape = {dim3(args.rows), dim3(ceil_div(ceil_div(count, Packs), kWarp) * kWarp)};
+  return args.x_weight != nullptr ? launch("mii_norm", norm_rows<T, Packs, false, true>, shape, stream, args)
+                                  : launch("mii_norm", norm_rows<T, Packs, false, false>, shape, stream, args);
 }
 
 template <typename T, int Packs>
 int32_t launch_warp_rows(const NormArgs<T>& args, void* stream) {
-  const int64_t blocks = ceil_div(args.rows, int64_t(kWarpRowThreads / kWarp));
-  return launch("mii_norm", norm_rows<T, Packs, true>, Shape{dim3(blocks), dim3(kWarpRowThreads)}, stream, args);
+  const Shape shape = {dim3(ceil_div(args.rows, int64_t(kWarpRowThreads / kWarp))), dim3(kWarpRowThreads)};
+  return args.x_weight != nullptr ? launch("mii_norm", norm_rows<T, Packs, true, true>, shape, stream, args)
+                                  : launch("mii_norm", norm_rows<T, Packs, true, false>, shape, stream, args);
 }
 
 template <typename T>
@@ -32,6 +35,7 @@ int32_t norm(const MiiNorm& a, void* stream) {
                             static_cast<T*>(a.residual),
                             static_cast<const T*>(a.weight),
                             static_cast<const T*>(a.bias),
+                            static_cast<const T*>(a.x_weight),
                             a.rows,
                             a.x_stride,
                             a.out_stride,
@@ -61,6 +65,8 @@ extern "C" int32_t mii_norm(const MiiNorm* a, void* stream) {
   MII_REQUIRE(a->rows >= 0 && a->rows <= INT32_MAX, MII_INVALID, "norm: %lld rows", (long long)a->rows);
   MII_REQUIRE(a->width > 0 && a->width <= (1 << 24), MII_UNSUPPORTED, "norm: width %lld", (long long)a->width);
   MII_REQUIRE(a->kind >= MII_RMS && a->kind <= MII_LAYER, MII_INVALID, "norm: kind %d", a->kind);
+  const bool plain_x = a->x_weight == nullptr || (a->residual != nullptr && a->kind != MII_LAYER);
+  MII_REQUIRE(plain_x, MII_INVALID, "norm: an x_weight needs a residual and an RMS kind, not kind %d", a->kind);
   if (a->rows == 0) return MII_OK;
   return dispatch_dtype(a->dtype, [&](auto tag) { return norm<decltype(tag)>(*a, stream); });
 }

@@ -13,7 +13,7 @@ NUM_SEQS, NUM_TOKENS, NUM_SAMPLES, NUM_UPDATES = range(4)
 COUNTS = 8
 RMS, RMS_PLUS1, LAYER = range(3)
 NORMS = {"rms": RMS, "rms_plus1": RMS_PLUS1, "layer": LAYER}
-ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "gelu_quick": 4, "relu2": 5}
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "gelu_quick": 4, "relu2": 5, "softcap": 6}
 
 
 def _struct(name: str, *fields: tuple[type, str]) -> type[ctypes.Structure]:
@@ -25,7 +25,7 @@ def _struct(name: str, *fields: tuple[type, str]) -> type[ctypes.Structure]:
 MiiPrepare = _struct(
     "MiiPrepare",
     (c_void_p, "counts seq_slot q_start kv_len host_ids sample_seq table_updates block_table last_token"),
-    (c_void_p, "ids positions kv_slots sample_rows sample_slots sample_positions"),
+    (c_void_p, "ids positions kv_slots sample_rows sample_slots sample_positions rope_shift rope_rows"),
     (c_int64, "max_seqs max_tokens max_updates max_blocks"),
     (c_int32, "block_size"),
 )
@@ -39,7 +39,7 @@ MiiEmbedding = _struct(
 )
 MiiNorm = _struct(
     "MiiNorm",
-    (c_void_p, "out x residual weight bias"),
+    (c_void_p, "out x residual weight bias x_weight"),
     (c_int64, "rows width x_stride out_stride"),
     (c_float, "eps"),
     (c_int32, "kind dtype"),
@@ -64,6 +64,7 @@ MiiActivation = _struct(
     "MiiActivation",
     (c_void_p, "out x bias"),
     (c_int64, "rows width x_stride out_stride"),
+    (c_float, "limit"),
     (c_int32, "kind gated dtype"),
 )
 MiiGather = _struct(

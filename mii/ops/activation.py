@@ -11,6 +11,7 @@ A bias, as wide as x, is added to x first. Computed in float and rounded once. T
     gelu_quick  x * sigmoid(1.702 x)
     relu        max(x, 0)
     relu2       max(x, 0)^2
+    softcap     limit * tanh(x / limit)     (Gemma 2's logits)
 """
 
 from __future__ import annotations
@@ -32,7 +33,15 @@ _BODIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def activation(out: torch.Tensor, x: torch.Tensor, kind: str, *, gated: bool, bias: torch.Tensor | None = None) -> None:
+def activation(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    kind: str,
+    *,
+    gated: bool,
+    bias: torch.Tensor | None = None,
+    limit: float = 1.0,
+) -> None:
     """Applies an activation to each row of x.
 
     Args:
@@ -40,14 +49,17 @@ def activation(out: torch.Tensor, x: torch.Tensor, kind: str, *, gated: bool, bi
         kind: one of `abi.ACTIVATIONS`.
         gated: whether x holds gate and up side by side.
         bias: as wide as x, or None.
+        limit: of a soft cap, above 0.
 
     Raises:
-        ValueError: an unknown kind, shapes or dtypes that do not fit together.
+        ValueError: an unknown kind, shapes or dtypes that do not fit together, a limit that is not above 0.
     """
     code = abi.ACTIVATIONS.get(kind)
     if code is None:
         raise ValueError(f"activation: unknown kind {kind!r}; the known ones are {', '.join(abi.ACTIVATIONS)}")
     _check(out, x, gated, bias)
+    if not limit > 0:
+        raise ValueError(f"activation: a soft cap of {limit} is not above 0")
     library = native.library(x.device)
     dtype = abi.DTYPE_CODES.get(x.dtype)
     if library is not None and dtype is not None and library.has("mii_activation"):
@@ -59,13 +71,14 @@ def activation(out: torch.Tensor, x: torch.Tensor, kind: str, *, gated: bool, bi
             out.shape[1],
             x.stride(0),
             out.stride(0),
+            limit,
             code,
             gated,
             dtype,
         )
         if library.call("mii_activation", args, native.stream(x.device)):
             return
-    activation_reference(out, x, kind, gated=gated, bias=bias)
+    activation_reference(out, x, kind, gated=gated, bias=bias, limit=limit)
 
 
 def _check(out: torch.Tensor, x: torch.Tensor, gated: bool, bias: torch.Tensor | None) -> None:
@@ -81,14 +94,20 @@ def _check(out: torch.Tensor, x: torch.Tensor, gated: bool, bias: torch.Tensor |
 
 
 def activation_reference(
-    out: torch.Tensor, x: torch.Tensor, kind: str, *, gated: bool, bias: torch.Tensor | None = None
+    out: torch.Tensor,
+    x: torch.Tensor,
+    kind: str,
+    *,
+    gated: bool,
+    bias: torch.Tensor | None = None,
+    limit: float = 1.0,
 ) -> None:
     """`activation` in plain torch."""
     value = x.to(torch.promote_types(x.dtype, torch.float32))
     if bias is not None:
         value = value + bias
+    up: torch.Tensor | float = 1.0
     if gated:
-        gate, up = value.chunk(2, dim=1)
-        out.copy_(_BODIES[kind](gate) * up)
-    else:
-        out.copy_(_BODIES[kind](value))
+        value, up = value.chunk(2, dim=1)
+    active = limit * torch.tanh(value / limit) if kind == "softcap" else _BODIES[kind](value)
+    out.copy_(active * up)

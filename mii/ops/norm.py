@@ -6,7 +6,9 @@ With a residual: residual += x, rounded to the dtype and written back, and v = r
     abi.RMS_PLUS1  out = v * rsqrt(mean(v^2) + eps) * (1 + weight)       (Gemma)
     abi.LAYER      out = (v - mean) * rsqrt(var + eps) * weight + bias   (biased variance)
 
-each rounded to the dtype at the end. Zhang and Sennrich, 2019 (RMSNorm); Ba, Kiros and Hinton, 2016 (LayerNorm).
+each rounded to the dtype at the end. With an x_weight x is normed by itself first, residual += norm(x; x_weight), for
+layers whose output is normed before it is added (OLMo-2, Gemma 2). Zhang and Sennrich, 2019 (RMSNorm); Ba, Kiros and
+Hinton, 2016 (LayerNorm).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from mii.ops import abi, native
 
 
 def norm(
-    out: torch.Tensor,
+    out: torch.Tensor | None,
     x: torch.Tensor,
     weight: torch.Tensor | None,
     *,
@@ -25,41 +27,47 @@ def norm(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     kind: int = abi.RMS,
+    x_weight: torch.Tensor | None = None,
 ) -> None:
     """Norms each row of x, or of residual + x, into out.
 
     Args:
-        out, x: [rows, width], rows may be strided; out may be x itself.
+        out, x: [rows, width], rows may be strided; out may be x itself. With an x_weight out may be None: then only the
+            residual is written.
         weight: [width] or None (ones).
         eps: added to the mean square or variance.
         bias: [width], with abi.LAYER only.
         residual: [rows, width], contiguous; x is added to it in place first.
         kind: abi.RMS, abi.RMS_PLUS1 or abi.LAYER.
+        x_weight: [width], weight of the norm that x gets before it is added; needs a residual and an RMS kind.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together, a bias without abi.LAYER.
+        ValueError: shapes or dtypes that do not fit together, a bias without abi.LAYER, an x_weight without what it
+            needs.
     """
-    _check(out, x, weight, bias, residual, kind)
+    _check(x if out is None else out, x, weight, bias, residual, kind)
+    _check_x_weight(out, x, residual, kind, x_weight)
     library = native.library(x.device)
     dtype = abi.DTYPE_CODES.get(x.dtype)
     if library is not None and dtype is not None and library.has("mii_norm"):
         args = abi.MiiNorm(
-            out.data_ptr(),
+            native.pointer(out),
             x.data_ptr(),
             native.pointer(residual),
             native.pointer(weight),
             native.pointer(bias),
+            native.pointer(x_weight),
             x.shape[0],
             x.shape[1],
             x.stride(0),
-            out.stride(0),
+            0 if out is None else out.stride(0),
             eps,
             kind,
             dtype,
         )
         if library.call("mii_norm", args, native.stream(x.device)):
             return
-    norm_reference(out, x, weight, eps=eps, bias=bias, residual=residual, kind=kind)
+    norm_reference(out, x, weight, eps=eps, bias=bias, residual=residual, kind=kind, x_weight=x_weight)
 
 
 def _check(
@@ -90,8 +98,26 @@ def _check(
         )
 
 
+def _check_x_weight(
+    out: torch.Tensor | None,
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    kind: int,
+    x_weight: torch.Tensor | None,
+) -> None:
+    if x_weight is None:
+        if out is None:
+            raise ValueError("norm: without an x_weight it needs an out")
+    elif residual is None or kind == abi.LAYER:
+        raise ValueError("norm: an x_weight needs a residual and one of the kinds abi.RMS and abi.RMS_PLUS1")
+    elif x_weight.shape != (x.shape[1],) or x_weight.dtype != x.dtype:
+        raise ValueError(
+            f"norm: x_weight {tuple(x_weight.shape)} {x_weight.dtype} must be [{x.shape[1]}] of dtype {x.dtype}"
+        )
+
+
 def norm_reference(
-    out: torch.Tensor,
+    out: torch.Tensor | None,
     x: torch.Tensor,
     weight: torch.Tensor | None,
     *,
@@ -99,12 +125,19 @@ def norm_reference(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     kind: int = abi.RMS,
+    x_weight: torch.Tensor | None = None,
 ) -> None:
     """`norm` in plain torch."""
     wide = torch.promote_types(x.dtype, torch.float32)
+    if x_weight is not None:
+        branch = torch.empty_like(x)
+        norm_reference(branch, x, x_weight, eps=eps, kind=kind)
+        x = branch
     if residual is not None:
         residual.copy_(residual.to(wide) + x.to(wide))
         x = residual
+    if out is None:
+        return
     value = x.to(wide)
     if kind == abi.LAYER:
         value = value - value.mean(1, keepdim=True)

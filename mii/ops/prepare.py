@@ -9,13 +9,15 @@ For sequence s of the step, its query tokens t in q_start[s] .. q_start[s+1]-1 a
     ids[t]       = host_ids[t] if host_ids[t] >= 0 else last_token[slot]
     positions[t] = kv_len[s] - q_start[s+1] + t
     kv_slots[t]  = block_table[slot, positions[t] // block_size] * block_size + positions[t] % block_size
+    rope_rows[t] = positions[t] + rope_shift[s]     where steps have shifts; else rope_rows is positions itself
 
 after the block table took its updates, (slot, index, block) triples of which no two name the same entry. For sample i,
 with s = sample_seq[i],
 
     sample_rows[i] = q_start[s+1] - 1,  sample_slots[i] = seq_slot[s],  sample_positions[i] = kv_len[s]
 
-Rows past the counts are padding: ids, positions, sample_rows and sample_positions 0, kv_slots and sample_slots -1.
+Rows past the counts are padding: ids, positions, rope_rows, sample_rows and sample_positions 0, kv_slots and
+sample_slots -1.
 """
 
 from __future__ import annotations
@@ -42,8 +44,10 @@ class StepTensors:
     Attributes (S sequences, T tokens, U updates and B blocks a sequence at most):
         counts: [abi.COUNTS] how many of each there are in this step.
         seq_slot, kv_len, sample_seq: [S]. q_start: [S + 1]. host_ids: [T]. table_updates: [U, 3].
+        rope_shift: [S], or [0] where steps have none.
         block_table: [slots, B], last_token: [slots]: state that outlives the step.
-        ids, positions, kv_slots: [T] and sample_rows, sample_slots, sample_positions: [S], what `prepare` writes.
+        ids, positions, kv_slots, rope_rows: [T] and sample_rows, sample_slots, sample_positions: [S], what `prepare`
+            writes.
     """
 
     counts: torch.Tensor
@@ -52,12 +56,14 @@ class StepTensors:
     kv_len: torch.Tensor
     host_ids: torch.Tensor
     sample_seq: torch.Tensor
+    rope_shift: torch.Tensor
     table_updates: torch.Tensor
     block_table: torch.Tensor
     last_token: torch.Tensor
     ids: torch.Tensor
     positions: torch.Tensor
     kv_slots: torch.Tensor
+    rope_rows: torch.Tensor
     sample_rows: torch.Tensor
     sample_slots: torch.Tensor
     sample_positions: torch.Tensor
@@ -66,22 +72,32 @@ class StepTensors:
 
     @classmethod
     def allocate(
-        cls, max_seqs: int, max_tokens: int, max_updates: int, max_blocks: int, slots: int, device: torch.device | str
+        cls,
+        max_seqs: int,
+        max_tokens: int,
+        max_updates: int,
+        max_blocks: int,
+        slots: int,
+        device: torch.device | str,
+        *,
+        shifted: bool = False,
     ) -> StepTensors:
         """Zeroed tensors for steps of up to these sizes; on a GPU with two pinned staging buffers for the inputs."""
         device = torch.device(device)
-        staging = Staging(StepLayout(max_seqs, max_tokens, max_updates), device)
+        staging = Staging(StepLayout(max_seqs, max_tokens, max_updates, shifted), device)
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
+        positions = zeros(max_tokens)
         return cls(
             **staging.layout.views(staging.packed),
             block_table=zeros(slots, max_blocks),
             last_token=zeros(slots),
             ids=zeros(max_tokens),
-            positions=zeros(max_tokens),
+            positions=positions,
             kv_slots=zeros(max_tokens),
+            rope_rows=zeros(max_tokens) if shifted else positions,
             sample_rows=zeros(max_seqs),
             sample_slots=zeros(max_seqs),
             sample_positions=zeros(max_seqs),
@@ -106,9 +122,14 @@ class StepTensors:
             )
         seqs = {
             name: getattr(self, name)[:max_seqs]
-            for name in ("seq_slot", "kv_len", "sample_seq", "sample_rows", "sample_slots", "sample_positions")
+            for name in (
+                *("seq_slot", "kv_len", "sample_seq", "rope_shift"),
+                *("sample_rows", "sample_slots", "sample_positions"),
+            )
         }
-        tokens = {name: getattr(self, name)[:max_tokens] for name in ("host_ids", "ids", "positions", "kv_slots")}
+        tokens = {
+            name: getattr(self, name)[:max_tokens] for name in ("host_ids", "ids", "positions", "kv_slots", "rope_rows")
+        }
         return replace(self, q_start=self.q_start[: max_seqs + 1], **seqs, **tokens)
 
     def host(self) -> HostStep:
@@ -127,6 +148,7 @@ def prepare(step: StepTensors, block_size: int) -> None:
         step: the step's tensors, inputs uploaded. Counts are read on the device; the tensors' sizes are upper bounds.
         block_size: tokens of a KV block.
     """
+    shifted = step.rope_shift.shape[0] > 0
     library = native.library(step.counts.device)
     if library is not None and library.has("mii_prepare"):
         args = abi.MiiPrepare(
@@ -145,6 +167,8 @@ def prepare(step: StepTensors, block_size: int) -> None:
             step.sample_rows.data_ptr(),
             step.sample_slots.data_ptr(),
             step.sample_positions.data_ptr(),
+            step.rope_shift.data_ptr() if shifted else None,
+            step.rope_rows.data_ptr() if shifted else None,
             step.seq_slot.shape[0],
             step.host_ids.shape[0],
             step.table_updates.shape[0],
@@ -171,6 +195,8 @@ def prepare_reference(step: StepTensors, block_size: int) -> None:
     blocks = step.block_table[slot, (positions // block_size).long()]
     _fill(step.ids, torch.where(given >= 0, given, step.last_token[slot]), 0)
     _fill(step.positions, positions, 0)
+    if step.rope_shift.shape[0]:
+        _fill(step.rope_rows, positions + step.rope_shift[seq], 0)
     _fill(step.kv_slots, blocks * block_size + positions % block_size, -1)
 
     chosen = step.sample_seq[:samples].long()

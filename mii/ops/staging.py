@@ -23,6 +23,7 @@ class HostStep:
     q_start: np.ndarray[Any, np.dtype[np.int32]]
     kv_len: np.ndarray[Any, np.dtype[np.int32]]
     sample_seq: np.ndarray[Any, np.dtype[np.int32]]
+    rope_shift: np.ndarray[Any, np.dtype[np.int32]]
     table_updates: np.ndarray[Any, np.dtype[np.int32]]
     host_ids: np.ndarray[Any, np.dtype[np.int32]]
 
@@ -30,13 +31,14 @@ class HostStep:
 class StepLayout:
     """Where each input lies in the packed buffer. `host_ids` comes last, so a small bucket's copy stops early."""
 
-    def __init__(self, max_seqs: int, max_tokens: int, max_updates: int) -> None:
+    def __init__(self, max_seqs: int, max_tokens: int, max_updates: int, shifted: bool = False) -> None:
         shapes: dict[str, tuple[int, ...]] = {
             "counts": (abi.COUNTS,),
             "seq_slot": (max_seqs,),
             "q_start": (max_seqs + 1,),
             "kv_len": (max_seqs,),
             "sample_seq": (max_seqs,),
+            "rope_shift": (max_seqs * shifted,),
             "table_updates": (max_updates, 3),
             "host_ids": (max_tokens,),
         }

@@ -32,7 +32,7 @@ RUNS = (  # rows, gated, how the rows lie
 )
 
 
-@pytest.mark.parametrize("kind", abi.ACTIVATIONS)
+@pytest.mark.parametrize("kind", NAMES)
 def test_reference_equals_transformers(kind: str) -> None:
     x, bias = torch.randn(5, 24) * 4, torch.randn(24)
     plain, gated = torch.empty(5, 24), torch.empty(5, 12)
@@ -42,9 +42,23 @@ def test_reference_equals_transformers(kind: str) -> None:
     assert_close(gated, ACT2FN[NAMES[kind]](x[:, :12]) * x[:, 12:], ulps=4)
 
 
+def test_a_soft_cap_bounds_what_it_leaves_in_order() -> None:
+    x = torch.linspace(-200, 200, 41)[None]
+    out = torch.empty_like(x)
+    activation_reference(out, x, "softcap", gated=False, limit=30.0)
+    assert_close(out, 30.0 * (x / 30.0).tanh())
+    assert out.abs().max() <= 30.0
+    assert (out.diff() >= 0).all()
+
+
+def test_every_kind_has_a_reference_of_its_own() -> None:
+    assert {*NAMES, "softcap"} == set(abi.ACTIVATIONS)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"kind": "softcap", "limit": 0.0}, "not above 0"),
         ({"kind": "swish"}, "known ones are silu"),
         ({"out": torch.empty(4, 8)}, r"must be \[4, 16\]"),
         ({"x": torch.empty(8, 4).t()}, "contiguous along a row"),
@@ -78,8 +92,8 @@ def check_kernel(device: str, dtype: torch.dtype, kind: str, width: int) -> None
             x = shifted(x)
         expected = torch.empty_like(out)
         with kernels_only(activation_module):
-            activation(out, x, kind, gated=gated, bias=bias)
-        activation_reference(expected, x, kind, gated=gated, bias=bias)
+            activation(out, x, kind, gated=gated, bias=bias, limit=7.0)
+        activation_reference(expected, x, kind, gated=gated, bias=bias, limit=7.0)
         assert_close(out, expected, ulps=1 if dtype != torch.float32 else 5)
         if form == "strided" and rows:
             assert out._base is not None

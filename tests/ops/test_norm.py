@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
@@ -64,9 +66,24 @@ def test_residual_is_updated_and_rounded_before_the_norm() -> None:
     assert torch.equal(out, expected)
 
 
+def test_a_branch_is_normed_before_it_is_added() -> None:
+    x, residual, inner = torch.randn(5, 32).bfloat16(), torch.randn(5, 32).bfloat16(), torch.randn(32).bfloat16()
+    normed, out, expected = torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+    norm_reference(normed, x, inner, eps=1e-5)
+    theirs = residual.clone()
+    norm_reference(expected, normed, None, eps=1e-5, residual=theirs)
+    norm_reference(out, x, None, eps=1e-5, residual=residual, x_weight=inner)
+    assert torch.equal(residual, theirs)
+    assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"out": None}, "without an x_weight it needs an out"),
+        ({"x_weight": torch.ones(8)}, "needs a residual"),
+        ({"x_weight": torch.ones(8), "residual": torch.ones(4, 8), "kind": abi.LAYER}, "one of the kinds abi.RMS"),
+        ({"x_weight": torch.ones(9), "residual": torch.ones(4, 8)}, r"x_weight \(9,\)"),
         ({"out": torch.empty(4, 9)}, "one shape and dtype"),
         ({"x": torch.empty(8, 4).t()}, "contiguous along a row"),
         ({"weight": torch.empty(9)}, r"weight \(9,\)"),
@@ -75,8 +92,8 @@ def test_residual_is_updated_and_rounded_before_the_norm() -> None:
         ({"residual": torch.empty(4, 16)[:, :8]}, "contiguous and like x"),
     ],
 )
-def test_arguments_that_do_not_fit_are_refused(change: dict[str, torch.Tensor], message: str) -> None:
-    good = {"out": torch.empty(4, 8), "x": torch.zeros(4, 8), "weight": torch.ones(8)}
+def test_arguments_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
+    good: dict[str, Any] = {"out": torch.empty(4, 8), "x": torch.zeros(4, 8), "weight": torch.ones(8)}
     with pytest.raises(ValueError, match=message):
         norm(**{**good, **change}, eps=1e-5)
 
@@ -104,12 +121,33 @@ def check_kernel(device: str, dtype: torch.dtype, kind: int, width: int) -> None
         if form == "strided" and rows:
             assert out._base is not None
             assert out._base[:, width:].isnan().all()
+    if kind != abi.LAYER:
+        check_branch_norm(device, dtype, kind, width)
     in_place = torch.randn(3, width, device=device).to(dtype)
     expected = torch.empty_like(in_place)
     norm_reference(expected, in_place, weight, eps=1e-5, bias=bias, kind=kind)
     with kernels_only(norm_module):
         norm(in_place, in_place, weight, eps=1e-5, bias=bias, kind=kind)
     assert_close(in_place, expected, ulps=3 if dtype != torch.float32 else 10)
+
+
+def check_branch_norm(device: str, dtype: torch.dtype, kind: int, width: int) -> None:
+    """x normed before it is added: with and without a norm of the sum, plain and strided."""
+    weight, inner = (torch.randn(width, device=device).to(dtype) for _ in range(2))
+    for rows, form in ((1, "plain"), (5, "strided"), (133 if width < 2000 else 3, "plain")):
+        x = (torch.randn(rows, width, device=device) * 3 + 1).to(dtype)
+        residual = (torch.randn(rows, width, device=device) * 3).to(dtype)
+        x, w = (in_wider_rows(x, 5, 1), shifted(inner)) if form == "strided" else (x, inner)
+        for outer in (True, False):
+            out, expected = poisoned(rows, width, dtype=dtype, device=device), torch.zeros_like(residual)
+            ours, theirs = residual.clone(), residual.clone()
+            options: dict[str, Any] = {"eps": 1e-5, "kind": kind, "x_weight": w}
+            with kernels_only(norm_module):
+                norm(out if outer else None, x, weight if outer else None, residual=ours, **options)
+            norm_reference(expected, x, weight, residual=theirs, **options)
+            assert_close(ours, theirs, ulps=3 if dtype != torch.float32 else 20)
+            if outer:
+                assert_close(out, expected, ulps=6 if dtype != torch.float32 else 30)
 
 
 @pytest.mark.parametrize("width", [width for width in WIDTHS if width <= 1024])

@@ -11,9 +11,10 @@ import torch
 from mii.ops import abi
 from mii.ops import prepare as prepare_module
 from mii.ops.prepare import StepTensors, prepare, prepare_reference
+from mii.ops.staging import HostStep
 from tests.ops.kernel_checks import kernels_only
 
-OUTPUTS = ("ids", "positions", "kv_slots", "sample_rows", "sample_slots", "sample_positions")
+OUTPUTS = ("ids", "positions", "kv_slots", "rope_rows", "sample_rows", "sample_slots", "sample_positions")
 UNTOUCHED = -12345
 
 
@@ -27,6 +28,7 @@ class Case:
     block_size: int = 16
     updates: int = 5
     max_updates: int = 64
+    shifted: bool = False
 
     @property
     def max_blocks(self) -> int:
@@ -42,6 +44,7 @@ CASES = {
     "full_bucket": Case(3, 96, (32, 1, 63), block_size=32),
     "mixed": Case(40, 700, (1,) * 20 + (130, 16, 15, 17, 48) + (1,) * 6, block_size=64),
     "sequences_without_tokens": Case(9, 40, (0, 3, 0, 0, 5, 1, 0)),
+    "shifted_rotations": Case(40, 700, (1,) * 20 + (130, 16, 0, 17, 48) + (1,) * 6, shifted=True),
     "blocks_of_one": Case(4, 32, (7, 9), block_size=1),
     "blocks_of_48": Case(4, 128, (100, 9), block_size=48),
     "whole_prompt_bucket": Case(
@@ -69,8 +72,8 @@ def fill(case: Case, step: StepTensors, seed: int) -> Plan:
     step.block_table.copy_(torch.tensor(table, dtype=torch.int32))
     step.last_token.copy_(torch.tensor(last_token, dtype=torch.int32))
     host = step.host()
-    for array in (host.seq_slot, host.q_start, host.kv_len, host.host_ids, host.sample_seq, host.table_updates):
-        array[...] = UNTOUCHED  # what a former step left must not matter
+    for name in HostStep.__dataclass_fields__:
+        getattr(host, name)[...] = UNTOUCHED  # what a former step left must not matter
 
     entries = draw.sample([(slot, index) for slot in range(slots) for index in range(max_blocks)], case.updates)
     for u, (slot, index) in enumerate(entries):
@@ -82,12 +85,16 @@ def fill(case: Case, step: StepTensors, seed: int) -> Plan:
     for s, (slot, length) in enumerate(zip(taken, case.lengths, strict=True)):
         start, before = len(outputs["ids"]), draw.randrange(300)
         host.seq_slot[s], host.q_start[s], host.kv_len[s] = slot, start, before + length
+        shift = 0
+        if case.shifted:
+            host.rope_shift[s] = shift = draw.choice((0, 4096))
         for j in range(length):
             token = draw.choice((-1, draw.randrange(50000)))
             host.host_ids[start + j] = token
             position = before + j
             outputs["ids"].append(last_token[slot] if token < 0 else token)
             outputs["positions"].append(position)
+            outputs["rope_rows"].append(position + shift)
             block = table[slot][position // case.block_size]
             outputs["kv_slots"].append(block * case.block_size + position % case.block_size)
         if length and draw.random() < 0.7:
@@ -107,7 +114,9 @@ def fill(case: Case, step: StepTensors, seed: int) -> Plan:
 
 def allocate(case: Case, device: str) -> StepTensors:
     slots = case.max_seqs + 3
-    return StepTensors.allocate(case.max_seqs, case.max_tokens, case.max_updates, case.max_blocks, slots, device)
+    return StepTensors.allocate(
+        case.max_seqs, case.max_tokens, case.max_updates, case.max_blocks, slots, device, shifted=case.shifted
+    )
 
 
 def check_outputs(outputs: dict[str, torch.Tensor], plan: Plan) -> None:

@@ -52,19 +52,6 @@ int32_t embedding(const MiiEmbedding& a) {
 
 // ---- norms --------------------------------------------------------------------------------------------------------
 
-// The row that is normed: x, or residual += x. Returns where it lies.
-template <class T>
-MII_INLINE const T* norm_input(const MiiNorm& a, int64_t r) {
-  const T* x = (const T*)a.x + r * a.x_stride;
-  if (a.residual == nullptr) return x;
-  T* residual = (T*)a.residual + r * a.width;
-  int64_t i = 0;
-  for (; i + W <= a.width; i += W) store(residual + i, load(residual + i) + load(x + i));
-  if (const int n = static_cast<int>(a.width - i); n > 0)
-    store_n(residual + i, load_n(residual + i, n) + load_n(x + i, n), n);
-  return residual;
-}
-
 template <class T>
 MII_INLINE float sum_of_squares(const T* x, int64_t width, float mean) {
   V total = set1(0.0f), total2 = set1(0.0f);
@@ -110,9 +97,40 @@ MII_INLINE V normed(V x, const Affine& a, const T* weight, const T* bias, int n)
   return bias == nullptr ? x : x + load_n(bias, n);
 }
 
+// residual += normed x
+template <class T>
+void add_normed(const MiiNorm& a, const T* x, T* residual) {
+  const T* weight = (const T*)a.x_weight;
+  const float squares = sum_of_squares(x, a.width, 0.0f) / static_cast<float>(a.width);
+  const Affine affine = {set1(0.0f), set1(1.0f / sqrtf(squares + a.eps)), a.kind};
+  for (int64_t i = 0; i < a.width; i += W) {
+    const int n = static_cast<int>(a.width - i < W ? a.width - i : W);
+    const V y = rounded(normed(load_n(x + i, n), affine, weight + i, (const T*)nullptr, n), T{});
+    store_n(residual + i, load_n(residual + i, n) + y, n);
+  }
+}
+
+// The row that is normed: x, or residual += x. Returns where it lies.
+template <class T>
+MII_INLINE const T* norm_input(const MiiNorm& a, int64_t r) {
+  const T* x = (const T*)a.x + r * a.x_stride;
+  if (a.residual == nullptr) return x;
+  T* residual = (T*)a.residual + r * a.width;
+  if (a.x_weight != nullptr) {
+    add_normed(a, x, residual);
+    return residual;
+  }
+  int64_t i = 0;
+  for (; i + W <= a.width; i += W) store(residual + i, load(residual + i) + load(x + i));
+  if (const int n = static_cast<int>(a.width - i); n > 0)
+    store_n(residual + i, load_n(residual + i, n) + load_n(x + i, n), n);
+  return residual;
+}
+
 template <class T>
 void norm_row(const MiiNorm& a, int64_t r) {
   const T* x = norm_input<T>(a, r);
+  if (a.out == nullptr) return;
   const T *weight = (const T*)a.weight, *bias = (const T*)a.bias;
   T* out = (T*)a.out + r * a.out_stride;
   const float width = static_cast<float>(a.width);
@@ -227,7 +245,8 @@ int32_t rope_kv(const MiiRopeKv& a) {
 // ---- activations ----------------------------------------------------------------------------------------------------
 
 template <int kKind>
-MII_INLINE V activate(V x) {
+MII_INLINE V activate(V x, float limit) {
+  if constexpr (kKind == MII_SOFTCAP) return set1(limit) * tanh(x / set1(limit));
   const V half = set1(0.5f), one = set1(1.0f);
   if constexpr (kKind == MII_SILU) return x * sigmoid(x);
   if constexpr (kKind == MII_GELU) return half * x * (one + erf(x * set1(0.70710678f)));
@@ -246,7 +265,7 @@ MII_INLINE void activation_part(const MiiActivation& a, const T* x, T* out, int6
   const T* bias = (const T*)a.bias;
   V gate = load_n(x + i, n);
   if (bias != nullptr) gate = gate + load_n(bias + i, n);
-  V y = activate<kKind>(gate);
+  V y = activate<kKind>(gate, a.limit);
   if (a.gated) {
     V up = load_n(x + a.width + i, n);
     if (bias != nullptr) up = up + load_n(bias + a.width + i, n);
@@ -261,7 +280,7 @@ void activation_row(const MiiActivation& a, int64_t r) {
   T* out = (T*)a.out + r * a.out_stride;
   int64_t i = 0;
   if (a.bias == nullptr && a.gated)
-    for (; i + W <= a.width; i += W) store(out + i, activate<kKind>(load(x + i)) * load(x + a.width + i));
+    for (; i + W <= a.width; i += W) store(out + i, activate<kKind>(load(x + i), a.limit) * load(x + a.width + i));
   for (; i + W <= a.width; i += W) activation_part<T, kKind>(a, x, out, i, W);
   if (i < a.width) activation_part<T, kKind>(a, x, out, i, static_cast<int>(a.width - i));
 }
@@ -291,6 +310,9 @@ int32_t activation(const MiiActivation& a) {
       break;
     case MII_GELU_QUICK:
       activation_rows<MII_GELU_QUICK>(a);
+      break;
+    case MII_SOFTCAP:
+      activation_rows<MII_SOFTCAP>(a);
       break;
     default:
       activation_rows<MII_RELU2>(a);

@@ -51,6 +51,8 @@ struct MiiPrepare {
   int32_t* sample_rows;          // [max_seqs]    out: row of the last query token of each sampled sequence; 0 for padding
   int32_t* sample_slots;         // [max_seqs]    out: its slot; -1 for padding
   int32_t* sample_positions;     // [max_seqs]    out: index of the token about to be sampled (= kv_len); 0 for padding
+  const int32_t* rope_shift;     // [max_seqs]    or null: added to the positions for rope_rows
+  int32_t* rope_rows;            // [max_tokens]  out, with rope_shift only: rows of the rotary tables; 0 for padding
   int64_t max_seqs, max_tokens, max_updates, max_blocks;
   int32_t block_size;
 };
@@ -76,6 +78,8 @@ MII_API int32_t mii_embedding(const struct MiiEmbedding* args, void* stream);
 //   MII_RMS        out = round(v * rsqrt(mean(v^2) + eps)) * weight          (Llama: rounds before the weight)
 //   MII_RMS_PLUS1  out = round(v * rsqrt(mean(v^2) + eps) * (1 + weight))    (Gemma: weight in float)
 //   MII_LAYER      out = (v - mean) * rsqrt(var + eps) * weight + bias
+// With an x_weight (which needs a residual and one of the RMS kinds) x is normed by itself, with that weight, before it
+// is added; out may then be null: only the residual is wanted.
 enum MiiNormKind { MII_RMS = 0, MII_RMS_PLUS1 = 1, MII_LAYER = 2 };
 struct MiiNorm {
   void* out;           // [rows, width], row stride out_stride
@@ -83,6 +87,7 @@ struct MiiNorm {
   void* residual;      // [rows, width] contiguous, or null
   const void* weight;  // [width] or null (ones)
   const void* bias;    // [width] or null
+  const void* x_weight;  // [width] or null
   int64_t rows, width, x_stride, out_stride;
   float eps;
   int32_t kind, dtype;
@@ -142,12 +147,22 @@ MII_API int64_t mii_attention_workspace_bytes(const struct MiiAttention* args);
 
 // ---- activations --------------------------------------------------------------------------------------------------
 // gated: x row = [gate | up], each `width` wide, out = act(gate) * up.  Not gated: out = act(x).  bias is added to x first.
-enum MiiActivationKind { MII_SILU = 0, MII_GELU = 1, MII_GELU_TANH = 2, MII_RELU = 3, MII_GELU_QUICK = 4, MII_RELU2 = 5 };
+// A soft cap is limit * tanh(x / limit); the others leave `limit` unread.
+enum MiiActivationKind {
+  MII_SILU = 0,
+  MII_GELU = 1,
+  MII_GELU_TANH = 2,
+  MII_RELU = 3,
+  MII_GELU_QUICK = 4,
+  MII_RELU2 = 5,
+  MII_SOFTCAP = 6
+};
 struct MiiActivation {
   void* out;         // [rows, width], row stride out_stride
   const void* x;     // [rows, width or 2 width], row stride x_stride
   const void* bias;  // [width or 2 width] or null
   int64_t rows, width, x_stride, out_stride;
+  float limit;
   int32_t kind, gated, dtype;
 };
 MII_API int32_t mii_activation(const struct MiiActivation* args, void* stream);

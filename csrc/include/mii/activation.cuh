@@ -41,10 +41,18 @@ __device__ __forceinline__ void activate_all(float (&x)[N]) {
   for (int e = 0; e < N; ++e) x[e] = activate<T, Kind>(x[e]);
 }
 
+template <int N>
+__device__ __forceinline__ void softcap_all(float (&x)[N], float limit) {
+#pragma unroll
+  for (int e = 0; e < N; ++e) x[e] = limit * tanhf(x[e] / limit);
+}
+
 // `kind` is the same for every thread, so the switch costs a jump a pack.
 template <typename T, int N>
-__device__ __forceinline__ void activate_pack(float (&x)[N], int kind) {
+__device__ __forceinline__ void activate_pack(float (&x)[N], int kind, float limit) {
   switch (kind) {
+    case MII_SOFTCAP:
+      return softcap_all(x, limit);
     case MII_SILU:
       return activate_all<T, MII_SILU>(x);
     case MII_GELU:
@@ -66,6 +74,7 @@ struct ActivationArgs {
   const T* x;
   const T* bias;  // or null
   int64_t x_stride, out_stride;
+  float limit;
   int count, chunks, kind;  // count: packs of an out row; chunks: CTAs of a row
 };
 
@@ -100,7 +109,7 @@ __global__ void __launch_bounds__(256) activation_rows(const ActivationArgs<T> a
     float value[N];
     unpack(value, gates[p]);
     if (args.bias != nullptr) add_bias(value, args.bias + int64_t(i) * N);
-    activate_pack<T>(value, args.kind);
+    activate_pack<T>(value, args.kind, args.limit);
     if constexpr (Gated) {
       float up[N];
       unpack(up, ups[p]);

@@ -10,11 +10,12 @@ namespace mii {
 
 template <typename T>
 struct NormArgs {
-  T* out;
+  T* out;  // null with x_weight: the residual is all that is wanted
   const T* x;
   T* residual;  // or null
   const T* weight;
   const T* bias;
+  const T* x_weight;  // or null
   int64_t rows, x_stride, out_stride;
   int width, kind;
   float inverse_width, eps;
@@ -33,8 +34,8 @@ constexpr int kWarpRowThreads = 128;  // four rows a CTA
 constexpr int norm_threads(int packs, bool warp_rows) { return warp_rows ? kWarpRowThreads : packs == 1 ? 1024 : 512; }
 
 // One row for each CTA, or with WarpRows one row for each warp. A thread holds Packs packs of 16 bytes, `threads`
-// apart.
-template <typename T, int Packs, bool WarpRows>
+// apart. NormsX: with an x_weight.
+template <typename T, int Packs, bool WarpRows, bool NormsX>
 __global__ void __launch_bounds__(norm_threads(Packs, WarpRows)) norm_rows(const NormArgs<T> args) {
   constexpr int N = kPack<T>;
   __shared__ float scratch[kWarp];
@@ -59,6 +60,32 @@ __global__ void __launch_bounds__(norm_threads(Packs, WarpRows)) norm_rows(const
     const int i = thread + p * threads;
     if (i < count) v[p] = load_pack<N>(args.x + row * args.x_stride + i * N);
   }
+  const auto sum_of_squares = [&](float mean) {
+    float squares = 0.0f;
+#pragma unroll
+    for (int p = 0; p < Packs; ++p) {
+      if (thread + p * threads >= count) continue;
+      float a[N];
+      unpack(a, v[p]);
+#pragma unroll
+      for (int e = 0; e < N; ++e) squares += (a[e] - mean) * (a[e] - mean);
+    }
+    return sum_over_row(squares);
+  };
+  if constexpr (NormsX) {
+    const float scale = rsqrtf(sum_of_squares(0.0f) * args.inverse_width + args.eps);
+#pragma unroll
+    for (int p = 0; p < Packs; ++p) {
+      const int i = thread + p * threads;
+      if (i >= count) continue;
+      float a[N], weight[N];
+      unpack(a, v[p]);
+      unpack(weight, load_pack_const<N>(args.x_weight + i * N));
+#pragma unroll
+      for (int e = 0; e < N; ++e) a[e] = norm_affine<T>(a[e] * scale, args.kind, true, weight[e], 0.0f);
+      v[p] = make_pack<T>(a);
+    }
+  }
   if (args.residual != nullptr) {
     T* residual = args.residual + row * args.width;
     Pack<T, N> r[Packs];
@@ -80,6 +107,7 @@ __global__ void __launch_bounds__(norm_threads(Packs, WarpRows)) norm_rows(const
       store_pack(residual + i * N, v[p]);
     }
   }
+  if (NormsX && args.out == nullptr) return;
   Pack<T, N> w[Packs];
   if (args.weight != nullptr) {
 #pragma unroll
@@ -102,16 +130,7 @@ __global__ void __launch_bounds__(norm_threads(Packs, WarpRows)) norm_rows(const
     }
     mean = sum_over_row(sum) * args.inverse_width;
   }
-  float squares = 0.0f;
-#pragma unroll
-  for (int p = 0; p < Packs; ++p) {
-    if (thread + p * threads >= count) continue;
-    float a[N];
-    unpack(a, v[p]);
-#pragma unroll
-    for (int e = 0; e < N; ++e) squares += (a[e] - mean) * (a[e] - mean);
-  }
-  const float scale = rsqrtf(sum_over_row(squares) * args.inverse_width + args.eps);
+  const float scale = rsqrtf(sum_of_squares(mean) * args.inverse_width + args.eps);
 
 #pragma unroll
   for (int p = 0; p < Packs; ++p) {
@@ -138,25 +157,35 @@ __global__ void __launch_bounds__(256) norm_rows_any(const NormArgs<T> args) {
   start_next();
   const int64_t row = blockIdx.x;
   const T* v = args.x + row * args.x_stride;
+  const auto sum_of_squares = [&](float mean) {
+    float squares = 0.0f;
+    for (int i = threadIdx.x; i < args.width; i += blockDim.x) {
+      const float value = to_float(v[i]) - mean;
+      squares += value * value;
+    }
+    return block_sum(squares, scratch);
+  };
+  float x_scale = 1.0f;
+  if (args.x_weight != nullptr) x_scale = rsqrtf(sum_of_squares(0.0f) * args.inverse_width + args.eps);
   if (args.residual != nullptr) {
     T* residual = args.residual + row * args.width;
     for (int i = threadIdx.x; i < args.width; i += blockDim.x) {
-      residual[i] = from_float<T>(to_float(residual[i]) + to_float(v[i]));
+      float x = to_float(v[i]);
+      if (args.x_weight != nullptr) {
+        x = rounded<T>(norm_affine<T>(x * x_scale, args.kind, true, to_float(args.x_weight[i]), 0.0f));
+      }
+      residual[i] = from_float<T>(to_float(residual[i]) + x);
     }
     v = residual;
   }
+  if (args.out == nullptr) return;
   float mean = 0.0f;
   if (args.kind == MII_LAYER) {
     float sum = 0.0f;
     for (int i = threadIdx.x; i < args.width; i += blockDim.x) sum += to_float(v[i]);
     mean = block_sum(sum, scratch) * args.inverse_width;
   }
-  float squares = 0.0f;
-  for (int i = threadIdx.x; i < args.width; i += blockDim.x) {
-    const float value = to_float(v[i]) - mean;
-    squares += value * value;
-  }
-  const float scale = rsqrtf(block_sum(squares, scratch) * args.inverse_width + args.eps);
+  const float scale = rsqrtf(sum_of_squares(mean) * args.inverse_width + args.eps);
   T* out = args.out + row * args.out_stride;
   const bool has_weight = args.weight != nullptr;
   for (int i = threadIdx.x; i < args.width; i += blockDim.x) {

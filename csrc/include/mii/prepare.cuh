@@ -84,6 +84,7 @@ __global__ void __launch_bounds__(1024) prepare_step(const MiiPrepare args) {
       const bool real = token < tokens;
       args.ids[token] = real ? id[k] : 0;
       args.positions[token] = real ? position[k] : 0;
+      if (args.rope_shift != nullptr) args.rope_rows[token] = real ? position[k] + args.rope_shift[s[k]] : 0;
       args.kv_slots[token] = real ? block[k] * args.block_size + position[k] % args.block_size : -1;
     }
   }
