@@ -116,6 +116,7 @@ class Scheduler:
     def extend(self, plan: Plan, sequence: Sequence, tokens: list[int]) -> None:
         """Appends tokens to an opened sequence and plans all of them."""
         sequence.tokens += tokens
+        sequence.settle()
         self._plan(plan, sequence, len(tokens))
         sequence.in_flight = 0
 
@@ -128,6 +129,9 @@ class Scheduler:
         index = 0
         while index < len(self.running) and self._has_room(plan):
             sequence = self.running[index]
+            if sequence.outgrown and not sequence.complete:
+                self._send_back(plan, sequence)
+                continue
             if sequence.remaining == 1 and not sequence.complete and not self._decode(plan, sequence):
                 continue  # it was preempted itself: the list is shorter now
             index += 1
@@ -169,6 +173,7 @@ class Scheduler:
 
     def _start(self, plan: Plan, sequence: Sequence) -> bool:
         """Reuses the cached prefix and plans the first chunk; leaves everything as it was if nothing fits."""
+        sequence.settle()
         size = self.pool.block_size
         whole = not self.pool.prefix_caching or sequence.prompt_scores is not None
         hashes = [] if whole else sequence.block_hashes(size, (sequence.length - 1) // size)
@@ -229,13 +234,16 @@ class Scheduler:
         sequence.registered = full * size
 
     def _preempt(self, plan: Plan, sequence: Sequence) -> None:
+        self._send_back(plan, sequence)
+        self.preemptions += 1
+
+    def _send_back(self, plan: Plan, sequence: Sequence) -> None:
         """Takes a running sequence's blocks; it goes back to the head of the queue and loses no token."""
         self.running.remove(sequence)
         self._free(sequence)
         sequence.computed = sequence.registered = 0
         self.waiting.appendleft(sequence)
         plan.preempted.append(sequence)
-        self.preemptions += 1
 
     def _free(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)

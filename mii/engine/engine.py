@@ -104,7 +104,9 @@ class Engine(RaggedInterface):
         self._check(request)
         assert self.runner is not None
         limit = min(len(request.prompt_ids) + request.max_new_tokens, self.capacity)
-        sequence = Sequence(request, limit, self.runner.cache_salt(len(request.prompt_ids)), self.stop_ids)
+        rotation = self.runner.rotation
+        salt = rotation.cache_salt(len(request.prompt_ids))
+        sequence = Sequence(request, limit, salt, self.stop_ids, rotation.switch)
         self._sequences[request.uid] = sequence
         self.scheduler.add(sequence)
 

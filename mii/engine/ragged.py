@@ -98,12 +98,20 @@ class RaggedInterface:
         for uid, ids in zip(uids, tokens, strict=True):
             if not ids or min(ids) < 0 or max(ids) >= self.vocab_size:
                 raise RequestError(f"Sequence {uid}: needs token ids in 0..{self.vocab_size - 1}, at least one.")
+            sequence = self._ragged.get(uid)
+            if sequence is not None and sequence.outgrows(sequence.length + len(ids)):
+                raise RequestError(
+                    f"Sequence {uid} grows past the {sequence.switch} tokens from which on this model rotates all "
+                    "positions anew: flush it and put all of its tokens again."
+                )
 
     def _sequence(self, uid: int) -> Sequence:
         if uid not in self._ragged:
             if uid in self._sequences:
                 raise RequestError(f"uid {uid} belongs to a request of add_request(); take another one for put().")
-            sequence = Sequence(EngineRequest(uid=uid, prompt_ids=[], max_new_tokens=1), self.max_length)
+            assert self.runner is not None
+            request = EngineRequest(uid=uid, prompt_ids=[], max_new_tokens=1)
+            sequence = Sequence(request, self.max_length, switch=self.runner.rotation.switch)
             self.scheduler.open(sequence)
             self._ragged[uid] = sequence
         return self._ragged[uid]

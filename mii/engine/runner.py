@@ -18,11 +18,11 @@ import torch
 from mii.batching.scheduler import Chunk, Plan
 from mii.engine.extras import Extras
 from mii.engine.graphs import MOST_TOKENS, StepGraphs, decode_bucket, sample_bucket, token_bucket
+from mii.engine.rotation import Rotation
 from mii.engine.scoring import LaunchedScores
 from mii.engine.sequence import Sequence
 from mii.modeling.decoder import Decoder
 from mii.modeling.forward import ActivationArena, Forward
-from mii.modeling.rope import rope_rows, rope_table, trained_length
 from mii.ops import abi
 from mii.ops.attention import AttentionBatch, AttentionPlan
 from mii.ops.logits import upload
@@ -97,6 +97,7 @@ class Runner:
     def __init__(self, model: Decoder, limits: RunnerLimits, stop_ids: tuple[int, ...] = ()) -> None:
         self.model, self.limits = model, limits
         self.spec, self.device, self.dtype = model.spec, model.place.device, model.place.dtype
+        self.rotation = Rotation(self.spec.ropes, limits.max_length, self.device)
         max_updates = limits.max_sequences + limits.max_tokens // limits.block_size + 8 * limits.max_blocks
         self.step = StepTensors.allocate(
             limits.max_sequences,
@@ -105,6 +106,7 @@ class Runner:
             limits.max_blocks,
             limits.max_slots,
             self.device,
+            shifted=bool(self.rotation.switch),
         )
         self.arena = ActivationArena(self.spec, model.place, limits.max_tokens, limits.max_sequences, model.up_width)
         self.sampling = SamplingTable.allocate(limits.max_slots, self.device)
@@ -114,7 +116,6 @@ class Runner:
         self._suppress_ids = torch.tensor(stop_ids, dtype=torch.int32, device=self.device)
         self._any_suppressed = self._suppressing = False
         self._extras: Extras | None = None
-        self._cos_sin = self._rope()
         self.graphs = StepGraphs(self.device) if self.device.type == "cuda" else None
         self._recorded = RecordedSteps()
         self._sent: list[tuple[object, int]] = [(None, 0)] * limits.max_slots
@@ -138,35 +139,6 @@ class Runner:
         self.num_blocks = 0
 
     # -- memory -------------------------------------------------------------------------------------------------------
-
-    def _rope(self) -> torch.Tensor | None:
-        rope = self.spec.rope
-        return None if rope is None else rope_table(rope, self.limits.max_length, self.device)
-
-    def cache_salt(self, prompt_length: int) -> bytes | None:
-        """What must agree besides the tokens for prompts to share KV blocks: a rotation that depends on length."""
-        return str(prompt_length).encode() if self._rotates_by_length(prompt_length) else None
-
-    def _rotates_by_length(self, prompt_length: int) -> bool:
-        rope = self.spec.rope
-        return rope is not None and rope.kind == "dynamic" and prompt_length > trained_length(rope)
-
-    def _long_rope(self, forward: Forward, plan: Plan) -> None:
-        """Gives a step its own rows of cosines and sines when a prompt in it is rotated by its length."""
-        forward.cos_sin, forward.rope_rows = self._cos_sin, forward.positions
-        rope = self.spec.rope
-        if rope is None or not any(self._rotates_by_length(chunk.sequence.prompt_length) for chunk in plan.chunks):
-            return
-        assert self._cos_sin is not None
-        rows = [
-            rope_rows(rope, chunk.start, chunk.size, chunk.sequence.prompt_length)
-            if self._rotates_by_length(chunk.sequence.prompt_length)
-            else self._cos_sin[chunk.start : chunk.start + chunk.size].cpu()
-            for chunk in plan.chunks
-        ]
-        padding = rows[0].new_zeros(forward.positions.shape[0] - plan.num_tokens, rope.rotary_dim)
-        forward.cos_sin = torch.cat([*rows, padding]).to(self.device)
-        forward.rope_rows = torch.arange(forward.positions.shape[0], dtype=torch.int32, device=self.device)
 
     @property
     def block_bytes(self) -> int:
@@ -192,12 +164,12 @@ class Runner:
         """Starts a planned step and returns at once (on a GPU)."""
         forward, samples = self._begin(plan)
         tokens = self.sampled.on_device
-        if self.graphs is None and forward.cos_sin is self._cos_sin:
+        if self.graphs is None and forward.cos_sin is self.rotation.tables:
             key = (plan.num_tokens, len(plan.chunks), samples, self._suppressing)
             self._recorded.run(key, lambda: self._execute(forward, tokens[:samples]))
         elif self.graphs is None:
             self._execute(forward, tokens[:samples])
-        elif forward.cos_sin is not self._cos_sin or forward.positions.shape[0] > MOST_TOKENS:
+        elif forward.cos_sin is not self.rotation.tables or forward.positions.shape[0] > MOST_TOKENS:
             self._execute(forward, tokens[: len(forward.sample_rows)])
         else:
             bucket = (forward.positions.shape[0], len(forward.sample_rows))
@@ -222,8 +194,9 @@ class Runner:
         forward = self._forward(plan.num_tokens, len(plan.chunks), samples)
         forward.step.upload()
         self._send_suppressed(plan)
-        if self.spec.rope is not None and self.spec.rope.kind == "dynamic":
-            self._long_rope(forward, plan)
+        forward.cos_sin, forward.rope_rows = self.rotation.tables, forward.step.rope_rows
+        if self.rotation.needs_own_tables(plan):
+            forward.cos_sin, forward.rope_rows = self.rotation.own_tables(plan, forward.positions.shape[0])
         return forward, samples
 
     def _execute(self, forward: Forward, tokens: torch.Tensor) -> None:
@@ -301,10 +274,10 @@ class Runner:
             step=step,
             ids=step.ids,
             positions=step.positions,
-            rope_rows=step.positions,
+            rope_rows=step.rope_rows,
             kv_slots=step.kv_slots,
             sample_rows=step.sample_rows,
-            cos_sin=self._cos_sin,
+            cos_sin=self.rotation.tables,
             caches=self.caches,
             batch=batch,
             plans=self.plans,
@@ -318,6 +291,9 @@ class Runner:
         host = self.step.host()
         updates = self._table_updates(plan)
         samples = fill_step(host, plan)
+        if self.rotation.switch:
+            shifts = [self.rotation.switch if chunk.sequence.long else 0 for chunk in plan.chunks]
+            host.rope_shift[: len(shifts)] = shifts
         fitting = min(len(updates), len(host.table_updates))
         if fitting:
             host.table_updates[:fitting] = updates[:fitting]

@@ -23,6 +23,7 @@ class Sequence:
         "computed",
         "in_flight",
         "limit",
+        "long",
         "min_length",
         "own_ends",
         "prompt_length",
@@ -32,17 +33,24 @@ class Sequence:
         "salt",
         "slot",
         "special",
+        "switch",
         "ticket",
         "tokens",
         "uid",
     )
 
     def __init__(
-        self, request: EngineRequest, limit: int, salt: bytes | None = None, model_ends: Collection[int] = ()
+        self,
+        request: EngineRequest,
+        limit: int,
+        salt: bytes | None = None,
+        model_ends: Collection[int] = (),
+        switch: int = 0,
     ) -> None:
         """`limit`: prompt plus generated tokens at most, from the request, the model and the size of the cache.
         `salt`: keeps blocks apart whose contents differ although their tokens do not; None for the usual case.
         `model_ends`: the tokens that every step can hold back in rows which may not end yet.
+        `switch`: the length past which the model rotates all positions otherwise; 0 for none.
         """
         self.request = request
         self.uid = request.uid
@@ -71,6 +79,9 @@ class Sequence:
         self.blocks: list[int] = []
         self.salt = salt
         self._hashes: list[bytes] = []
+        self.switch = switch
+        self.long = False  # whether it is computed as a context longer than `switch`
+        self.settle()
 
     @property
     def length(self) -> int:
@@ -94,6 +105,20 @@ class Sequence:
     @property
     def sampling(self) -> SamplingParams:
         return self.request.sampling
+
+    @property
+    def outgrown(self) -> bool:
+        """Whether what is computed of it is of no use any more: it has grown longer than `switch`."""
+        return self.outgrows(self.length)
+
+    def outgrows(self, length: int) -> bool:
+        """Whether it would be outgrown with `length` tokens."""
+        return not self.long and 0 < self.switch < length
+
+    def settle(self) -> None:
+        """Called while nothing of it is computed: it is long from now on if it is longer than `switch`."""
+        if self.outgrown:
+            self.long, self.salt, self._hashes = True, b"long", []
 
     def edits(self, length: int) -> bool:
         """Whether the token after the first `length` is drawn from logits that are not the model's own."""

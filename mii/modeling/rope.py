@@ -1,8 +1,11 @@
 """Rotary position tables: one row of cosines and sines a position, with every scaling that the Llama family uses.
 
 A row holds `rotary_dim / 2` cosines and then as many sines, in float32. RoPE: Su et al., arXiv 2104.09864. Scalings:
-linear position interpolation (arXiv 2306.15595), NTK-aware "dynamic", YaRN (arXiv 2309.00071), and Llama 3.1's
-frequency bands.
+linear position interpolation (arXiv 2306.15595), NTK-aware "dynamic", YaRN (arXiv 2309.00071), LongRoPE (arXiv
+2402.13753), and Llama 3.1's frequency bands.
+
+LongRoPE divides each frequency by a factor of its own, by one list in contexts up to the trained length and by another
+in longer ones: `switch_length` and the `long` tables.
 """
 
 from __future__ import annotations
@@ -22,11 +25,18 @@ def read_rope(config: Mapping[str, Any], head_dim: int, *, default_theta: float 
     scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     theta = scaling.get("rope_theta") or config.get("rope_theta") or default_theta
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if isinstance(kind, str):
+        kind = _OLD_NAMES.get(kind, kind)
     if kind not in _FREQUENCIES:
         raise CheckpointError(f"config.json: rope type {kind!r} is not known; supported are {', '.join(_FREQUENCIES)}.")
     partial = scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     scaling.setdefault("max_position_embeddings", config.get("max_position_embeddings"))
-    return RopeSpec(theta=float(theta), rotary_dim=int(head_dim * float(partial)), kind=kind, scaling=scaling)
+    # Phi-3 keeps the trained length beside the other settings, and there it counts.
+    if config.get("original_max_position_embeddings"):
+        scaling["original_max_position_embeddings"] = config["original_max_position_embeddings"]
+    rope = RopeSpec(theta=float(theta), rotary_dim=int(head_dim * float(partial)), kind=kind, scaling=scaling)
+    _FREQUENCIES[kind](rope)  # what the kind needs and the config lacks is named now
+    return rope
 
 
 def context_length(rope: RopeSpec | None, max_positions: int) -> int:
@@ -37,13 +47,22 @@ def context_length(rope: RopeSpec | None, max_positions: int) -> int:
     return max(max_positions, int((trained or max_positions) * _number(rope, "factor")))
 
 
-def rope_table(spec: RopeSpec, positions: int, device: torch.device) -> torch.Tensor:
+def switch_length(spec: RopeSpec) -> int:
+    """The context length past which the "longrope" kind takes its long factors, for all tokens; 0 for all others."""
+    if spec.kind != "longrope" or spec.scaling["short_factor"] == spec.scaling["long_factor"]:
+        return 0
+    return _trained(spec)
+
+
+def rope_table(spec: RopeSpec, positions: int, device: torch.device, *, long: bool = False) -> torch.Tensor:
     """The table [positions, rotary_dim] in float32: cosines in the first half of a row, sines in the second.
 
     For the "dynamic" kind a position past the trained length is rotated with the base of a context that ends there,
-    which is what a decoder does that meets the position while generating.
+    which is what a decoder does that meets the position while generating. `long` asks for the factors of contexts
+    longer than `switch_length`; other kinds have one table for all contexts.
     """
-    frequencies, factor = _FREQUENCIES[spec.kind](spec)
+    read = _long if long and spec.kind == "longrope" else _FREQUENCIES[spec.kind]
+    frequencies, factor = read(spec)
     angles = torch.arange(positions, dtype=torch.float32)[:, None] * frequencies
     if spec.kind == "dynamic":
         for position in range(trained_length(spec), positions):
@@ -76,15 +95,24 @@ def dynamic_frequencies(spec: RopeSpec, length: int) -> torch.Tensor:
     return _inverse_powers(spec.theta * grown ** (width / (width - 2)), width)
 
 
-def _inverse_powers(theta: float, width: int) -> torch.Tensor:
-    return 1.0 / theta ** (torch.arange(0, width, 2, dtype=torch.int64).float() / width)
+def _inverse_powers(theta: float, width: int, factors: torch.Tensor | float = 1.0) -> torch.Tensor:
+    return 1.0 / (factors * theta ** (torch.arange(0, width, 2, dtype=torch.int64).float() / width))
 
 
 def _number(spec: RopeSpec, name: str) -> float:
     value = spec.scaling.get(name)
-    if not isinstance(value, int | float) or value <= 0:
+    if not _above_zero(value):
         raise CheckpointError(f"config.json: rope type {spec.kind!r} needs '{name}' above 0, and it is {value!r}.")
-    return float(value)
+    return float(spec.scaling[name])
+
+
+def _above_zero(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _trained(spec: RopeSpec) -> int:
+    """The trained length, which the extended one may have taken the place of in the config."""
+    return int(spec.scaling.get("original_max_position_embeddings") or _number(spec, "max_position_embeddings"))
 
 
 def _default(spec: RopeSpec) -> tuple[torch.Tensor, float]:
@@ -109,11 +137,37 @@ def _llama3(spec: RopeSpec) -> tuple[torch.Tensor, float]:
     return frequencies * (keep + (1 - keep) / factor), 1.0
 
 
+def _short(spec: RopeSpec) -> tuple[torch.Tensor, float]:
+    _long(spec)  # both lists have to be right
+    return _stretched(spec, "short_factor")
+
+
+def _long(spec: RopeSpec) -> tuple[torch.Tensor, float]:
+    return _stretched(spec, "long_factor")
+
+
+def _stretched(spec: RopeSpec, name: str) -> tuple[torch.Tensor, float]:
+    """Each frequency over its own factor; attention grows with the stretch, by the root of its logarithm."""
+    factors, half = spec.scaling.get(name), spec.rotary_dim // 2
+    if not isinstance(factors, list) or len(factors) != half or not all(_above_zero(each) for each in factors):
+        count = len(factors) if isinstance(factors, list) else repr(factors)
+        raise CheckpointError(
+            f"config.json: rope type 'longrope' needs '{name}' with {half} numbers above 0, one for each frequency, "
+            f"and it has {count}."
+        )
+    trained, scaling = _trained(spec), spec.scaling
+    given = scaling.get("attention_factor")
+    stretch = scaling.get("factor") or _number(spec, "max_position_embeddings") / trained
+    if given is None:
+        given = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(trained))
+    return _inverse_powers(spec.theta, spec.rotary_dim, torch.tensor(factors, dtype=torch.float32)), float(given)
+
+
 def _yarn(spec: RopeSpec) -> tuple[torch.Tensor, float]:
     """Interpolates dimensions that turn rarely, keeps those that turn often, and scales attention by the table."""
     scaling, width = spec.scaling, spec.rotary_dim
     factor = _number(spec, "factor")
-    trained = float(scaling.get("original_max_position_embeddings") or _number(spec, "max_position_embeddings"))
+    trained = float(_trained(spec))
     fast, slow = float(scaling.get("beta_fast") or 32.0), float(scaling.get("beta_slow") or 1.0)
 
     def dimension(turns: float) -> float:
@@ -147,4 +201,6 @@ _FREQUENCIES: dict[str, Callable[[RopeSpec], tuple[torch.Tensor, float]]] = {
     "dynamic": _dynamic,
     "llama3": _llama3,
     "yarn": _yarn,
+    "longrope": _short,
 }
+_OLD_NAMES = {"su": "longrope"}

@@ -15,9 +15,9 @@ from mii.engine.kv_cache import BlockPool
 from mii.engine.sequence import Sequence
 
 
-def sequence(uid: int, prompt: list[int], generate: int) -> Sequence:
+def sequence(uid: int, prompt: list[int], generate: int, switch: int = 0) -> Sequence:
     request = EngineRequest(uid=uid, prompt_ids=prompt, max_new_tokens=generate)
-    return Sequence(request, len(prompt) + generate)
+    return Sequence(request, len(prompt) + generate, switch=switch)
 
 
 def next_token(uid: int, position: int) -> int:
@@ -32,7 +32,8 @@ class Device:
     scheduler: Scheduler
     depth: int
     launched: deque[Plan] = field(default_factory=deque)
-    written: dict[int, tuple[int, ...]] = field(default_factory=dict)  # block -> the tokens it holds
+    # block -> whether it was computed as part of a long context, and the tokens up to its last one
+    written: dict[int, tuple[bool, tuple[int, ...]]] = field(default_factory=dict)
     finished: dict[int, list[int]] = field(default_factory=dict)
 
     def text(self, seq: Sequence, end: int) -> list[int]:
@@ -45,9 +46,11 @@ class Device:
             seq, tokens = chunk.sequence, self.text(chunk.sequence, chunk.start + chunk.size)
             for position in range(chunk.start, len(tokens)):
                 block = seq.blocks[position // size]
-                self.written[block] = tuple(tokens[: position + 1])
+                self.written[block] = seq.long, tuple(tokens[: position + 1])
             for index in range(len(tokens) // size):
-                assert self.written[seq.blocks[index]][: (index + 1) * size] == tuple(tokens[: (index + 1) * size])
+                long, held = self.written[seq.blocks[index]]
+                assert held[: (index + 1) * size] == tuple(tokens[: (index + 1) * size])
+                assert long == seq.long
         self.launched.append(plan)
 
     def collect(self) -> None:
@@ -81,6 +84,7 @@ def check_plan(plan: Plan, limits: SchedulerLimits) -> None:
     assert not set(planned) & {seq.uid for seq in plan.preempted}
     for chunk in plan.chunks:
         assert chunk.size >= 1
+        assert not chunk.sequence.outgrows(chunk.start + chunk.size)
         assert chunk.samples == (chunk.start + chunk.size == chunk.sequence.length - 1 * chunk.samples)
 
 
@@ -95,10 +99,11 @@ def workloads(draw: st.DrawFn) -> tuple[SchedulerLimits, BlockPool, list[Sequenc
         max_slots=8,
         reserve_blocks=draw(st.integers(0, 2)),
     )
+    switch = draw(st.sampled_from([0, 0, 3, 11]))
     sequences = []
     for uid in range(draw(st.integers(1, 12))):
         prompt = draw(st.lists(st.integers(0, 1), min_size=1, max_size=min(30, capacity - 1)))
-        sequences.append(sequence(uid, prompt, draw(st.integers(1, min(20, capacity - len(prompt))))))
+        sequences.append(sequence(uid, prompt, draw(st.integers(1, min(20, capacity - len(prompt)))), switch))
     return limits, BlockPool(blocks, size, draw(st.booleans())), sequences, draw(st.sampled_from([0, 1]))
 
 
@@ -134,7 +139,7 @@ def test_the_same_requests_give_the_same_plans(
         scheduler = Scheduler(limits, BlockPool(pool.num_blocks, pool.block_size, pool.prefix_caching))
         device = Device(scheduler, 0)
         for seq in sequences:
-            scheduler.add(sequence(seq.uid, list(seq.request.prompt_ids), seq.request.max_new_tokens))
+            scheduler.add(sequence(seq.uid, list(seq.request.prompt_ids), seq.request.max_new_tokens, seq.switch))
         history = []
         while scheduler.has_work:
             plan = scheduler.schedule()
