@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from mii.modeling.forward import Forward
+from mii.modeling.layers import Norm
 from mii.modeling.parameters import Linear, Module, Placement
 from mii.modeling.spec import ModelSpec
 from mii.ops.attention import attention
@@ -12,7 +15,8 @@ from mii.ops.rope_kv import rope_kv
 
 
 class Attention(Module):
-    """Fused query, key and value projection, rotary positions, KV write, paged attention, output projection.
+    """Fused query, key and value projection, norms of queries and keys, rotary positions, KV write, paged attention,
+    output projection.
 
     Without the output projection (`project=False`) the layer ends in `attend`, and its block goes on from there.
     """
@@ -22,8 +26,13 @@ class Attention(Module):
         self.qkv = Linear(place, spec.hidden_size, parts, bias=spec.qkv_bias)
         self.output = Linear(place, spec.q_size, {"": spec.hidden_size}, bias=spec.output_bias) if project else None
         self.spec, self.layer, self.window = spec, layer, spec.windows[layer]
-        self._rotary_dim = spec.rope.rotary_dim if spec.rope else 0
-        self._interleaved = bool(spec.rope and spec.rope.interleaved)
+        self.q_norm = self.k_norm = None
+        if spec.head_norm or spec.row_norm:
+            self.q_norm = Norm(place, spec, spec.q_size if spec.row_norm else spec.head_dim)
+            self.k_norm = Norm(place, spec, spec.kv_size if spec.row_norm else spec.head_dim)
+        rope = spec.ropes[layer]
+        self._rotary_dim = rope.rotary_dim if rope else 0
+        self._interleaved = bool(rope and rope.interleaved)
         self._scale = spec.attention_scale * (spec.layer_scales[layer] if spec.layer_scales else 1.0)
         slopes = spec.alibi_slopes
         self._slopes = torch.tensor(slopes, dtype=torch.float32, device=place.device) if slopes else None
@@ -38,11 +47,16 @@ class Attention(Module):
         spec, buffers = self.spec, forward.buffers
         k_cache, v_cache = forward.caches[self.layer]
         qkv = self.qkv(buffers.qkv, x)
+        queries = qkv[:, : spec.q_size]
+        if spec.row_norm and self.q_norm is not None and self.k_norm is not None:
+            keys = qkv[:, spec.q_size : spec.q_size + spec.kv_size]
+            self.q_norm(queries, queries)
+            self.k_norm(keys, keys)
         rope_kv(
             qkv,
             k_cache,
             v_cache,
-            forward.cos_sin,
+            forward.cos_sin[self.layer],
             forward.rope_rows,
             forward.kv_slots,
             q_heads=spec.q_heads,
@@ -50,9 +64,9 @@ class Attention(Module):
             head_dim=spec.head_dim,
             rotary_dim=self._rotary_dim,
             interleaved=self._interleaved,
+            **self._head_norms(),
         )
         plan = forward.plans[self.window]
-        queries = qkv[:, : spec.q_size]
         attention(
             buffers.attention,
             queries,
@@ -61,6 +75,14 @@ class Attention(Module):
             forward.batch,
             plan,
             scale=self._scale,
+            softcap=spec.attention_softcap,
             alibi_slopes=self._slopes,
         )
         return buffers.attention
+
+    def _head_norms(self) -> dict[str, Any]:
+        """What the rotation does with each head before it turns it."""
+        q, k = self.q_norm, self.k_norm
+        if not self.spec.head_norm or q is None or k is None or q.weight is None or k.weight is None:
+            return {}
+        return {"q_norm": q.weight.tensor, "k_norm": k.weight.tensor, "norm_eps": q.eps, "norm_kind": q.kind}

@@ -11,16 +11,21 @@ from typing import ClassVar, Protocol
 
 from mii.modeling.attention import Attention
 from mii.modeling.forward import Forward
-from mii.modeling.layers import Norm
+from mii.modeling.layers import BranchNorm, Norm
 from mii.modeling.mlp import MLP, DenseMLP, make_mlp
 from mii.modeling.parameters import JointLinear, Module, Placement
 from mii.modeling.spec import ModelSpec
 
 
 class Block(Protocol):
-    """A decoder layer. `adds_later`: whether its last branch is still to be added to the stream when it returns."""
+    """A decoder layer.
+
+    `adds_later`: whether its last branch is still to be added to the stream when it returns. `norms_branch`: whether
+    that branch is normed before it is added; the weight then belongs to the norm that adds it.
+    """
 
     adds_later: ClassVar[bool]
+    norms_branch: ClassVar[bool]
 
     @property
     def mlp(self) -> MLP: ...
@@ -34,11 +39,12 @@ class SequentialBlock(Module):
     """`x += attention(norm(x)); x += mlp(norm(x))`: GPT-2, Llama and most since."""
 
     adds_later: ClassVar[bool] = True
+    norms_branch: ClassVar[bool] = False
 
     def __init__(self, place: Placement, spec: ModelSpec, layer: int) -> None:
-        self.attention_norm = Norm(place, spec)
+        self.attention_norm = Norm(place, spec, branch=self.norms_branch and layer > 0)
         self.attention = Attention(place, spec, layer)
-        self.mlp_norm = Norm(place, spec)
+        self.mlp_norm = Norm(place, spec, branch=self.norms_branch)
         self.mlp = make_mlp(place, spec, layer)
 
     def __call__(self, forward: Forward, first: bool) -> None:
@@ -48,6 +54,33 @@ class SequentialBlock(Module):
         self.attention(forward, branch, hidden)
         self.mlp_norm(hidden, branch, residual)
         self.mlp(forward, branch, hidden)
+
+
+class SandwichBlock(SequentialBlock):
+    """`x += norm(attention(norm(x))); x += norm(mlp(norm(x)))`: Gemma 2 and 3."""
+
+    norms_branch: ClassVar[bool] = True
+
+
+class NormedBranchBlock(Module):
+    """`x += norm(attention(x)); x += norm(mlp(x))`: OLMo-2, EXAONE-4."""
+
+    adds_later: ClassVar[bool] = True
+    norms_branch: ClassVar[bool] = True
+
+    def __init__(self, place: Placement, spec: ModelSpec, layer: int) -> None:
+        self.attention_norm = BranchNorm(place, spec) if layer > 0 else None  # of what the layer before left
+        self.attention = Attention(place, spec, layer)
+        self.mlp_norm = BranchNorm(place, spec)
+        self.mlp = make_mlp(place, spec, layer)
+
+    def __call__(self, forward: Forward, first: bool) -> None:
+        branch, residual = forward.buffers.branch, forward.buffers.residual
+        if self.attention_norm is not None:
+            self.attention_norm(branch, residual)
+        self.attention(forward, branch, residual)
+        self.mlp_norm(branch, residual)
+        self.mlp(forward, branch, residual)
 
 
 class NormedResidualBlock(SequentialBlock):
@@ -82,6 +115,7 @@ class ParallelBlock(Module):
     """`y = norm(x); x += attention(y) + mlp(y)`, the sum being one product: GPT-J, Falcon-7B, Phi-2."""
 
     adds_later: ClassVar[bool] = True
+    norms_branch: ClassVar[bool] = False
     two_norms: ClassVar[bool] = False
 
     def __init__(self, place: Placement, spec: ModelSpec, layer: int) -> None:
@@ -122,8 +156,10 @@ def _norm_stream(norm: Norm, forward: Forward, first: bool) -> None:
         norm(buffers.hidden, buffers.branch, buffers.residual)
 
 
-BLOCKS: dict[str, type[SequentialBlock | ParallelBlock]] = {
+BLOCKS: dict[str, type[SequentialBlock | NormedBranchBlock | ParallelBlock]] = {
     "sequential": SequentialBlock,
+    "sandwich": SandwichBlock,
+    "normed_branch": NormedBranchBlock,
     "normed_residual": NormedResidualBlock,
     "post_norm": PostNormBlock,
     "parallel": ParallelBlock,

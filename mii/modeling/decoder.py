@@ -9,6 +9,7 @@ from mii.modeling.forward import Forward
 from mii.modeling.layers import Embedding, Norm, TiedHead
 from mii.modeling.parameters import Linear, Module, Placement
 from mii.modeling.spec import ModelSpec
+from mii.ops.activation import activation
 from mii.ops.gather import gather
 
 
@@ -19,7 +20,7 @@ class Decoder(Module):
         self.spec, self.place = spec, place
         self.embedding = Embedding(place, spec)
         self.blocks = [make_block(place, spec, layer) for layer in range(spec.num_layers)]
-        self.norm = Norm(place, spec) if spec.final_norm else None
+        self.norm = Norm(place, spec, branch=self.blocks[-1].norms_branch) if spec.final_norm else None
         self.projection = Linear(place, spec.hidden_size, {"": spec.embedding_size}) if spec.embedding_size else None
         self.head = self._make_head()
         self.up_width = max(block.mlp.up_width for block in self.blocks)
@@ -45,7 +46,10 @@ class Decoder(Module):
         last = self._last(forward)
         if self.projection is not None:
             last = self.projection(buffers.last_projected, last)
-        return self.head(buffers.logits, last)
+        logits = self.head(buffers.logits, last)
+        if self.spec.logit_softcap:
+            activation(logits, logits, "softcap", gated=False, limit=self.spec.logit_softcap)
+        return logits
 
     def _last(self, forward: Forward) -> torch.Tensor:
         """The rows to project, normed where the model has a final norm."""

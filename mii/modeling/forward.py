@@ -83,7 +83,7 @@ def _joint(place: Placement, max_tokens: int, spec: ModelSpec) -> dict[str, torc
 class Forward:
     """One step as the layers see it: what `prepare` wrote, the cache, the attention plans by window, the buffers.
 
-    `rope_rows` are the rows of `cos_sin` to rotate each token by: its position, but for tables made for one step.
+    `cos_sin` has the rotary table of every layer, None for no rotation; `rope_rows` are the rows that the tokens take.
     """
 
     step: StepTensors
@@ -92,7 +92,7 @@ class Forward:
     rope_rows: torch.Tensor
     kv_slots: torch.Tensor
     sample_rows: torch.Tensor
-    cos_sin: torch.Tensor | None
+    cos_sin: list[torch.Tensor | None]
     caches: list[tuple[torch.Tensor, torch.Tensor]]
     batch: AttentionBatch
     plans: dict[int, AttentionPlan]

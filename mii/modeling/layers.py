@@ -18,10 +18,14 @@ from mii.ops.norm import norm
 
 
 class Norm(Module):
-    """A norm of the kind that the model has, with the residual addition before it when one is given."""
+    """A norm of the kind that the model has, with the residual addition before it when one is given.
 
-    def __init__(self, place: Placement, spec: ModelSpec, width: int | None = None) -> None:
+    `branch`: what is added is normed by itself first, with a weight of its own.
+    """
+
+    def __init__(self, place: Placement, spec: ModelSpec, width: int | None = None, *, branch: bool = False) -> None:
         width = spec.hidden_size if width is None else width
+        self.branch = Parameter(place.empty(width)) if branch else None
         self.weight = Parameter(place.empty(width)) if spec.norm_weight else None
         self.bias = Parameter(place.empty(width)) if spec.norm_bias else None
         self.eps, self.kind = spec.norm_eps, abi.NORMS[spec.norm]
@@ -29,12 +33,27 @@ class Norm(Module):
     def __call__(self, out: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         weight = None if self.weight is None else self.weight.tensor
         bias = None if self.bias is None else self.bias.tensor
-        norm(out, x, weight, eps=self.eps, bias=bias, residual=residual, kind=self.kind)
+        x_weight = None if self.branch is None else self.branch.tensor
+        norm(out, x, weight, eps=self.eps, bias=bias, residual=residual, kind=self.kind, x_weight=x_weight)
         return out
 
 
+class BranchNorm(Module):
+    """`residual += norm(x)`: for the output of a layer that takes the stream as it is."""
+
+    def __init__(self, place: Placement, spec: ModelSpec) -> None:
+        self.branch = Parameter(place.empty(spec.hidden_size))
+        self.eps, self.kind = spec.norm_eps, abi.NORMS[spec.norm]
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        norm(None, x, None, eps=self.eps, residual=residual, kind=self.kind, x_weight=self.branch.tensor)
+        return residual
+
+
 class Embedding(Module):
-    """Token embeddings [vocab, width], with what a model has besides: learned positions, a projection, a norm."""
+    """Token embeddings [vocab, width], with what a model has besides: a factor, learned positions, a projection,
+    a norm.
+    """
 
     def __init__(self, place: Placement, spec: ModelSpec) -> None:
         hidden, width = spec.hidden_size, spec.embedding_size
@@ -43,6 +62,7 @@ class Embedding(Module):
         self.positions = Parameter(place.empty(spec.learned_positions, hidden)) if spec.learned_positions else None
         self.norm = Norm(place, spec) if spec.embedding_norm else None
         self._offset = spec.position_offset
+        self._scale = float(torch.tensor(spec.embedding_scale, dtype=place.dtype))
         self._table: torch.Tensor | None = None
 
     def finish(self) -> None:
@@ -52,18 +72,15 @@ class Embedding(Module):
 
     def __call__(self, out: torch.Tensor, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         assert self._table is not None
-        if self.positions is None:
-            embedding(out, self._table, ids)
-        else:
-            position_table = self.positions.tensor
-            embedding(
-                out,
-                self._table,
-                ids,
-                position_table=position_table,
-                positions=positions,
-                position_offset=self._offset,
-            )
+        embedding(
+            out,
+            self._table,
+            ids,
+            scale=self._scale,
+            position_table=None if self.positions is None else self.positions.tensor,
+            positions=positions,
+            position_offset=self._offset,
+        )
         return out if self.norm is None else self.norm(out, out)
 
 

@@ -27,7 +27,12 @@ class ModelSpec:
     """The shape and the wiring options of a decoder. Sizes count elements.
 
     Args:
+        rope: Rotary positions, None for none. layer_ropes: One entry a layer, where layers differ.
         windows: One entry a layer, 0 for none.
+        head_norm: Norm the elements of each query and key head. row_norm: Norm all query heads, and all key heads,
+            together.
+        attention_softcap, logit_softcap: Bound c of scores and of logits, c * tanh(x / c); 0 for none.
+        embedding_scale: Factor on the embeddings, rounded to the model's dtype before it is used.
         norm: Kind of the norms, a name of `mii.ops.abi.NORMS`; `norm_weight` and `norm_bias` say what they hold.
         block: How norms, attention and MLP are wired, a name of `mii.modeling.blocks.BLOCKS`.
         mlp: Kind of the MLP: "gated" or "plain".
@@ -68,6 +73,17 @@ class ModelSpec:
     position_offset: int = 0
     alibi_slopes: tuple[float, ...] = ()
     layer_scales: tuple[float, ...] = ()
+    layer_ropes: tuple[RopeSpec | None, ...] = ()
+    head_norm: bool = False
+    row_norm: bool = False
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    embedding_scale: float = 1.0
+
+    @property
+    def ropes(self) -> tuple[RopeSpec | None, ...]:
+        """The rotation of every layer."""
+        return self.layer_ropes or (self.rope,) * self.num_layers
 
     @property
     def parallel(self) -> bool:
