@@ -55,7 +55,7 @@ def convert(
     """
     writer = gguf.GGUFWriter(path, architecture)
     with open_checkpoint(folder) as checkpoint:
-        config = json.loads((folder / "config.json").read_text())
+        config = _with_common_names(json.loads((folder / "config.json").read_text()))
         _sizes(writer, config)
         keys(writer, config)
         for name, tensor in _converted(architecture, config, checkpoint):
@@ -73,9 +73,22 @@ def finish(writer: gguf.GGUFWriter) -> Path:
     return Path(writer.path)
 
 
+def _with_common_names(config: dict[str, Any]) -> dict[str, Any]:
+    """GPT-2, GPT-J and Bloom have names of their own for the sizes."""
+    names = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads"}
+    names |= {"n_positions": "max_position_embeddings", "seq_length": "max_position_embeddings"}
+    common = {names[name]: value for name, value in config.items() if name in names}
+    if config["model_type"] in ("bloom", "gpt2", "gptj"):
+        hidden = {**config, **common}["hidden_size"]
+        common |= {"intermediate_size": config.get("n_inner") or 4 * hidden}
+    return config | common
+
+
 def _kv_heads(config: Mapping[str, Any]) -> int:
     if config.get("multi_query") and not config.get("new_decoder_architecture"):
         return 1  # Falcon's config then leaves another number in num_kv_heads
+    if config["model_type"] in ("bloom", "gpt2", "gptj", "gpt_neox"):
+        return config["num_attention_heads"]
     return config.get("num_kv_heads") or config.get("num_key_value_heads") or config["num_attention_heads"]
 
 
@@ -93,7 +106,7 @@ def _sizes(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_rope_freq_base(rope.get("rope_theta", 10000.0))
-    writer.add_rope_dimension_count(int(head_dim * rope.get("partial_rotary_factor", 1.0)))
+    writer.add_rope_dimension_count(config.get("rotary_dim") or int(head_dim * rope.get("partial_rotary_factor", 1.0)))
 
 
 def _converted(architecture: str, config: Mapping[str, Any], checkpoint: Any) -> list[tuple[str, np.ndarray]]:
@@ -103,7 +116,7 @@ def _converted(architecture: str, config: Mapping[str, Any], checkpoint: Any) ->
     stacked: dict[str, list[np.ndarray]] = {}
     for name in checkpoint.names():
         values = checkpoint.get(name, torch.float32).numpy().copy()
-        merged, expert = _without_expert(name)
+        merged, expert = _without_expert(name.removeprefix("transformer.") if architecture == "bloom" else name)
         target = table.get_name(merged, try_suffixes=(".weight", ".bias"))
         assert target is not None, name
         if expert is not None:
@@ -126,8 +139,10 @@ def _changed(architecture: str, config: Mapping[str, Any], name: str, values: np
         return interleaved(config["num_attention_heads"])(values)
     if architecture == "llama" and ".attn_k." in name:
         return interleaved(config["num_key_value_heads"])(values)
-    if architecture == "falcon" and ".attn_qkv." in name:
+    if architecture in ("falcon", "bloom", "gptneox") and ".attn_qkv." in name:
         return regrouped(config["num_attention_heads"], _kv_heads(config))(values)
+    if architecture == "gpt2" and values.ndim == 2 and name.startswith("blk."):
+        return np.ascontiguousarray(values.T)
     if architecture.startswith("gemma") and name.endswith("norm.weight"):
         return values + 1
     if name.endswith("ffn_gate_inp_shexp.weight"):

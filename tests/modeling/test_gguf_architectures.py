@@ -19,8 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from mii.errors import CheckpointError
 from mii.modeling.checkpoint import Checkpoint, open_checkpoint
 from mii.modeling.checkpoint.gguf.architectures import ARCHITECTURES
+from mii.modeling.families import FAMILIES
 from tests.checkpoints import write_checkpoint
 from tests.modeling.gguf_files import convert
+from tests.oracle import Oracle, final_logits, random_prompts, small_engine, tolerance
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 96,
@@ -45,6 +47,11 @@ def rms(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
 
 def layer_norm(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_layer_norm_eps(config.get("layer_norm_eps") or config["layer_norm_epsilon"])
+
+
+def residuals(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    layer_norm(writer, config)
+    writer.add_parallel_residual(config["use_parallel_residual"])
 
 
 def window(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
@@ -86,6 +93,17 @@ CASES: dict[str, tuple[str, str, Callable[[gguf.GGUFWriter, Mapping[str, Any]], 
     "phi2": ("phi", "phi2", layer_norm, {}),
     "gemma": ("gemma", "gemma", rms, {"head_dim": 16}),
     "gemma2": ("gemma2", "gemma2", soft_caps, {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}),
+    "bloom": ("bloom", "bloom", layer_norm, {"seq_length": 64}),
+    "gpt2": ("gpt2", "gpt2", layer_norm, {"n_inner": 40}),
+    "gpt2, untied": ("gpt2", "gpt2", layer_norm, {"tie_word_embeddings": False}),
+    "gptj": ("gptj", "gptj", layer_norm, {"rotary_dim": 4, "n_inner": 40}),
+    "gptneox": ("gpt_neox", "gptneox", residuals, {}),
+    "gptneox, sequential, no biases": (
+        "gpt_neox",
+        "gptneox",
+        residuals,
+        {"use_parallel_residual": False, "attention_bias": False},
+    ),
     "falcon": ("falcon", "falcon", layer_norm, {"multi_query": True, "new_decoder_architecture": False}),
     "falcon+two norms": ("falcon", "falcon", layer_norm, {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "falcon, one norm, groups": (
@@ -133,12 +151,27 @@ def test_tensors_and_config_come_back_as_they_were(tmp_path: Path, case: str) ->
             # norms that were stored with one added come back with a rounding error
             torch.testing.assert_close(checkpoint.get(name), original.get(name), rtol=0, atol=1e-6)
         assert checkpoint.config["architectures"] == original.config["architectures"]
-        assert bool(checkpoint.config["tie_word_embeddings"]) == ("lm_head.weight" not in original.names())
+        has_head = not {"lm_head.weight", "embed_out.weight"}.isdisjoint(original.names())
+        assert bool(checkpoint.config["tie_word_embeddings"]) == (not has_head)
         again = as_folder(checkpoint, tmp_path / "again")
     torch.testing.assert_close(logits(again), logits(folder), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["llama", "falcon+two norms", "qwen2moe", "gemma"])
+@pytest.mark.parametrize(
+    "case", [case for case, (model_type, *_) in CASES.items() if model_type in {f.name for f in FAMILIES.values()}]
+)
+def test_the_engine_computes_from_the_file_what_transformers_computes_from_the_folder(
+    tmp_path: Path, case: str
+) -> None:
+    folder, checkpoint = make(tmp_path, case)
+    checkpoint.close()
+    oracle, engine = Oracle(folder), small_engine(checkpoint.path)
+    prompt = random_prompts(96, [40])[0]
+    expected = oracle.logits(prompt)
+    assert (final_logits(engine, prompt) - expected).abs().max() <= tolerance(expected, "fp32")
+
+
+@pytest.mark.parametrize("case", ["llama", "falcon+two norms", "qwen2moe", "gemma", "gpt2"])
 def test_slices_are_slices_of_the_whole(tmp_path: Path, case: str) -> None:
     _, checkpoint = make(tmp_path, case)
     with checkpoint:

@@ -34,15 +34,22 @@ class Source:
         expert: the index into its first dimension, for expert tensors that are stored stacked.
         rows: row r is the stored row `rows[r]`; None for the same order.
         offset: what to add to every number.
+        transposed: rows are the stored columns.
     """
 
     tensor: GGUFTensor
     expert: int | None = None
     rows: torch.Tensor | None = None
     offset: float = 0.0
+    transposed: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """As the checkpoint gives the tensor; `stored_shape` is as it lies in the file."""
+        return self.stored_shape[::-1] if self.transposed else self.stored_shape
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
         return self.tensor.shape if self.expert is None else self.tensor.shape[1:]
 
 
@@ -56,6 +63,7 @@ class Architecture:
         names: GGUF stem -> Hugging Face stem; `{layer}` and `{expert}` are filled in.
         row_orders: GGUF stem -> the stored row of each Hugging Face row, from the config.
         norm_offset: what to add to the weight of every norm.
+        transposed: GGUF stems of the matrices that the Hugging Face model keeps as [in, out].
     """
 
     model_type: str
@@ -63,6 +71,7 @@ class Architecture:
     names: Mapping[str, str]
     row_orders: Mapping[str, RowOrder] = field(default_factory=dict)
     norm_offset: float = 0.0
+    transposed: tuple[str, ...] = ()
 
 
 def _rotary_rows(heads: int, head_dim: int) -> torch.Tensor:
@@ -78,9 +87,11 @@ def _key_rows(config: Config) -> torch.Tensor:
     return _rotary_rows(config["num_key_value_heads"], config["head_dim"])
 
 
-def _falcon_rows(config: Config) -> torch.Tensor:
-    """Falcon keeps each group's queries, key and value together; GGUF has all queries, all keys, all values."""
-    groups, heads = config["num_kv_heads"], config["num_attention_heads"]
+def _grouped_rows(config: Config) -> torch.Tensor:
+    """Falcon, Bloom and GPT-NeoX keep each group's queries, key and value together; GGUF has all queries, all keys, all
+    values.
+    """
+    groups, heads = config["num_key_value_heads"], config["num_attention_heads"]
     width = config["hidden_size"] // heads
     rows = torch.arange((heads + 2 * groups) * width).view(-1, width)
     queries = rows[:heads].view(groups, -1, width)
@@ -169,9 +180,51 @@ _FALCON = {
 }
 # With two norms a block, GGUF calls the one of the MLP attn_norm and the one of the attention attn_norm_2.
 _FALCON_NEW = _FALCON | {"attn_norm": _BLOCK + "ln_mlp", "attn_norm_2": _BLOCK + "ln_attn"}
+_BLOOM = _FALCON | {
+    "token_embd_norm": "transformer.word_embeddings_layernorm",
+    "attn_norm": _BLOCK + "input_layernorm",
+    "ffn_norm": _BLOCK + "post_attention_layernorm",
+}
+_GPT2 = {
+    "token_embd": "transformer.wte",
+    "position_embd": "transformer.wpe",
+    "output_norm": "transformer.ln_f",
+    "output": "lm_head",
+    "attn_norm": _BLOCK + "ln_1",
+    "attn_qkv": _BLOCK + "attn.c_attn",
+    "attn_output": _BLOCK + "attn.c_proj",
+    "ffn_norm": _BLOCK + "ln_2",
+    "ffn_up": _BLOCK + "mlp.c_fc",
+    "ffn_down": _BLOCK + "mlp.c_proj",
+}
+_GPTJ = {
+    "token_embd": "transformer.wte",
+    "output_norm": "transformer.ln_f",
+    "output": "lm_head",
+    "attn_norm": _BLOCK + "ln_1",
+    "attn_q": _BLOCK + "attn.q_proj",
+    "attn_k": _BLOCK + "attn.k_proj",
+    "attn_v": _BLOCK + "attn.v_proj",
+    "attn_output": _BLOCK + "attn.out_proj",
+    "ffn_up": _BLOCK + "mlp.fc_in",
+    "ffn_down": _BLOCK + "mlp.fc_out",
+}
+_NEOX_BLOCK = "gpt_neox.layers.{layer}."
+_NEOX = {
+    "token_embd": "gpt_neox.embed_in",
+    "output_norm": "gpt_neox.final_layer_norm",
+    "output": "embed_out",
+    "attn_norm": _NEOX_BLOCK + "input_layernorm",
+    "attn_qkv": _NEOX_BLOCK + "attention.query_key_value",
+    "attn_output": _NEOX_BLOCK + "attention.dense",
+    "ffn_norm": _NEOX_BLOCK + "post_attention_layernorm",
+    "ffn_up": _NEOX_BLOCK + "mlp.dense_h_to_4h",
+    "ffn_down": _NEOX_BLOCK + "mlp.dense_4h_to_h",
+}
 
 _ROTARY = {"attn_q": _query_rows, "attn_k": _key_rows}
-_GROUPED = {"attn_qkv": _falcon_rows}
+_GROUPED = {"attn_qkv": _grouped_rows}
+_CONV1D = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("llama", "LlamaForCausalLM", _LLAMA, _ROTARY),
@@ -184,6 +237,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "phi2": Architecture("phi", "PhiForCausalLM", _PHI2),
     "gemma": Architecture("gemma", "GemmaForCausalLM", _LLAMA, norm_offset=-1.0),
     "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", _GEMMA2, norm_offset=-1.0),
+    "bloom": Architecture("bloom", "BloomForCausalLM", _BLOOM, _GROUPED),
+    "gpt2": Architecture("gpt2", "GPT2LMHeadModel", _GPT2, transposed=_CONV1D),
+    "gptj": Architecture("gptj", "GPTJForCausalLM", _GPTJ),
+    "gptneox": Architecture("gpt_neox", "GPTNeoXForCausalLM", _NEOX, _GROUPED),
     "falcon": Architecture("falcon", "FalconForCausalLM", _FALCON, _GROUPED),
     "falcon+two norms": Architecture("falcon", "FalconForCausalLM", _FALCON_NEW, _GROUPED),
 }
@@ -235,18 +292,20 @@ def map_tensors(
             raise CheckpointError(f"{path}: tensor {name} has {tensor.shape[0]} rows; its heads need {len(rows)}.")
         # Biases of norms are stored as they are.
         offset = architecture.norm_offset if stem.endswith("norm") and match["kind"] == "weight" else 0.0
-        mapped |= _named(architecture.names[stem], match, tensor, rows, offset)
+        transposed = stem in architecture.transposed and match["kind"] == "weight"
+        mapped |= _named(architecture.names[stem], match, tensor, rows, offset, transposed)
     return mapped
 
 
 def _named(
-    target: str, match: re.Match[str], tensor: GGUFTensor, rows: torch.Tensor | None, offset: float
+    target: str, match: re.Match[str], tensor: GGUFTensor, rows: torch.Tensor | None, offset: float, transposed: bool
 ) -> dict[str, Source]:
     ending = "." + match["kind"]
     if match["stem"] == "ffn_gate_inp_shexp" and len(tensor.shape) == 1:  # a matrix of one row, stored as a vector
         tensor = replace(tensor, shape=(1, *tensor.shape))
     if "{expert}" not in target:
-        return {target.format(layer=match["layer"]) + ending: Source(tensor, rows=rows, offset=offset)}
+        source = Source(tensor, rows=rows, offset=offset, transposed=transposed)
+        return {target.format(layer=match["layer"]) + ending: source}
     return {
         target.format(layer=match["layer"], expert=expert) + ending: Source(tensor, expert)
         for expert in range(tensor.shape[0])

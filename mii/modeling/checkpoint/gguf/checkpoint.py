@@ -73,9 +73,10 @@ class GGUFCheckpoint(Closing):
 
     def get(self, name: str, dtype: torch.dtype | None = None, index: tuple[slice, ...] | None = None) -> torch.Tensor:
         source = self._source(name)
-        if source.tensor.type.dtype is not None:
-            return _plain(source, dtype, index)
-        return _dequantised(source, dtype or torch.float32, index)
+        if source.transposed:
+            in_rows, in_columns = (*(index or ()), slice(None), slice(None))[:2]
+            return _stored(source, dtype, (in_columns, in_rows)).t()
+        return _stored(source, dtype, index)
 
     def prefetch(self, names: Iterable[str]) -> None:
         ranges: dict[MappedFile, list[Range]] = {}
@@ -134,10 +135,17 @@ def _gathered(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def _stored(source: Source, dtype: torch.dtype | None, index: tuple[slice, ...] | None) -> torch.Tensor:
+    """A tensor, or part of it, as it lies in the file but for the order of its rows."""
+    if source.tensor.type.dtype is not None:
+        return _plain(source, dtype, index)
+    return _dequantised(source, dtype or torch.float32, index)
+
+
 def _plain(source: Source, dtype: torch.dtype | None, index: tuple[slice, ...] | None) -> torch.Tensor:
     stored = source.tensor.type.dtype
     assert stored is not None
-    tensor = source.tensor.file.tensor(_range(source)[0], stored, source.shape)
+    tensor = source.tensor.file.tensor(_range(source)[0], stored, source.stored_shape)
     if source.rows is not None:
         tensor = _gathered(tensor, source.rows[index[0]] if index else source.rows)
         index = (slice(None), *index[1:]) if index else None
@@ -148,16 +156,16 @@ def _plain(source: Source, dtype: torch.dtype | None, index: tuple[slice, ...] |
 
 def _dequantised(source: Source, dtype: torch.dtype, index: tuple[slice, ...] | None) -> torch.Tensor:
     """Only the rows and blocks that `index` touches are unpacked."""
-    type_, (start, end) = source.tensor.type, _range(source)
-    columns = source.shape[-1]
-    packed = source.tensor.file.data[start:end].view(*source.shape[:-1], columns // type_.block_size * type_.type_size)
+    type_, (start, end), shape = source.tensor.type, _range(source), source.stored_shape
+    columns = shape[-1]
+    packed = source.tensor.file.data[start:end].view(*shape[:-1], columns // type_.block_size * type_.type_size)
     if source.rows is not None:
         packed = _gathered(packed, source.rows[index[0]] if index else source.rows)
-    elif index and len(source.shape) > 1:
+    elif index and len(shape) > 1:
         packed = packed[index[0]]
-    if index and len(source.shape) > 1:
+    if index and len(shape) > 1:
         index = (slice(None), *index[1:])
-    if index and len(index) == len(source.shape):
+    if index and len(index) == len(shape):
         first, last, step = index[-1].indices(columns)
         left = first // type_.block_size
         right = max(left, -(-last // type_.block_size))

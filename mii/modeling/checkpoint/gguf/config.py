@@ -120,7 +120,8 @@ def build_config(architecture: Architecture, metadata: Metadata) -> dict[str, An
         config["rms_norm_eps"] = metadata.number("attention.layer_norm_rms_epsilon")
     if metadata.get("attention.sliding_window"):
         config["sliding_window"] = metadata.integer("attention.sliding_window")
-    config |= _rope(metadata, head_dim)
+    if architecture.model_type not in ("bloom", "gpt2", "gptj"):  # without rotation, or with settings of its own
+        config |= _rope(metadata, head_dim)
     config |= _specific(architecture, metadata, config)
     if architecture.model_type == "falcon":
         del config["head_dim"]  # Falcon's config derives it and takes no other
@@ -251,9 +252,30 @@ def _specific(architecture: Architecture, metadata: Metadata, config: Mapping[st
         return _gemma(kind, metadata, config["head_dim"])
     if kind == "falcon":
         return _falcon(metadata, config)
+    if kind in ("bloom", "gpt2", "gptj", "gpt_neox"):
+        return _gpt(kind, metadata, config)
     if kind == "phi":
         return {"hidden_act": "gelu_new", "layer_norm_eps": metadata.number("attention.layer_norm_epsilon")}
     return {}
+
+
+def _gpt(kind: str, metadata: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the models that norm by LayerNorm; GGUF does not say which GELU they have."""
+    eps = metadata.number("attention.layer_norm_epsilon")
+    if kind == "bloom":
+        return {"layer_norm_epsilon": eps, "seq_length": config["max_position_embeddings"]}
+    if kind == "gpt_neox":
+        return {
+            "layer_norm_eps": eps,
+            "hidden_act": "gelu",
+            "attention_bias": "blk.0.attn_qkv.bias" in metadata.tensors,
+            "use_parallel_residual": metadata.get("use_parallel_residual") is not False,
+        }
+    fields: dict[str, Any] = {"layer_norm_epsilon": eps, "activation_function": "gelu_new"}
+    fields["n_inner"] = config["intermediate_size"]
+    if kind == "gptj":
+        fields["rotary_dim"] = metadata.integer("rope.dimension_count")
+    return fields
 
 
 def _experts(kind: str, metadata: Metadata) -> dict[str, Any]:
