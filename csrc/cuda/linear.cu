@@ -8,8 +8,9 @@ namespace mii {
 namespace {
 
 constexpr int kMaxRows = 64;
+constexpr int kMaxPartials = 32;  // float4 of a thread, the most of all shapes that run one CTA a multiprocessor
 
-int64_t partial_bytes(int ctas) { return int64_t(ctas) * 2 * (kMaxRows / 8) * kStreamThreads * sizeof(float4); }
+int64_t partial_bytes(int sms) { return int64_t(sms) * 2 * kMaxPartials * kStreamConsumers * sizeof(float4); }
 
 // Lets a kernel have its shared memory; once for each device.
 template <auto kernel>
@@ -26,32 +27,63 @@ int32_t grant_shared(int bytes) {
   return MII_OK;
 }
 
-template <typename T, int Tokens>
+// `PerSm` CTAs to a multiprocessor, which share its memory.
+template <typename T, typename S, int PerSm = 1>
 int32_t launch_stream(const LinearStreamArgs<T>& args, void* stream) {
-  constexpr int kShared = StreamShape<Tokens>::kSharedBytes;
-  if (const int32_t status = grant_shared<linear_stream<T, Tokens>>(kShared); status != MII_OK) return status;
-  const int64_t units = int64_t(ceil_div(args.n, kStreamRows)) * ceil_div(args.k, kStreamDepth);
-  const int ctas = static_cast<int>(units < card().sms ? units : card().sms);
-  return launch("mii_linear", linear_stream<T, Tokens>, Shape{dim3(ctas), dim3(kStreamThreads), kShared}, stream, args);
+  static_assert(PerSm * S::kPartials <= kMaxPartials);
+  static_assert(PerSm * S::kSharedBytes <= 216 << 10, "leaves no room for the light kernels beside it");
+  if (const int32_t status = grant_shared<linear_stream<T, S>>(S::kSharedBytes); status != MII_OK) return status;
+  const int64_t units = int64_t(ceil_div(args.n, S::kTileRows)) * ceil_div(args.k, S::kDepth);
+  const int64_t places = int64_t(PerSm) * card().sms;
+  const int ctas = static_cast<int>(units < places ? units : places);
+  return launch("mii_linear", linear_stream<T, S>, Shape{dim3(ctas), dim3(kStreamThreads), S::kSharedBytes}, stream, args);
+}
+
+// Shapes to compare on a card: 0 is the one that serves.
+template <typename T>
+int32_t launch_rows(const LinearStreamArgs<T>& args, int variant, void* stream) {
+  if (args.rows <= 8) {
+    if (variant == 1) return launch_stream<T, StreamShape<8, 1, 128, 10>>(args, stream);
+    if (variant == 2) return launch_stream<T, StreamShape<8, 1, 128, 5>, 2>(args, stream);
+    if (variant == 3) return launch_stream<T, StreamShape<8, 2, 128, 5>>(args, stream);
+    return launch_stream<T, StreamShape<8, 1, 256, 5>>(args, stream);
+  }
+  if (args.rows <= 16) {
+    if (variant == 1) return launch_stream<T, StreamShape<16, 1, 128, 9>>(args, stream);
+    if (variant == 2) return launch_stream<T, StreamShape<16, 1, 128, 4>, 2>(args, stream);
+    if (variant == 3) return launch_stream<T, StreamShape<16, 2, 128, 5>>(args, stream);
+    return launch_stream<T, StreamShape<16, 1, 256, 5>>(args, stream);
+  }
+  if (args.rows <= 32) {
+    if (variant == 1) return launch_stream<T, StreamShape<32, 1, 128, 8>>(args, stream);
+    if (variant == 2) return launch_stream<T, StreamShape<32, 1, 256, 4>>(args, stream);
+    return launch_stream<T, StreamShape<32, 2, 128, 5>>(args, stream);
+  }
+  if (variant == 1) return launch_stream<T, StreamShape<64, 1, 128, 6>>(args, stream);
+  if (variant == 2) return launch_stream<T, StreamShape<64, 4, 64, 4>>(args, stream);
+  return launch_stream<T, StreamShape<64, 2, 128, 4>>(args, stream);
 }
 
 template <typename T>
 int32_t linear(const MiiLinear& a, void* stream) {
-  const LinearStreamArgs<T> args = {static_cast<T*>(a.out),
-                                    static_cast<const T*>(a.x),
-                                    static_cast<const T*>(a.weight),
-                                    static_cast<const T*>(a.bias),
-                                    static_cast<int*>(a.workspace),
-                                    reinterpret_cast<float4*>(static_cast<int*>(a.workspace) + kStreamMaxTiles),
-                                    a.x_stride,
-                                    a.out_stride,
-                                    static_cast<int>(a.rows),
-                                    static_cast<int>(a.out_features),
-                                    static_cast<int>(a.in_features)};
-  if (a.rows <= 8) return launch_stream<T, 8>(args, stream);
-  if (a.rows <= 16) return launch_stream<T, 16>(args, stream);
-  if (a.rows <= 32) return launch_stream<T, 32>(args, stream);
-  return launch_stream<T, 64>(args, stream);
+  const LinearStreamArgs<T> args = {
+      static_cast<T*>(a.out),
+      static_cast<const T*>(a.x),
+      static_cast<const T*>(a.weight),
+      static_cast<const T*>(a.bias),
+      static_cast<const char*>(a.next),
+      static_cast<int*>(a.workspace),
+      reinterpret_cast<float4*>(static_cast<int*>(a.workspace) + kStreamMaxTiles),
+      a.x_stride,
+      a.out_stride,
+      a.next_bytes,
+      a.next_fetch,
+      static_cast<int>(a.rows),
+      static_cast<int>(a.out_features),
+      static_cast<int>(a.in_features),
+      a.gated ? a.activation : kPlain,
+  };
+  return launch_rows(args, a.variant, stream);
 }
 
 }  // namespace
@@ -60,14 +92,17 @@ int32_t linear(const MiiLinear& a, void* stream) {
 extern "C" int32_t mii_linear(const MiiLinear* a, void* stream) {
   using namespace mii;
   if (a->rows == 0 || a->out_features == 0) return MII_OK;
+  MII_REQUIRE(card().major == 9, MII_UNSUPPORTED, "mii_linear: this kernel is for compute capability 9.0");
   MII_REQUIRE(a->dtype == MII_BF16 || a->dtype == MII_F16, MII_UNSUPPORTED, "mii_linear: 16-bit formats only");
   MII_REQUIRE(a->rows <= kMaxRows && a->workspace, MII_UNSUPPORTED, "mii_linear: up to %d rows, with a workspace", kMaxRows);
-  const bool steps = a->in_features % 8 == 0 && a->x_stride % 8 == 0 && a->in_features > 0;
+  const bool steps = a->in_features % 16 == 0 && a->x_stride % 8 == 0 && a->in_features > 0;
   MII_REQUIRE(steps && aligned(a->x, 16) && aligned(a->weight, 16) && aligned(a->workspace, 16), MII_UNSUPPORTED,
-              "mii_linear: rows of x and weight must be whole chunks of 16 bytes");
-  MII_REQUIRE(a->out_features <= int64_t(kStreamRows) * kStreamMaxTiles && a->in_features < (int64_t(1) << 30),
-              MII_UNSUPPORTED, "mii_linear: a weight of %lld x %lld is too large", static_cast<long long>(a->out_features),
+              "mii_linear: rows of x and weight must be whole steps of 16, and aligned to 16 bytes");
+  MII_REQUIRE(a->out_features <= int64_t(64) * kStreamMaxTiles && a->in_features < (int64_t(1) << 24), MII_UNSUPPORTED,
+              "mii_linear: a weight of %lld x %lld is too large", static_cast<long long>(a->out_features),
               static_cast<long long>(a->in_features));
+  MII_REQUIRE(!a->gated || a->out_features % 2 == 0, MII_INVALID, "mii_linear: %lld gated features are not pairs",
+              static_cast<long long>(a->out_features));
   return a->dtype == MII_BF16 ? linear<__nv_bfloat16>(*a, stream) : linear<__half>(*a, stream);
 }
 

@@ -63,9 +63,13 @@ class Decoder(Module):
 
     def finish(self) -> None:
         """Called when every weight is there."""
-        for _, module in self.modules():
-            if isinstance(module, Linear):
-                module.finish()
+        products: list[Linear | TiedHead] = [module for _, module in self.modules() if isinstance(module, Linear)]
+        for product in products:
+            product.finish()
         self.embedding.finish()
         if isinstance(self.head, TiedHead):
             self.head.finish(self.embedding.weight.tensor)
+            products.append(self.head)
+        # They are attributes in the order in which a step computes them, and after one step comes the next.
+        for product, following in zip(products, products[1:] + products[:1], strict=True):
+            product.following = following.packed

@@ -89,13 +89,14 @@ class TiedHead(Module):
 
     def __init__(self, place: Placement, vocab: int, bias: bool = False) -> None:
         self.bias = Parameter(place.empty(vocab)) if bias else None
-        self._packed: LinearWeight | None = None
+        self.packed: LinearWeight | None = None
+        self.following: LinearWeight | None = None
 
     def finish(self, table: torch.Tensor) -> None:
         """Called when every weight is there, with the embedding's, [vocab, hidden]."""
-        self._packed = pack_linear(table)
+        self.packed = pack_linear(table)
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        assert self._packed is not None
-        linear(out, x, self._packed, None if self.bias is None else self.bias.tensor)
+        assert self.packed is not None
+        linear(out, x, self.packed, None if self.bias is None else self.bias.tensor, following=self.following)
         return out

@@ -41,7 +41,9 @@ class DenseMLP(Module):
     def activate(self, forward: Forward, x: torch.Tensor) -> torch.Tensor:
         """What the last product is made of, in the step's buffer for it, [tokens, intermediate]."""
         buffers = forward.buffers
-        activation(buffers.activated, self.up(buffers.up, x), self.kind, gated=self.gated)
+        if self.gated:
+            return self.up.gated(buffers.activated, buffers.up, x, self.kind)
+        activation(buffers.activated, self.up(buffers.up, x), self.kind, gated=False)
         return buffers.activated
 
 

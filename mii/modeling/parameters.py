@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mii.ops.linear import LinearWeight, linear, pack_linear
+from mii.ops.linear import LinearWeight, gated_linear, linear, pack_linear
 
 
 class Parameter:
@@ -75,7 +75,10 @@ class Module:
 
 
 class Linear(Module):
-    """`out = x @ weight^T + bias`. The weight is [sum of parts, in_features]; it is packed once it is complete."""
+    """`out = x @ weight^T + bias`. The weight is [sum of parts, in_features]; it is packed once it is complete.
+
+    `following` is the weight of the product that a step computes next.
+    """
 
     def __init__(self, place: Placement, in_features: int, parts: Mapping[str, int], bias: bool = False) -> None:
         rows = sum(parts.values())
@@ -83,6 +86,7 @@ class Linear(Module):
         self.bias = Parameter(place.empty(rows), parts) if bias else None
         self.out_features = rows
         self.packed: LinearWeight | None = None
+        self.following: LinearWeight | None = None
         self._bias: torch.Tensor | None = None if self.bias is None else self.bias.tensor
 
     @property
@@ -98,7 +102,13 @@ class Linear(Module):
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         assert self.packed is not None
-        linear(out, x, self.packed, self._bias)
+        linear(out, x, self.packed, self._bias, following=self.following)
+        return out
+
+    def gated(self, out: torch.Tensor, scratch: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tensor:
+        """`act(gate) * up` of a weight whose parts are gate and up, with room for both in scratch."""
+        assert self.packed is not None
+        gated_linear(out, scratch, x, self.packed, kind, self._bias, following=self.following)
         return out
 
 

@@ -85,7 +85,9 @@ MiiLinear = _struct(
     (c_void_p, "out x weight bias"),
     (c_int64, "rows in_features out_features x_stride out_stride"),
     (c_int32, "dtype"),
-    (c_void_p, "workspace"),
+    (c_void_p, "workspace next"),
+    (c_int64, "next_bytes next_fetch"),
+    (c_int32, "gated activation variant"),
 )
 
 MiiLinearPack = _struct(

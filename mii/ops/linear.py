@@ -2,25 +2,21 @@
 
 On the CPU the weight is repacked into panels of 16 output features (csrc/cpu/isa/linear.cpp) that serve one row (a
 stream through memory) and many (AMX tiles) alike, so there is one copy of it. On a GPU the weight stays as it is and
-torch multiplies (cuBLASLt), or, for a few rows and where STREAMED_ROWS says so, a kernel that streams the weight
-(csrc/include/mii/linear_stream.cuh). Where no native library serves, torch multiplies too.
+torch multiplies (cuBLASLt), or, for a few rows, a kernel that streams the weight (mii/ops/linear_streamed.py). Where no
+native library serves, torch multiplies too.
 """
 
 from __future__ import annotations
 
 import mmap
-import os
 import threading
 import weakref
 from dataclasses import dataclass
 
 import torch
 
-from mii.ops import abi, native
-
-# Up to this many rows (64 at most) a product on a GPU goes to the kernel that streams the weight. 0, cuBLASLt for all,
-# until its speed on a card has been measured; benchmarks/kernels_linear.py does that.
-STREAMED_ROWS = int(os.environ.get("MII_STREAMED_ROWS", "0"))
+from mii.ops import abi, linear_streamed, native
+from mii.ops.activation import activation
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +114,14 @@ def pack_linear(weight: torch.Tensor) -> LinearWeight:
     return LinearWeight(data, out_features, in_features, weight.dtype, packed)
 
 
-def linear(out: torch.Tensor, x: torch.Tensor, weight: LinearWeight, bias: torch.Tensor | None = None) -> None:
+def linear(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: LinearWeight,
+    bias: torch.Tensor | None = None,
+    *,
+    following: LinearWeight | None = None,
+) -> None:
     """out = x @ weight^T + bias, summed in float and rounded once.
 
     Args:
@@ -126,50 +129,18 @@ def linear(out: torch.Tensor, x: torch.Tensor, weight: LinearWeight, bias: torch
         x: [rows, in_features], rows may be strided; the weight's dtype.
         weight: from `pack_linear`.
         bias: [out_features] or None.
+        following: the weight of the next product, whose first part may come into the cache while this one ends.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together.
     """
-    rows = x.shape[0]
-    if (
-        x.shape != (rows, weight.in_features)
-        or out.shape != (rows, weight.out_features)
-        or x.dtype != weight.dtype
-        or out.dtype != weight.dtype
-    ):
-        raise ValueError(
-            f"linear: x {tuple(x.shape)} {x.dtype} and out {tuple(out.shape)} {out.dtype} must be [rows, "
-            f"{weight.in_features}] and [rows, {weight.out_features}] of the weight's dtype {weight.dtype}"
-        )
+    _check(out, x, weight, weight.out_features)
     if not weight.packed:
-        if not (rows <= STREAMED_ROWS and x.is_cuda and _linear_streamed(out, x, weight, bias)):
+        if not linear_streamed.linear(out, x, weight.data, bias, _data(following)):
             _linear_torch(out, x, weight.data, bias)
         return
     if x.stride(1) != 1 or out.stride(1) != 1:
         raise ValueError("linear: x and out must be contiguous along a row")
-    args = abi.MiiLinear(
-        out.data_ptr(),
-        x.data_ptr(),
-        weight.data.data_ptr(),
-        native.pointer(bias),
-        rows,
-        weight.in_features,
-        weight.out_features,
-        x.stride(0),
-        out.stride(0),
-        abi.DTYPE_CODES[weight.dtype],
-    )
-    library = native.library(x.device)
-    if library is None or not library.call("mii_linear", args):
-        linear_reference(out, x, weight, bias)
-
-
-def _linear_streamed(out: torch.Tensor, x: torch.Tensor, weight: LinearWeight, bias: torch.Tensor | None) -> bool:
-    """A few rows on a GPU by the kernel that streams the weight; False: it does not take these."""
-    library = native.library(x.device)
-    strided = x.stride(1) != 1 or out.stride(1) != 1 or not weight.data.is_contiguous()
-    if library is None or strided or weight.dtype not in (torch.float16, torch.bfloat16):
-        return False
     args = abi.MiiLinear(
         out.data_ptr(),
         x.data_ptr(),
@@ -181,20 +152,55 @@ def _linear_streamed(out: torch.Tensor, x: torch.Tensor, weight: LinearWeight, b
         x.stride(0),
         out.stride(0),
         abi.DTYPE_CODES[weight.dtype],
-        _workspace(library, x.device).data_ptr(),
     )
-    return library.call("mii_linear", args, native.stream(x.device))
+    library = native.library(x.device)
+    if library is None or not library.call("mii_linear", args):
+        linear_reference(out, x, weight, bias)
 
 
-_workspaces: dict[torch.device, torch.Tensor] = {}
+def gated_linear(
+    out: torch.Tensor,
+    scratch: torch.Tensor,
+    x: torch.Tensor,
+    weight: LinearWeight,
+    kind: str,
+    bias: torch.Tensor | None = None,
+    *,
+    following: LinearWeight | None = None,
+) -> None:
+    """out = act(x @ gate^T) * (x @ up^T), both products with their bias and rounded first; the weight is [gate | up].
+
+    Args:
+        out: [rows, out_features / 2]; scratch: [rows, out_features], for both products where no kernel does all at once.
+        x, weight, bias, following: as for `linear`.
+        kind: one of `abi.ACTIVATIONS`.
+
+    Raises:
+        ValueError: an unknown kind, shapes or dtypes that do not fit together.
+    """
+    _check(out, x, weight, weight.out_features // 2)
+    if not weight.packed and linear_streamed.linear(out, x, weight.data, bias, _data(following), kind):
+        return
+    linear(scratch, x, weight, bias, following=following)
+    activation(out, scratch, kind, gated=True)
 
 
-def _workspace(library: native.Library, device: torch.device) -> torch.Tensor:
-    """Partial sums and their counters, one for each device: the calls of an engine follow one another in a stream."""
-    if device not in _workspaces:
-        size = library.bytes("mii_linear_workspace_bytes", abi.MiiLinear())
-        _workspaces[device] = torch.zeros(size, dtype=torch.uint8, device=device)
-    return _workspaces[device]
+def _check(out: torch.Tensor, x: torch.Tensor, weight: LinearWeight, width: int) -> None:
+    rows = x.shape[0]
+    if (
+        x.shape != (rows, weight.in_features)
+        or out.shape != (rows, width)
+        or x.dtype != weight.dtype
+        or out.dtype != weight.dtype
+    ):
+        raise ValueError(
+            f"linear: x {tuple(x.shape)} {x.dtype} and out {tuple(out.shape)} {out.dtype} must be [rows, "
+            f"{weight.in_features}] and [rows, {width}] of the weight's dtype {weight.dtype}"
+        )
+
+
+def _data(weight: LinearWeight | None) -> torch.Tensor | None:
+    return None if weight is None else weight.data
 
 
 def _linear_torch(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:

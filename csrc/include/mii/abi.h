@@ -210,14 +210,19 @@ MII_API int64_t mii_sample_workspace_bytes(const struct MiiSample* args);
 // ---- matrix product -------------------------------------------------------------------------------------------------
 // out = x @ weight^T + bias. CPU: weight as packed by mii_linear_pack. CUDA: weight row-major and contiguous, up to 64
 // rows (the product is then a stream of the weight); cuBLASLt serves the others.
+// gated (CUDA only): the weight's rows are [gate | up], out = act(gate product) * (up product), both rounded before.
 struct MiiLinear {
-  void* out;           // [rows, out_features], row stride out_stride
+  void* out;           // [rows, out_features, gated: half of them], row stride out_stride
   const void* x;       // [rows, in_features], row stride x_stride
   const void* weight;
   const void* bias;    // [out_features] or null
   int64_t rows, in_features, out_features, x_stride, out_stride;
   int32_t dtype;
   void* workspace;     // CUDA: of mii_linear_workspace_bytes(), zeroed before its first use; one for calls of one stream
+  const void* next;    // CUDA: memory that the product after this one reads, next_bytes of it, or null. About next_fetch
+  int64_t next_bytes, next_fetch;  // bytes of it are brought into the L2 cache, evenly spread
+  int32_t gated, activation;       // a MiiActivationKind
+  int32_t variant;                 // CUDA: how the work is cut, 0 unless kernels are compared
 };
 MII_API int32_t mii_linear(const struct MiiLinear* args, void* stream);
 MII_API int64_t mii_linear_workspace_bytes(const struct MiiLinear* args);
