@@ -1,46 +1,123 @@
-"""Products of a few rows with the weights of an 8B Llama: our streaming kernel beside cuBLASLt, in one run."""
+"""Products of a few rows with the weights of an 8B Llama: our streaming kernel beside cuBLASLt, in one run.
+
+Each product alone, for every way in which our kernel can cut its work; then chains over 32 layers with weights of their
+own, in one graph, so that nothing is found in the cache and what lies between two kernels counts: the four products of
+a layer, and all of a layer but attention. Chains vary how much of the next weight a product brings into the cache.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from timing import Case, run_cases  # type: ignore[import-not-found]
 
-from mii.ops import linear as module
-from mii.ops.linear import linear, pack_linear
+from benchmarks.timing import Call, Case, graph_seconds, run_cases
+from mii.ops import linear_streamed
+from mii.ops.linear import LinearWeight, gated_linear, linear, pack_linear
+from mii.ops.norm import norm
+from mii.ops.rope_kv import rope_kv
 
-WEIGHTS = {
-    "qkv": (6144, 4096),
-    "output": (4096, 4096),
-    "up": (28672, 4096),
-    "down": (4096, 14336),
-    "head": (128256, 4096),
+HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, BLOCK = 4096, 14336, 32, 8, 128, 64
+QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+LAYER = {
+    "qkv": (QKV, HIDDEN),
+    "output": (HIDDEN, HIDDEN),
+    "up": (2 * INTERMEDIATE, HIDDEN),
+    "down": (HIDDEN, INTERMEDIATE),
 }
+WEIGHTS = LAYER | {"head": (128256, HIDDEN)}
 ROWS = (1, 8, 16, 32, 64)
+CHAIN_ROWS, LAYERS = (1, 8, 64), 32
+FETCHES = (0, 8, 16, 24)  # MiB
+DTYPE, SIZE = torch.bfloat16, 2
 
 
 def run(device: torch.device) -> list[dict[str, Any]]:
-    """A row for each weight, number of rows and kernel."""
-    module.STREAMED_ROWS = max(ROWS)
-    cases = []
+    """A row for each weight, number of rows and kernel, then the chains, whose seconds are those of one layer."""
+    if device.type != "cuda":
+        return []
+    return [*run_cases(_products(), device), *_chains(device)]
+
+
+def _choose(rows: int, variant: int = 0, fetch: int = 0) -> None:
+    linear_streamed.ROWS, linear_streamed.VARIANT, linear_streamed.FETCH_BYTES = rows, variant, fetch << 20
+
+
+def _products() -> Iterator[Case]:
     for name, (n, k) in WEIGHTS.items():
         for rows in ROWS:
-            for streamed in (True, False):
-                text = f"{name} {n} x {k}, {rows} rows, {'streamed' if streamed else 'cuBLASLt'}"
-                make = _maker(rows, n, k, streamed)
-                cases.append(Case("linear", text, 2 * (n * k + rows * (n + k)), make))
-    return run_cases(cases, device)
+            for variant in (None, 0, 1, 2, 3) if rows <= 16 else (None, 0, 1, 2):
+                text = f"{name} {n} x {k}, {rows} rows, {'cuBLASLt' if variant is None else f'streamed {variant}'}"
+                yield Case("linear", text, SIZE * (n * k + rows * (n + k)), _maker(rows, n, k, variant))
 
 
-def _maker(rows: int, n: int, k: int, streamed: bool) -> Callable[[torch.device], Callable[[], None]]:
-    def make(device: torch.device) -> Callable[[], None]:
-        x = torch.randn(rows, k, device=device, dtype=torch.bfloat16)
-        weight = pack_linear(torch.randn(n, k, device=device, dtype=torch.bfloat16))
-        out = torch.empty(rows, n, device=device, dtype=torch.bfloat16)
-        if streamed:
-            return lambda: linear(out, x, weight)
-        return lambda: module._linear_torch(out, x, weight.data, None)
+def _weight(device: torch.device, n: int, k: int) -> LinearWeight:
+    return pack_linear(torch.randn(n, k, device=device, dtype=DTYPE).mul_(k**-0.5))
+
+
+def _maker(rows: int, n: int, k: int, variant: int | None) -> Callable[[torch.device], Call]:
+    def make(device: torch.device) -> Call:
+        x = torch.randn(rows, k, device=device, dtype=DTYPE)
+        weight, out = _weight(device, n, k), torch.empty(rows, n, device=device, dtype=DTYPE)
+
+        def call() -> None:
+            _choose(0 if variant is None else max(ROWS), variant or 0)
+            linear(out, x, weight)
+
+        return call
 
     return make
+
+
+class _Chain:
+    """A layer's buffers and calls for a number of rows."""
+
+    def __init__(self, device: torch.device, rows: int) -> None:
+        def random(*shape: int) -> torch.Tensor:
+            return torch.randn(shape, device=device, dtype=DTYPE)
+
+        self.hidden, self.residual, self.branch = (random(rows, HIDDEN) for _ in range(3))
+        self.qkv, self.up, self.activated = (
+            random(rows, QKV),
+            random(rows, 2 * INTERMEDIATE),
+            random(rows, INTERMEDIATE),
+        )
+        self.gain, self.table = random(HIDDEN), torch.randn(1024, HEAD_DIM, device=device)
+        self.cache = random(2, 1, KV_HEADS, BLOCK, HEAD_DIM)
+        self.rows = torch.arange(rows, dtype=torch.int32, device=device)
+
+    def products(self, weights: list[LinearWeight], following: LinearWeight) -> None:
+        qkv, output, up, down = weights
+        linear(self.qkv, self.hidden, qkv, following=output)
+        linear(self.hidden, self.qkv[:, :HIDDEN], output, following=up)
+        linear(self.up, self.hidden, up, following=down)
+        linear(self.hidden, self.up[:, :INTERMEDIATE], down, following=following)
+
+    def layer(self, weights: list[LinearWeight], following: LinearWeight) -> None:
+        qkv, output, up, down = weights
+        norm(self.hidden, self.branch, self.gain, eps=1e-5, residual=self.residual)
+        linear(self.qkv, self.hidden, qkv, following=output)
+        heads = {"q_heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "rotary_dim": HEAD_DIM}
+        rope_kv(self.qkv, self.cache[0], self.cache[1], self.table, self.rows, self.rows, **heads)
+        linear(self.branch, self.qkv[:, :HIDDEN], output, following=up)
+        norm(self.hidden, self.branch, self.gain, eps=1e-5, residual=self.residual)
+        gated_linear(self.activated, self.up, self.hidden, up, "silu", following=down)
+        linear(self.branch, self.activated, down, following=following)
+
+
+def _chains(device: torch.device) -> Iterator[dict[str, Any]]:
+    layers = [[_weight(device, n, k) for n, k in LAYER.values()] for _ in range(LAYERS)]
+    moved = SIZE * sum(n * k for n, k in LAYER.values())
+    for rows in CHAIN_ROWS:
+        chain = _Chain(device, rows)
+        for name, run_layer in (("four products", chain.products), ("layer but attention", chain.layer)):
+            for fetch in (None, *FETCHES):
+                _choose(0 if fetch is None else max(ROWS), 0, fetch or 0)
+                calls = [
+                    lambda i=i, run_layer=run_layer: run_layer(layers[i], layers[(i + 1) % LAYERS][0])  # type: ignore[misc]
+                    for i in range(LAYERS)
+                ]
+                kernel = "cuBLASLt" if fetch is None else f"streamed, {fetch} MiB ahead"
+                text = f"{name}, {rows} rows, {kernel}"
+                yield {"kernel": "linear chain", "case": text, "seconds": graph_seconds(calls), "bytes": moved}

@@ -43,7 +43,7 @@ def run_cases(cases: Iterable[Case], device: torch.device) -> list[dict[str, Any
         copies = max(1, min(16, COLD // case.bytes)) if case.bytes > WARM else 1
         calls = [case.make(device) for _ in range(copies)]
         if device.type == "cuda":
-            seconds = _graph_seconds(calls, launches=max(4, min(32, int(FLOPS / max(1, case.flops)))))
+            seconds = graph_seconds(calls, launches=max(4, min(32, int(FLOPS / max(1, case.flops)))))
         else:
             seconds = _host_seconds(calls)
         result = {"kernel": case.kernel, "case": case.case, "seconds": seconds, "bytes": case.bytes}
@@ -51,7 +51,7 @@ def run_cases(cases: Iterable[Case], device: torch.device) -> list[dict[str, Any
     return results
 
 
-def _graph_seconds(calls: list[Call], launches: int, replays: int = 20) -> float:
+def graph_seconds(calls: list[Call], launches: int = 32, replays: int = 20) -> float:
     """Median time of one launch within a graph of many, the calls taking turns."""
     for call in calls:
         call()

@@ -75,7 +75,7 @@ int64_t mii_struct_size(const char* name) {
       {"MiiNorm", sizeof(MiiNorm)},           {"MiiRopeKv", sizeof(MiiRopeKv)},
       {"MiiAttention", sizeof(MiiAttention)}, {"MiiActivation", sizeof(MiiActivation)},
       {"MiiGather", sizeof(MiiGather)},       {"MiiSample", sizeof(MiiSample)},
-      {"MiiLinear", sizeof(MiiLinear)},
+      {"MiiLinear", sizeof(MiiLinear)},       {"MiiLinearStreamed", sizeof(MiiLinearStreamed)},
   };
   for (const Entry& entry : entries) {
     if (std::strcmp(entry.name, name) == 0) return entry.size;

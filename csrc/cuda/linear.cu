@@ -16,12 +16,12 @@ int64_t partial_bytes(int sms) { return int64_t(sms) * 2 * kMaxPartials * kStrea
 template <auto kernel>
 int32_t grant_shared(int bytes) {
   static std::atomic<uint64_t> granted{0};
-  MII_REQUIRE(bytes <= card().shared_per_block, MII_UNSUPPORTED, "mii_linear: needs %d bytes of shared memory", bytes);
+  MII_REQUIRE(bytes <= card().shared_per_block, MII_UNSUPPORTED, "mii_linear_streamed: %d bytes of shared memory", bytes);
   int device = 0;
   cudaGetDevice(&device);
   if (granted.load() >> device & 1) return MII_OK;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  MII_REQUIRE(error == cudaSuccess, MII_UNSUPPORTED, "mii_linear: %d bytes of shared memory: %s", bytes,
+  MII_REQUIRE(error == cudaSuccess, MII_UNSUPPORTED, "mii_linear_streamed: %d bytes of shared memory: %s", bytes,
               cudaGetErrorString(error));
   granted.fetch_or(uint64_t(1) << device);
   return MII_OK;
@@ -36,7 +36,8 @@ int32_t launch_stream(const LinearStreamArgs<T>& args, void* stream) {
   const int64_t units = int64_t(ceil_div(args.n, S::kTileRows)) * ceil_div(args.k, S::kDepth);
   const int64_t places = int64_t(PerSm) * card().sms;
   const int ctas = static_cast<int>(units < places ? units : places);
-  return launch("mii_linear", linear_stream<T, S>, Shape{dim3(ctas), dim3(kStreamThreads), S::kSharedBytes}, stream, args);
+  const Shape shape{dim3(ctas), dim3(kStreamThreads), S::kSharedBytes};
+  return launch("mii_linear_streamed", linear_stream<T, S>, shape, stream, args);
 }
 
 // Shapes to compare on a card: 0 is the one that serves.
@@ -65,22 +66,23 @@ int32_t launch_rows(const LinearStreamArgs<T>& args, int variant, void* stream) 
 }
 
 template <typename T>
-int32_t linear(const MiiLinear& a, void* stream) {
+int32_t linear(const MiiLinearStreamed& a, void* stream) {
+  const MiiLinear& p = a.product;
   const LinearStreamArgs<T> args = {
-      static_cast<T*>(a.out),
-      static_cast<const T*>(a.x),
-      static_cast<const T*>(a.weight),
-      static_cast<const T*>(a.bias),
+      static_cast<T*>(p.out),
+      static_cast<const T*>(p.x),
+      static_cast<const T*>(p.weight),
+      static_cast<const T*>(p.bias),
       static_cast<const char*>(a.next),
-      static_cast<int*>(a.workspace),
-      reinterpret_cast<float4*>(static_cast<int*>(a.workspace) + kStreamMaxTiles),
-      a.x_stride,
-      a.out_stride,
+      static_cast<int*>(p.workspace),
+      reinterpret_cast<float4*>(static_cast<int*>(p.workspace) + kStreamMaxTiles),
+      p.x_stride,
+      p.out_stride,
       a.next_bytes,
       a.next_fetch,
-      static_cast<int>(a.rows),
-      static_cast<int>(a.out_features),
-      static_cast<int>(a.in_features),
+      static_cast<int>(p.rows),
+      static_cast<int>(p.out_features),
+      static_cast<int>(p.in_features),
       a.gated ? a.activation : kPlain,
   };
   return launch_rows(args, a.variant, stream);
@@ -89,21 +91,25 @@ int32_t linear(const MiiLinear& a, void* stream) {
 }  // namespace
 }  // namespace mii
 
-extern "C" int32_t mii_linear(const MiiLinear* a, void* stream) {
+extern "C" int32_t mii_linear_streamed(const MiiLinearStreamed* a, void* stream) {
   using namespace mii;
-  if (a->rows == 0 || a->out_features == 0) return MII_OK;
-  MII_REQUIRE(card().major == 9, MII_UNSUPPORTED, "mii_linear: this kernel is for compute capability 9.0");
-  MII_REQUIRE(a->dtype == MII_BF16 || a->dtype == MII_F16, MII_UNSUPPORTED, "mii_linear: 16-bit formats only");
-  MII_REQUIRE(a->rows <= kMaxRows && a->workspace, MII_UNSUPPORTED, "mii_linear: up to %d rows, with a workspace", kMaxRows);
-  const bool steps = a->in_features % 16 == 0 && a->x_stride % 8 == 0 && a->in_features > 0;
-  MII_REQUIRE(steps && aligned(a->x, 16) && aligned(a->weight, 16) && aligned(a->workspace, 16), MII_UNSUPPORTED,
-              "mii_linear: rows of x and weight must be whole steps of 16, and aligned to 16 bytes");
-  MII_REQUIRE(a->out_features <= int64_t(64) * kStreamMaxTiles && a->in_features < (int64_t(1) << 24), MII_UNSUPPORTED,
-              "mii_linear: a weight of %lld x %lld is too large", static_cast<long long>(a->out_features),
-              static_cast<long long>(a->in_features));
-  MII_REQUIRE(!a->gated || a->out_features % 2 == 0, MII_INVALID, "mii_linear: %lld gated features are not pairs",
-              static_cast<long long>(a->out_features));
-  return a->dtype == MII_BF16 ? linear<__nv_bfloat16>(*a, stream) : linear<__half>(*a, stream);
+  const MiiLinear& p = a->product;
+  if (p.rows == 0 || p.out_features == 0) return MII_OK;
+  MII_REQUIRE(card().major == 9, MII_UNSUPPORTED, "mii_linear_streamed: for compute capability 9.0 only");
+  MII_REQUIRE(p.dtype == MII_BF16 || p.dtype == MII_F16, MII_UNSUPPORTED, "mii_linear_streamed: 16-bit formats only");
+  MII_REQUIRE(p.rows <= kMaxRows && p.workspace, MII_UNSUPPORTED, "mii_linear_streamed: up to %d rows, with a workspace",
+              kMaxRows);
+  const bool steps = p.in_features % 16 == 0 && p.x_stride % 8 == 0 && p.in_features > 0;
+  MII_REQUIRE(steps && aligned(p.x, 16) && aligned(p.weight, 16) && aligned(p.workspace, 16), MII_UNSUPPORTED,
+              "mii_linear_streamed: rows of x and weight must be whole steps of 16, and aligned to 16 bytes");
+  MII_REQUIRE(p.out_features <= int64_t(64) * kStreamMaxTiles && p.in_features < (int64_t(1) << 24), MII_UNSUPPORTED,
+              "mii_linear_streamed: a weight of %lld x %lld is too large", static_cast<long long>(p.out_features),
+              static_cast<long long>(p.in_features));
+  MII_REQUIRE(!a->gated || p.out_features % 2 == 0, MII_INVALID,
+              "mii_linear_streamed: %lld gated features are not pairs", static_cast<long long>(p.out_features));
+  MII_REQUIRE(a->next == nullptr || aligned(a->next, 16), MII_INVALID,
+              "mii_linear_streamed: what comes next must be aligned to 16 bytes");
+  return p.dtype == MII_BF16 ? linear<__nv_bfloat16>(*a, stream) : linear<__half>(*a, stream);
 }
 
 extern "C" int64_t mii_linear_workspace_bytes(const MiiLinear*) {

@@ -85,7 +85,13 @@ MiiLinear = _struct(
     (c_void_p, "out x weight bias"),
     (c_int64, "rows in_features out_features x_stride out_stride"),
     (c_int32, "dtype"),
-    (c_void_p, "workspace next"),
+    (c_void_p, "workspace"),
+)
+
+MiiLinearStreamed = _struct(
+    "MiiLinearStreamed",
+    (MiiLinear, "product"),
+    (c_void_p, "next"),
     (c_int64, "next_bytes next_fetch"),
     (c_int32, "gated activation variant"),
 )
@@ -122,6 +128,7 @@ FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "mii_sample": MiiSample,
     "mii_sample_workspace_bytes": MiiSample,
     "mii_linear": MiiLinear,
+    "mii_linear_streamed": MiiLinearStreamed,
     "mii_linear_workspace_bytes": MiiLinear,
     "mii_linear_pack": MiiLinearPack,
     "mii_linear_packed_bytes": MiiLinearPack,

@@ -171,7 +171,8 @@ def gated_linear(
     """out = act(x @ gate^T) * (x @ up^T), both products with their bias and rounded first; the weight is [gate | up].
 
     Args:
-        out: [rows, out_features / 2]; scratch: [rows, out_features], for both products where no kernel does all at once.
+        out: [rows, out_features / 2]; scratch: [rows, out_features], for the two products where no
+            kernel does all at once.
         x, weight, bias, following: as for `linear`.
         kind: one of `abi.ACTIVATIONS`.
 

@@ -12,8 +12,8 @@ import torch
 
 from mii.ops import abi, native
 
-# Up to this many rows (64 at most) a product goes to this kernel. 0, cuBLASLt for all, until its speed on a card has been
-# measured; benchmarks/kernels_linear.py does that.
+# Up to this many rows (64 at most) a product goes to this kernel. 0, cuBLASLt for all, until its speed on a card has
+# been measured; benchmarks/kernels_linear.py does that.
 ROWS = int(os.environ.get("MII_STREAMED_ROWS", "0"))
 # Bytes of the following product's weight that come into the L2 cache while a product ends: about what memory delivers
 # between the last read of one product and the first of the next.
@@ -39,7 +39,7 @@ def linear(
     strided = x.stride(1) != 1 or out.stride(1) != 1 or not weight.is_contiguous()
     if library is None or strided or weight.dtype not in (torch.float16, torch.bfloat16):
         return False
-    args = abi.MiiLinear(
+    product = abi.MiiLinear(
         out.data_ptr(),
         x.data_ptr(),
         weight.data_ptr(),
@@ -51,6 +51,9 @@ def linear(
         out.stride(0),
         abi.DTYPE_CODES[weight.dtype],
         _workspace(library, x.device).data_ptr(),
+    )
+    args = abi.MiiLinearStreamed(
+        product,
         native.pointer(following),
         0 if following is None else following.numel() * following.element_size(),
         FETCH_BYTES,
@@ -58,7 +61,7 @@ def linear(
         abi.ACTIVATIONS.get(activation or "", 0),
         VARIANT,
     )
-    return library.call("mii_linear", args, native.stream(x.device))
+    return library.call("mii_linear_streamed", args, native.stream(x.device))
 
 
 def _workspace(library: native.Library, device: torch.device) -> torch.Tensor:

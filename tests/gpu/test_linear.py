@@ -2,57 +2,93 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch.nn import functional
 
 from mii.ops import linear as module
-from mii.ops.linear import linear, pack_linear
+from mii.ops import linear_streamed
+from mii.ops.linear import LinearWeight, gated_linear, linear, pack_linear
 
-# Row tiles and steps of k that are whole, cut off, fewer than the card has multiprocessors, and many for each.
+# Tiles and steps of k that are whole, cut off, fewer than the card has multiprocessors, and many for each.
 SHAPES = [
     (128, 64),
-    (8, 8),
+    (8, 16),
     (576, 576),
     (960, 576),
     (3072, 576),
     (6144, 4096),
     (4096, 14336),
-    (200, 1000),
+    (200, 1008),
     (49152, 576),
 ]
+DTYPES = [torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(autouse=True)
 def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "STREAMED_ROWS", 64)
+    monkeypatch.setattr(linear_streamed, "ROWS", 64)
+    monkeypatch.setattr(linear_streamed, "FETCH_BYTES", 4 << 20)
+    monkeypatch.setattr(module, "_linear_torch", lambda *a: pytest.fail("the kernel did not take it"))
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    return torch.randn(shape, generator=generator, device="cuda").mul_(scale).to(dtype)
 
 
 def product(
     rows: int, n: int, k: int, dtype: torch.dtype, bias: bool, seed: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator("cuda").manual_seed(seed)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device="cuda", dtype=torch.float32).to(dtype)
-
-    x, weight, offset = random(rows, k), random(n, k), random(n) if bias else None
+    x, weight = random(rows, k, dtype=dtype, seed=seed), random(n, k, dtype=dtype, seed=seed + 1)
+    offset = random(n, dtype=dtype, seed=seed + 2) if bias else None
     out = torch.full((rows, n), float("nan"), device="cuda", dtype=dtype)
     linear(out, x, pack_linear(weight), offset)
     expected = x.double() @ weight.double().t() + (0 if offset is None else offset.double())
     return out, expected
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def assert_near(out: torch.Tensor, expected: torch.Tensor, eps: float = 2.0) -> None:
+    error = (out.double() - expected).norm() / expected.norm()
+    assert error < eps * torch.finfo(out.dtype).eps
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 16, 17, 32, 33, 64])
-def test_kernel_equals_torch(
-    rows: int, shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "_linear_torch", lambda *a: pytest.fail("the kernel did not take it"))
+def test_kernel_equals_torch(rows: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
     for seed in range(3):  # the counters reset themselves
         out, expected = product(rows, *shape, dtype, bias=rows % 2 == 0, seed=seed)
-        error = (out.double() - expected).norm() / expected.norm()
-        assert error < 2 * torch.finfo(dtype).eps
+        assert_near(out, expected)
+
+
+@pytest.mark.parametrize("variant", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 8, 16, 29, 64])
+def test_other_cuts_of_the_work_equal_torch(rows: int, variant: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_streamed, "VARIANT", variant)
+    for n, k in ((200, 1008), (4096, 4096), (6144, 4096), (4096, 14336)):
+        assert_near(*product(rows, n, k, torch.bfloat16, bias=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("rows", [1, 5, 8, 12, 16, 24, 64])
+def test_gated_product_equals_torch(rows: int, kind: str, dtype: torch.dtype) -> None:
+    bodies: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "silu": functional.silu,
+        "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    }
+    for width, k in ((8, 32), (100, 576), (1536, 576), (14336, 4096)):
+        x, weight = random(rows, k, dtype=dtype), random(2 * width, k, dtype=dtype, seed=1, scale=k**-0.5)
+        bias = random(2 * width, dtype=dtype, seed=2) if rows % 2 else None
+        out = torch.full((rows, width), float("nan"), device="cuda", dtype=dtype)
+        gated_linear(out, out.new_empty(rows, 2 * width), x, pack_linear(weight), kind, bias)
+        both = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+        gate, up = both.chunk(2, dim=1)
+        assert_near(out, bodies[kind](gate) * up, eps=4)
 
 
 def test_runs_repeat_bit_for_bit() -> None:
@@ -61,34 +97,49 @@ def test_runs_repeat_bit_for_bit() -> None:
 
 
 def test_rows_may_be_strided() -> None:
-    wide = torch.randn(12, 2048, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(512, 1024, device="cuda", dtype=torch.bfloat16)
+    wide = random(12, 2048)
+    weight = random(512, 1024, seed=1)
     out = torch.zeros(12, 1536, device="cuda", dtype=torch.bfloat16)
     linear(out[:, 512:1024], wide[:, 1024:], pack_linear(weight))
-    expected = wide[:, 1024:].double() @ weight.double().t()
-    assert (out[:, 512:1024].double() - expected).norm() / expected.norm() < 0.01
+    assert_near(out[:, 512:1024], wide[:, 1024:].double() @ weight.double().t())
     assert not out[:, :512].any()
     assert not out[:, 1024:].any()
 
 
-def test_a_chain_of_products_in_a_graph_equals_the_launched_one() -> None:
-    weights = [pack_linear(torch.randn(2048, 2048, device="cuda", dtype=torch.bfloat16) / 45) for _ in range(6)]
-    buffers = [torch.randn(4, 2048, device="cuda", dtype=torch.bfloat16)] + [
-        torch.zeros(4, 2048, device="cuda", dtype=torch.bfloat16) for _ in weights
-    ]
+@pytest.mark.parametrize("rows", [1, 8, 40])
+def test_layers_in_a_graph_equal_products_that_waited_for_one_another(rows: int) -> None:
+    """Kernels start before the one before them ends, share counters and partial sums, and fetch the next weight."""
+    shapes = [(1536, 1024), (1024, 1024), (5632, 1024), (1024, 2816)]
+    weights = [pack_linear(random(n, k, seed=i, scale=k**-0.5)) for i in range(6) for n, k in shapes]
+    start = random(rows, 1024, seed=99)
+    qkv, hidden, activated = (start.new_zeros(rows, width) for width in (1536, 1024, 2816))
 
-    def chain() -> None:
-        for source, target, weight in zip(buffers, buffers[1:], weights, strict=False):
-            linear(target, source, weight)
+    def layers(after: Callable[[], None]) -> None:
+        hidden.copy_(start)
+        for i in range(0, len(weights), 4):
+            steps: list[tuple[torch.Tensor, torch.Tensor, LinearWeight]] = [
+                (qkv, hidden, weights[i]),
+                (hidden, qkv[:, :1024], weights[i + 1]),
+                (activated, hidden, weights[i + 2]),
+                (hidden, activated, weights[i + 3]),
+            ]
+            for j, (out, x, weight) in enumerate(steps):
+                following = weights[(i + j + 1) % len(weights)]
+                if j == 2:
+                    gated_linear(out, out, x, weight, "silu", following=following)
+                else:
+                    linear(out, x, weight, following=following)
+                after()
 
-    chain()
-    torch.cuda.synchronize()
-    expected = buffers[-1].clone()
+    layers(torch.cuda.synchronize)
+    expected = hidden.clone()
+    assert expected.isfinite().all() and expected.abs().max() > 0
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        chain()
-    for _ in range(20):
-        buffers[-1].zero_()
+        layers(lambda: None)
+    for _ in itertools.repeat(None, 50):
+        for buffer in (qkv, hidden, activated):
+            buffer.fill_(float("nan"))
         graph.replay()
         torch.cuda.synchronize()
-        assert torch.equal(buffers[-1], expected)
+        assert torch.equal(hidden, expected)

@@ -208,23 +208,28 @@ MII_API int32_t mii_sample(const struct MiiSample* args, void* stream);
 MII_API int64_t mii_sample_workspace_bytes(const struct MiiSample* args);
 
 // ---- matrix product -------------------------------------------------------------------------------------------------
-// out = x @ weight^T + bias. CPU: weight as packed by mii_linear_pack. CUDA: weight row-major and contiguous, up to 64
-// rows (the product is then a stream of the weight); cuBLASLt serves the others.
-// gated (CUDA only): the weight's rows are [gate | up], out = act(gate product) * (up product), both rounded before.
+// out = x @ weight^T + bias, on the CPU with a weight that mii_linear_pack packed.
 struct MiiLinear {
-  void* out;           // [rows, out_features, gated: half of them], row stride out_stride
+  void* out;           // [rows, out_features], row stride out_stride
   const void* x;       // [rows, in_features], row stride x_stride
   const void* weight;
   const void* bias;    // [out_features] or null
   int64_t rows, in_features, out_features, x_stride, out_stride;
   int32_t dtype;
   void* workspace;     // CUDA: of mii_linear_workspace_bytes(), zeroed before its first use; one for calls of one stream
-  const void* next;    // CUDA: memory that the product after this one reads, next_bytes of it, or null. About next_fetch
-  int64_t next_bytes, next_fetch;  // bytes of it are brought into the L2 cache, evenly spread
-  int32_t gated, activation;       // a MiiActivationKind
-  int32_t variant;                 // CUDA: how the work is cut, 0 unless kernels are compared
 };
 MII_API int32_t mii_linear(const struct MiiLinear* args, void* stream);
+
+// CUDA: the product of up to 64 rows as a stream of the weight, which is row-major and contiguous. cuBLASLt serves more.
+// gated: the weight's rows are [gate | up], out = act(gate product) * (up product), both rounded before.
+struct MiiLinearStreamed {
+  struct MiiLinear product;  // gated: out is [rows, out_features / 2]
+  const void* next;          // memory that the product after this one reads, next_bytes of it, or null. About next_fetch
+  int64_t next_bytes, next_fetch;  // bytes of it, evenly spread, come into the L2 cache while this product ends
+  int32_t gated, activation;       // a MiiActivationKind
+  int32_t variant;                 // how the work is cut; 0 unless kernels are compared
+};
+MII_API int32_t mii_linear_streamed(const struct MiiLinearStreamed* args, void* stream);
 MII_API int64_t mii_linear_workspace_bytes(const struct MiiLinear* args);
 
 // Packs a row-major weight into the layout that mii_linear reads, once at load. Padding is zeros. The layout depends on

@@ -6,8 +6,8 @@
 // The weight [n, k] is the 16-row operand of mma.m16n8k16 and the tokens are its 8 columns, so few tokens waste nothing.
 // Work is cut into units of some weight rows (a tile) by a depth of k, and every CTA streams an equal run of consecutive
 // units through a ring in shared memory, whatever n and k are (stream-K: Osama et al., arXiv 2301.03598). One warp copies,
-// a row of a unit at a time, by bulk copies that need no layout of the weight but its own; rows lie 16 bytes further apart in
-// shared memory than they are long, so that fragments load without bank conflicts. Four warps multiply.
+// a row of a unit at a time, by bulk copies that need no layout of the weight but its own; rows lie 16 bytes further
+// apart in shared memory than they are long, so that fragments load without bank conflicts. Four warps multiply.
 //
 // A CTA whose run ends inside a tile leaves float partial sums; the last of a tile's CTAs to arrive adds them up in their
 // order, so runs repeat bit for bit, and resets the tile's counter for the next launch.
