@@ -63,10 +63,11 @@ class Decoder(Module):
 
     def finish(self) -> None:
         """Called when every weight is there."""
-        products: list[Linear | TiedHead] = [module for _, module in self.modules() if isinstance(module, Linear)]
-        for product in products:
-            product.finish()
+        linears = [module for _, module in self.modules() if isinstance(module, Linear)]
+        for module in linears:
+            module.finish()
         self.embedding.finish()
+        products: list[Linear | TiedHead] = [*linears]
         if isinstance(self.head, TiedHead):
             self.head.finish(self.embedding.weight.tensor)
             products.append(self.head)
