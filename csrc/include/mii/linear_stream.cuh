@@ -5,9 +5,9 @@
 //
 // The weight [n, k] is the 16-row operand of mma.m16n8k16 and the tokens are its 8 columns, so few tokens waste nothing.
 // Work is cut into units of some weight rows (a tile) by a depth of k, and every CTA streams an equal run of consecutive
-// units through a ring in shared memory, whatever n and k are (stream-K: Osama et al., arXiv 2301.03598). One warp copies,
+// units through a ring in shared memory, whatever n and k are (stream-K: Osama et al., arXiv 2301.03598). Four warps copy,
 // a row of a unit at a time, by bulk copies that need no layout of the weight but its own; rows lie 16 bytes further
-// apart in shared memory than they are long, so that fragments load without bank conflicts. Four warps multiply.
+// apart in shared memory than they are long, so that fragments load without bank conflicts. Four more multiply.
 //
 // A CTA whose run ends inside a tile leaves float partial sums; the last of a tile's CTAs to arrive adds them up in their
 // order, so runs repeat bit for bit, and resets the tile's counter for the next launch.
@@ -20,9 +20,12 @@
 
 namespace mii {
 
-constexpr int kStreamWarps = 4;  // that multiply; one more copies
+constexpr int kStreamWarps = 4;  // that multiply
+// Warps that copy. A bulk copy takes its operands from registers that a whole warp shares, so a warp starts one lane's
+// after the other, each in some tens of cycles; a multiprocessor needs 512 bytes every 40.
+constexpr int kCopyWarps = 4;
 constexpr int kStreamConsumers = kStreamWarps * kWarp;
-constexpr int kStreamThreads = kStreamConsumers + kWarp;
+constexpr int kStreamThreads = kStreamConsumers + kCopyWarps * kWarp;
 constexpr int kStreamMaxTiles = 16384;
 constexpr int kPlain = -1;  // in place of an activation
 
@@ -97,30 +100,39 @@ struct Stream {
   MII_DEVICE int valid_rows(int tile) const { return min(S::kTileRows, a.n - tile * S::kTileRows); }
 };
 
-// ---- the copying warp -----------------------------------------------------------------------------------------------
-template <typename T, typename S>
-MII_DEVICE void load_weights(const Stream<T, S>& s, int unit, uint64_t policy) {
-  const int lane = threadIdx.x % kWarp, tile = s.tile(unit), bytes = 2 * s.depth(unit);
-  // Of a gated weight's last tile the valid rows are not the first ones, but as many.
-  if (lane == 0) barrier_expect(s.full(unit), bytes * (s.valid_rows(tile) + s.a.rows));
-  __syncwarp();
-  const int gate_end = s.a.activation == kPlain ? s.a.n : s.a.n / 2;
-  const T* source = s.a.weight + s.column(unit);
+// ---- the copying warps ----------------------------------------------------------------------------------------------
+// Calls copy(row) for this thread's part of `rows` rows, dealt out to the warps in turn.
+template <int MaxRows, typename Copy>
+MII_DEVICE void deal_rows(int rows, Copy&& copy) {
+  const int thread = threadIdx.x - kStreamConsumers;
 #pragma unroll
-  for (int i = 0; i < S::kTileRows / kWarp; ++i) {
-    const int row = lane + i * kWarp, n = s.weight_row(tile, row);
-    if (n >= (row % 16 < 8 ? gate_end : s.a.n)) continue;
-    bulk_copy(s.stage(unit) + row * S::kRowBytes, source + int64_t(n) * s.a.k, bytes, s.full(unit), policy);
+  for (int start = 0; start < MaxRows; start += kCopyWarps * kWarp) {
+    const int row = start + thread % kWarp * kCopyWarps + thread / kWarp;
+    if (row < rows) copy(row);
   }
 }
 
 template <typename T, typename S>
+MII_DEVICE void load_weights(const Stream<T, S>& s, int unit, uint64_t policy) {
+  const int tile = s.tile(unit), bytes = 2 * s.depth(unit), gate_end = s.a.activation == kPlain ? s.a.n : s.a.n / 2;
+  // One thread announces the bytes of all; those that land before count down from nothing, and the phase waits for the
+  // arrival. Of a gated weight's last tile the valid rows are not the first ones, but as many.
+  if (threadIdx.x == kStreamConsumers) barrier_expect(s.full(unit), bytes * (s.valid_rows(tile) + s.a.rows));
+  const T* source = s.a.weight + s.column(unit);
+  deal_rows<S::kTileRows>(S::kTileRows, [&](int row) {
+    const int n = s.weight_row(tile, row);
+    if (n >= (row % 16 < 8 ? gate_end : s.a.n)) return;
+    bulk_copy(s.stage(unit) + row * S::kRowBytes, source + int64_t(n) * s.a.k, bytes, s.full(unit), policy);
+  });
+}
+
+template <typename T, typename S>
 MII_DEVICE void load_tokens(const Stream<T, S>& s, int unit) {
-  const int column = s.column(unit), bytes = 2 * s.depth(unit);
-  for (int token = threadIdx.x % kWarp; token < s.a.rows; token += kWarp) {
-    const uint32_t target = s.stage(unit) + S::kWeightBytes + token * S::kRowBytes;
-    bulk_copy(target, s.a.x + token * s.a.x_stride + column, bytes, s.full(unit));
-  }
+  const T* source = s.a.x + s.column(unit);
+  const uint32_t target = s.stage(unit) + S::kWeightBytes;
+  deal_rows<S::kTokens>(s.a.rows, [&](int token) {
+    bulk_copy(target + token * S::kRowBytes, source + token * s.a.x_stride, 2 * s.depth(unit), s.full(unit));
+  });
 }
 
 // This CTA's share of the next weight, in pieces of 4 KB.
@@ -129,7 +141,7 @@ MII_DEVICE void prefetch_next(const LinearStreamArgs<T>& a) {
   if (a.next == nullptr) return;
   const int64_t start = a.next_bytes / 16 * blockIdx.x / gridDim.x * 16;
   const int64_t stop = min(a.next_bytes / 16 * 16, start + a.next_fetch / gridDim.x / 4096 * 4096);
-  for (int64_t at = start + threadIdx.x % kWarp * 4096; at < stop; at += kWarp * 4096) {
+  for (int64_t at = start + (threadIdx.x - kStreamConsumers) * 4096; at < stop; at += kCopyWarps * kWarp * 4096) {
     bulk_prefetch(a.next + at, static_cast<int>(min(int64_t(4096), stop - at)));
   }
 }
