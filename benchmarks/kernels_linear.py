@@ -27,7 +27,7 @@ LAYER = {
     "down": (HIDDEN, INTERMEDIATE),
 }
 WEIGHTS = LAYER | {"head": (128256, HIDDEN)}
-ROWS = (1, 8, 16, 32, 64)
+VARIANTS = {1: 4, 8: 4, 16: 4, 32: 3, 64: 2}  # of our kernel's cuts, for each number of rows
 CHAIN_ROWS, LAYERS = (1, 8, 64), 32
 FETCHES = (0, 8, 16, 24)  # MiB
 DTYPE, SIZE = torch.bfloat16, 2
@@ -46,8 +46,8 @@ def _choose(rows: int, variant: int = 0, fetch: int = 0) -> None:
 
 def _products() -> Iterator[Case]:
     for name, (n, k) in WEIGHTS.items():
-        for rows in ROWS:
-            for variant in (None, 0, 1, 2, 3) if rows <= 16 else (None, 0, 1, 2):
+        for rows in VARIANTS:
+            for variant in (None, *range(VARIANTS[rows])):
                 text = f"{name} {n} x {k}, {rows} rows, {'cuBLASLt' if variant is None else f'streamed {variant}'}"
                 yield Case("linear", text, SIZE * (n * k + rows * (n + k)), _maker(rows, n, k, variant))
 
@@ -62,7 +62,7 @@ def _maker(rows: int, n: int, k: int, variant: int | None) -> Callable[[torch.de
         weight, out = _weight(device, n, k), torch.empty(rows, n, device=device, dtype=DTYPE)
 
         def call() -> None:
-            _choose(0 if variant is None else max(ROWS), variant or 0)
+            _choose(0 if variant is None else max(VARIANTS), variant or 0)
             linear(out, x, weight)
 
         return call
@@ -113,7 +113,7 @@ def _chains(device: torch.device) -> Iterator[dict[str, Any]]:
         chain = _Chain(device, rows)
         for name, run_layer in (("four products", chain.products), ("layer but attention", chain.layer)):
             for fetch in (None, *FETCHES):
-                _choose(0 if fetch is None else max(ROWS), 0, fetch or 0)
+                _choose(0 if fetch is None else max(VARIANTS), 0, fetch or 0)
                 calls = [
                     lambda i=i, run_layer=run_layer: run_layer(layers[i], layers[(i + 1) % LAYERS][0])  # type: ignore[misc]
                     for i in range(LAYERS)

@@ -40,28 +40,27 @@ int32_t launch_stream(const LinearStreamArgs<T>& args, void* stream) {
   return launch("mii_linear_streamed", linear_stream<T, S>, shape, stream, args);
 }
 
-// Shapes to compare on a card: 0 is the one that serves.
 template <typename T>
 int32_t launch_rows(const LinearStreamArgs<T>& args, int variant, void* stream) {
-  if (args.rows <= 8) {
-    if (variant == 1) return launch_stream<T, StreamShape<8, 1, 128, 10>>(args, stream);
-    if (variant == 2) return launch_stream<T, StreamShape<8, 1, 128, 5>, 2>(args, stream);
-    if (variant == 3) return launch_stream<T, StreamShape<8, 2, 128, 5>>(args, stream);
-    return launch_stream<T, StreamShape<8, 1, 256, 5>>(args, stream);
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // other cuts, to compare on a card
+    if (args.rows <= 8) {
+      if (variant == 1) return launch_stream<T, StreamShape<8, 1, 128, 10>>(args, stream);
+      if (variant == 2) return launch_stream<T, StreamShape<8, 1, 128, 5>, 2>(args, stream);
+      if (variant == 3) return launch_stream<T, StreamShape<8, 2, 128, 5>>(args, stream);
+    } else if (args.rows <= 16) {
+      if (variant == 1) return launch_stream<T, StreamShape<16, 1, 128, 9>>(args, stream);
+      if (variant == 2) return launch_stream<T, StreamShape<16, 1, 128, 4>, 2>(args, stream);
+      if (variant == 3) return launch_stream<T, StreamShape<16, 2, 128, 5>>(args, stream);
+    } else if (args.rows <= 32) {
+      if (variant == 1) return launch_stream<T, StreamShape<32, 1, 128, 8>>(args, stream);
+      if (variant == 2) return launch_stream<T, StreamShape<32, 1, 256, 4>>(args, stream);
+    } else {
+      if (variant == 1) return launch_stream<T, StreamShape<64, 1, 128, 6>>(args, stream);
+    }
   }
-  if (args.rows <= 16) {
-    if (variant == 1) return launch_stream<T, StreamShape<16, 1, 128, 9>>(args, stream);
-    if (variant == 2) return launch_stream<T, StreamShape<16, 1, 128, 4>, 2>(args, stream);
-    if (variant == 3) return launch_stream<T, StreamShape<16, 2, 128, 5>>(args, stream);
-    return launch_stream<T, StreamShape<16, 1, 256, 5>>(args, stream);
-  }
-  if (args.rows <= 32) {
-    if (variant == 1) return launch_stream<T, StreamShape<32, 1, 128, 8>>(args, stream);
-    if (variant == 2) return launch_stream<T, StreamShape<32, 1, 256, 4>>(args, stream);
-    return launch_stream<T, StreamShape<32, 2, 128, 5>>(args, stream);
-  }
-  if (variant == 1) return launch_stream<T, StreamShape<64, 1, 128, 6>>(args, stream);
-  if (variant == 2) return launch_stream<T, StreamShape<64, 4, 64, 4>>(args, stream);
+  if (args.rows <= 8) return launch_stream<T, StreamShape<8, 1, 256, 5>>(args, stream);
+  if (args.rows <= 16) return launch_stream<T, StreamShape<16, 1, 256, 5>>(args, stream);
+  if (args.rows <= 32) return launch_stream<T, StreamShape<32, 2, 128, 5>>(args, stream);
   return launch_stream<T, StreamShape<64, 2, 128, 4>>(args, stream);
 }
 
@@ -107,6 +106,7 @@ extern "C" int32_t mii_linear_streamed(const MiiLinearStreamed* a, void* stream)
               static_cast<long long>(p.in_features));
   MII_REQUIRE(!a->gated || p.out_features % 2 == 0, MII_INVALID,
               "mii_linear_streamed: %lld gated features are not pairs", static_cast<long long>(p.out_features));
+  MII_REQUIRE(!a->gated || a->activation != MII_SOFTCAP, MII_UNSUPPORTED, "mii_linear_streamed: a gate has no soft cap");
   MII_REQUIRE(a->next == nullptr || aligned(a->next, 16), MII_INVALID,
               "mii_linear_streamed: what comes next must be aligned to 16 bytes");
   return p.dtype == MII_BF16 ? linear<__nv_bfloat16>(*a, stream) : linear<__half>(*a, stream);

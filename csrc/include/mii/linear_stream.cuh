@@ -214,7 +214,7 @@ MII_DEVICE void store_pair(const Stream<T, S>& s, int tile, int row, int token, 
     if (other < a.n) out[other] = from_float<T>(high + (a.bias ? to_float(a.bias[other]) : 0.0f));
   } else if (n < a.n / 2) {
     float gate[1] = {rounded<T>(low + (a.bias ? to_float(a.bias[n]) : 0.0f))};
-    activate_pack<T>(gate, a.activation);
+    activate_pack<T>(gate, a.activation, 0.0f);
     out[n] = from_float<T>(gate[0] * rounded<T>(high + (a.bias ? to_float(a.bias[other]) : 0.0f)));
   }
 }
