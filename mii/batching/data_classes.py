@@ -217,7 +217,7 @@ class EngineRequest(msgspec.Struct, omit_defaults=True):
     prompt_logprobs: int | None = None
 
 
-class TokenOutput(msgspec.Struct, omit_defaults=True):
+class TokenOutput(msgspec.Struct, omit_defaults=True, gc=False):
     """What one engine step says about one request.
 
     Args:

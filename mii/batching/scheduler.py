@@ -42,18 +42,48 @@ class Chunk(NamedTuple):
 
 @dataclass(slots=True)
 class Plan:
-    """One step: the chunks to compute, and the sequences that lost their blocks for it."""
+    """One step: the sequences that decode, the chunks of prompts after them, and who lost its blocks for it.
 
-    chunks: list[Chunk] = field(default_factory=list)
+    Hundreds of sequences decode in every step, so they are columns and no objects of their own.
+
+    Args:
+        decodes: Sequences that feed one token and sample the next one.
+        lengths: How long the context of each of them then is.
+        fed: The token that each of them feeds; -1: the one that it sampled last and only the device knows.
+        prompts: Everything else, in rows after theirs.
+        grown: Those of `decodes` that got a new block for it.
+        preempted: Sequences that lost their blocks.
+    """
+
+    decodes: list[Sequence] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    fed: list[int] = field(default_factory=list)
+    prompts: list[Chunk] = field(default_factory=list)
+    grown: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
     num_tokens: int = 0
 
+    @property
+    def chunks(self) -> list[Chunk]:
+        """All rows in their order, as chunks: for what is done seldom."""
+        decodes = zip(self.decodes, self.lengths, strict=True)
+        return [*(Chunk(sequence, length - 1, 1, True) for sequence, length in decodes), *self.prompts]
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.decodes) + len(self.prompts)
+
+    @property
+    def sampled(self) -> list[Sequence]:
+        """The sequences that a token is drawn for, in the order of their rows."""
+        return [*self.decodes, *(chunk.sequence for chunk in self.prompts if chunk.samples)]
+
     def add(self, chunk: Chunk) -> None:
-        self.chunks.append(chunk)
+        self.prompts.append(chunk)
         self.num_tokens += chunk.size
 
     def __bool__(self) -> bool:
-        return bool(self.chunks)
+        return bool(self.decodes or self.prompts)
 
 
 class Scheduler:
@@ -90,8 +120,7 @@ class Scheduler:
     def schedule(self) -> Plan:
         """Plans the next step and accounts for it: after this call the planned tokens count as computed."""
         plan = Plan()
-        self._plan_decodes(plan)
-        self._plan_chunks(plan)
+        self._plan_chunks(plan, self._plan_decodes(plan))
         self._unblock(plan)
         self._admit(plan)
         return plan
@@ -125,33 +154,57 @@ class Scheduler:
 
     # -- the parts of a plan ----------------------------------------------------------------------------------
 
-    def _plan_decodes(self, plan: Plan) -> None:
+    def _plan_decodes(self, plan: Plan) -> list[Sequence]:
+        """Plans a token of every sequence that decodes; returns those with more tokens to compute.
+
+        The loop runs for each of hundreds of sequences in each step, so it calls nothing unless a block is full.
+        """
+        running, size = self.running, self.pool.block_size
+        decodes, lengths, fed = plan.decodes, plan.lengths, plan.fed
+        room = min(self.limits.max_tokens, self.limits.max_sequences)
+        rest: list[Sequence] = []
         index = 0
-        while index < len(self.running) and self._has_room(plan):
-            sequence = self.running[index]
-            if sequence.outgrown and not sequence.complete:
+        while index < len(running) and index - len(rest) < room:
+            sequence = running[index]
+            in_flight, computed = sequence.in_flight, sequence.computed
+            length = len(sequence.tokens) + in_flight
+            if sequence.switch and sequence.outgrown and length < sequence.limit:
                 self._send_back(plan, sequence)
                 continue
-            if sequence.remaining == 1 and not sequence.complete and not self._decode(plan, sequence):
+            if computed + 1 != length or length >= sequence.limit:
+                rest.append(sequence)
+                index += 1
+                continue
+            if computed >= len(sequence.blocks) * size and not self._grow(plan, sequence):
                 continue  # it was preempted itself: the list is shorter now
+            decodes.append(sequence)
+            lengths.append(length)
+            fed.append(-1 if in_flight else sequence.tokens[-1])
+            sequence.computed = length
+            sequence.in_flight = in_flight + 1
+            if length % size == 0:
+                self._register(sequence)
             index += 1
+        plan.num_tokens = len(decodes)
+        return rest
 
-    def _decode(self, plan: Plan, sequence: Sequence) -> bool:
-        """Plans one token, preempting newer sequences for its block if need be. False: it had to give way itself."""
-        while not self._fits(sequence, 1):
+    def _grow(self, plan: Plan, sequence: Sequence) -> bool:
+        """Gives a sequence its next block, preempting newer ones for it if need be. False: it had to give way."""
+        while not self.pool.num_free:
             victim = self.running[-1]
             self._preempt(plan, victim)
             if victim is sequence:
                 return False
-        self._plan(plan, sequence, 1)
+        sequence.blocks += self.pool.allocate(1)
+        plan.grown.append(sequence)
         return True
 
-    def _plan_chunks(self, plan: Plan) -> None:
+    def _plan_chunks(self, plan: Plan, sequences: list[Sequence]) -> None:
         """Continues prompts that are already running, oldest first."""
-        for sequence in self.running:
+        for sequence in sequences:
             if not self._has_room(plan):
                 return
-            if sequence.remaining > 1 and not sequence.complete:
+            if sequence.slot >= 0 and sequence.remaining > 1 and not sequence.complete:
                 count = self._chunk(plan, sequence)
                 if count:
                     self._plan(plan, sequence, count)
@@ -160,7 +213,7 @@ class Scheduler:
         """When prompts hold all blocks and none can go on, the newest ones give theirs to the oldest."""
         while not plan and len(self.running) > 1 and any(s.remaining and not s.complete for s in self.running):
             self._preempt(plan, self.running[-1])
-            self._plan_chunks(plan)
+            self._plan_chunks(plan, self.running)
 
     def _admit(self, plan: Plan) -> None:
         """Starts waiting sequences in order, as long as a chunk of the first one fits."""
@@ -197,11 +250,7 @@ class Scheduler:
     # -- accounting ---------------------------------------------------------------------------------------------------
 
     def _has_room(self, plan: Plan) -> bool:
-        return plan.num_tokens < self.limits.max_tokens and len(plan.chunks) < self.limits.max_sequences
-
-    def _fits(self, sequence: Sequence, count: int) -> bool:
-        needed = self.pool.blocks_for(sequence.computed + count) - len(sequence.blocks)
-        return needed <= self.pool.num_free
+        return plan.num_tokens < self.limits.max_tokens and plan.num_sequences < self.limits.max_sequences
 
     def _chunk(self, plan: Plan, sequence: Sequence) -> int:
         """How many of its remaining tokens the budget and the free blocks allow."""

@@ -189,25 +189,21 @@ class Engine(RaggedInterface):
         outputs: list[TokenOutput] = []
         tokens = launched.tokens()
         scores = launched.scores.read(tokens) if launched.scores is not None else {}
-        for row, (chunk, token) in enumerate(zip(launched.chunks, tokens, strict=True)):
-            sequence = chunk.sequence
-            if self._sequences.get(sequence.uid) is not sequence:
+        running, commit = self._sequences, self.scheduler.commit
+        for row, (sequence, token) in enumerate(zip(launched.sequences, tokens, strict=True)):
+            uid = sequence.uid
+            if running.get(uid) is not sequence:
                 continue
-            self.scheduler.commit(sequence, token)
-            reason = self._finish_reason(sequence, token)
+            commit(sequence, token)
+            reason = _finish_reason(sequence, token)
             if reason is not None:
-                self.abort(sequence.uid)
-            output = TokenOutput(uid=sequence.uid, token_ids=[token], finish_reason=reason)
+                self.abort(uid)
+            output = TokenOutput(uid, [token], reason)
             if sequence.special:
                 output.logprobs = [scores[row]] if row in scores else None
                 output.prompt_logprobs = sequence.take_prompt_scores()
             outputs.append(output)
         return outputs
-
-    def _finish_reason(self, sequence: Sequence, token: int) -> str | None:
-        if token in sequence.request.stop_ids and len(sequence.tokens) > sequence.min_length:
-            return "stop"
-        return "length" if len(sequence.tokens) >= sequence.limit else None
 
     def _recover(self) -> None:
         """After an interrupted step nothing on the device is certain: all sequences start over with the tokens they
@@ -248,3 +244,10 @@ class Engine(RaggedInterface):
             torch.cuda.synchronize(device)
             torch._C._cuda_clearCublasWorkspaces()  # 32 MiB a stream, made again when needed
             torch.cuda.empty_cache()
+
+
+def _finish_reason(sequence: Sequence, token: int) -> str | None:
+    length = len(sequence.tokens)
+    if token in sequence.request.stop_ids and length > sequence.min_length:
+        return "stop"
+    return "length" if length >= sequence.limit else None

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
-from mii.batching.scheduler import Chunk, Plan
+from mii.batching.scheduler import Plan
 from mii.engine.extras import Extras
 from mii.engine.graphs import MOST_TOKENS, StepGraphs, decode_bucket, sample_bucket, token_bucket
+from mii.engine.inputs import SentBlocks, TableUpdate, fill_step
 from mii.engine.rotation import Rotation
 from mii.engine.scoring import LaunchedScores
 from mii.engine.sequence import Sequence
@@ -29,7 +29,6 @@ from mii.ops.logits import upload
 from mii.ops.prepare import StepTensors, prepare
 from mii.ops.recording import RecordedSteps
 from mii.ops.sampler import SamplingTable, sample, sample_workspace
-from mii.ops.staging import HostStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,25 +48,26 @@ class RunnerLimits:
 
 
 class LaunchedStep:
-    """A step on its way. `tokens()` waits for it and gives the sampled ids, one for each chunk that samples; `scores`
-    can be read then, where requests ask for log-probabilities.
+    """A step on its way. `tokens()` waits for it and gives the sampled ids, one for each of `sequences`.
+
+    `scores` can be read then, where requests ask for log-probabilities.
     """
 
     def __init__(
         self,
-        chunks: list[Chunk],
+        sequences: list[Sequence],
         tokens: torch.Tensor,
         done: torch.cuda.Event | None,
         scores: LaunchedScores | None = None,
     ) -> None:
-        self.chunks = [chunk for chunk in chunks if chunk.samples]
-        self.scores = scores
+        self.sequences, self.scores = sequences, scores
         self._tokens, self._done = tokens, done
 
     def tokens(self) -> list[int]:
         if self._done is not None:
             self._done.synchronize()
-        return self._tokens[: len(self.chunks)].tolist()
+        tokens: list[int] = self._tokens.numpy()[: len(self.sequences)].tolist()
+        return tokens
 
 
 class SampledTokens:
@@ -118,7 +118,7 @@ class Runner:
         self._extras: Extras | None = None
         self.graphs = StepGraphs(self.device) if self.device.type == "cuda" else None
         self._recorded = RecordedSteps()
-        self._sent: list[tuple[object, int]] = [(None, 0)] * limits.max_slots
+        self._sent = SentBlocks(limits.max_slots)
         self._forwards: dict[tuple[int, int], Forward] = {}
         self.plans = {
             window: AttentionPlan(
@@ -165,7 +165,7 @@ class Runner:
         forward, samples = self._begin(plan)
         tokens = self.sampled.on_device
         if self.graphs is None and forward.cos_sin is self.rotation.tables:
-            key = (plan.num_tokens, len(plan.chunks), samples, self._suppressing)
+            key = (plan.num_tokens, plan.num_sequences, samples, self._suppressing)
             self._recorded.run(key, lambda: self._execute(forward, tokens[:samples]))
         elif self.graphs is None:
             self._execute(forward, tokens[:samples])
@@ -179,7 +179,7 @@ class Runner:
             scores = self._extras.follow(plan, forward, tokens)
             if self._extras.idle:
                 self._extras = None
-        return LaunchedStep(plan.chunks, *self.sampled.read_back(samples), scores)
+        return LaunchedStep(plan.sampled, *self.sampled.read_back(samples), scores)
 
     @torch.inference_mode()
     def logits(self, plan: Plan) -> torch.Tensor:
@@ -191,7 +191,7 @@ class Runner:
     def _begin(self, plan: Plan) -> tuple[Forward, int]:
         """Sends the plan to the device; the views that its step works on, and how many chunks sample."""
         samples = self._fill(plan)
-        forward = self._forward(plan.num_tokens, len(plan.chunks), samples)
+        forward = self._forward(plan.num_tokens, plan.num_sequences, samples)
         forward.step.upload()
         self._send_suppressed(plan)
         forward.cos_sin, forward.rope_rows = self.rotation.tables, forward.step.rope_rows
@@ -230,12 +230,13 @@ class Runner:
         """Flags the sampled rows that may not end yet. A graph always reads the flags, so they are cleared too."""
         if not len(self._suppress_ids):
             return
-        flags = [chunk.start + chunk.size < chunk.sequence.min_length for chunk in plan.chunks if chunk.samples]
-        if any(flags):
+        flags = [length < each.min_length for each, length in zip(plan.decodes, plan.lengths, strict=True)]
+        flags += [chunk.start + chunk.size < chunk.sequence.min_length for chunk in plan.prompts if chunk.samples]
+        if True in flags:
             self._suppress[: len(flags)].copy_(upload(flags, torch.int32, self.device))
         elif self._any_suppressed:
             self._suppress.zero_()
-        self._any_suppressed = any(flags)
+        self._any_suppressed = True in flags
         self._suppressing = self._any_suppressed or self.graphs is not None
 
     def _forward(self, tokens: int, sequences: int, samples: int) -> Forward:
@@ -287,7 +288,7 @@ class Runner:
     # -- from plan to tensors -----------------------------------------------------------------------------------------
 
     def _fill(self, plan: Plan) -> int:
-        """Fills the staging buffer from a plan; returns how many chunks sample."""
+        """Fills the staging buffer from a plan; returns how many rows sample."""
         host = self.step.host()
         updates = self._table_updates(plan)
         samples = fill_step(host, plan)
@@ -302,27 +303,14 @@ class Runner:
             self._write_table(updates[fitting:])
         return samples
 
-    def _write_table(self, updates: list[tuple[int, int, int]]) -> None:
+    def _write_table(self, updates: list[TableUpdate]) -> None:
         """Block table entries that did not fit into the step's buffer: long reused prefixes of many sequences."""
         slots, index, blocks = torch.tensor(updates, device=self.device).unbind(1)
         self.step.block_table[slots, index] = blocks.to(torch.int32)
 
-    def _table_updates(self, plan: Plan) -> list[tuple[int, int, int]]:
-        """(slot, index, block) of every block that the device does not know of yet; new sequences' sampling goes
-        along.
-        """
-        updates: list[tuple[int, int, int]] = []
-        started: list[Sequence] = []
-        for chunk in plan.chunks:
-            sequence = chunk.sequence
-            slot, blocks = sequence.slot, sequence.blocks
-            ticket, known = self._sent[slot]
-            if ticket is not sequence.ticket:
-                known = 0
-                started.append(sequence)
-            if known < len(blocks):
-                updates += [(slot, index, blocks[index]) for index in range(known, len(blocks))]
-                self._sent[slot] = (sequence.ticket, len(blocks))
+    def _table_updates(self, plan: Plan) -> list[TableUpdate]:
+        """Every block that the device does not know of yet; new sequences' sampling goes along."""
+        updates, started = self._sent.updates(plan)
         if started:
             self.sampling.assign([s.slot for s in started], [s.sampling for s in started])
         for sequence in started:
@@ -333,30 +321,9 @@ class Runner:
 
     def forget(self) -> None:
         """Everything that was sent to the device counts as lost: after an interrupted step."""
-        self._sent = [(None, 0)] * self.limits.max_slots
+        self._sent = SentBlocks(self.limits.max_slots)
         self._extras = None
 
     def destroy(self) -> None:
         """Drops the model, the cache and every buffer, so that the allocator can give the memory back."""
         vars(self).clear()
-
-
-def fill_step(host: HostStep, plan: Plan) -> int:
-    """Writes a plan into the staging buffer: who takes part, with which tokens, how long each context then is."""
-    chunks = plan.chunks
-    count = len(chunks)
-    host.seq_slot[:count] = [chunk.sequence.slot for chunk in chunks]
-    host.kv_len[:count] = [chunk.start + chunk.size for chunk in chunks]
-    host.q_start[0] = 0
-    np.cumsum([chunk.size for chunk in chunks], out=host.q_start[1 : count + 1])
-    ids: list[int] = []
-    for chunk in chunks:
-        known = chunk.sequence.tokens[chunk.start : chunk.start + chunk.size]
-        ids += known
-        if len(known) < chunk.size:
-            ids.append(-1)  # the one token that only the device knows
-    host.host_ids[: plan.num_tokens] = ids
-    sampled = [index for index, chunk in enumerate(chunks) if chunk.samples]
-    host.sample_seq[: len(sampled)] = sampled
-    host.counts[: abi.NUM_SAMPLES + 1] = (count, plan.num_tokens, len(sampled))
-    return len(sampled)
