@@ -125,12 +125,14 @@ class Scheduler:
         self._admit(plan)
         return plan
 
-    def commit(self, sequence: Sequence, token: int) -> None:
-        """Takes over a token that was sampled for `sequence` and read back."""
+    def commit(self, sequence: Sequence, token: int) -> int:
+        """Takes over a token that was sampled for `sequence` and read back; returns how many are known then."""
         sequence.in_flight -= 1
         sequence.tokens.append(token)
-        if len(sequence.tokens) % self.pool.block_size == 0:
+        known = len(sequence.tokens)
+        if known % self.pool.block_size == 0:
             self._register(sequence)
+        return known
 
     # -- sequences that a caller schedules by hand (the ragged interface) ---------------------------------------------
 

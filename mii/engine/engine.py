@@ -194,8 +194,9 @@ class Engine(RaggedInterface):
             uid = sequence.uid
             if running.get(uid) is not sequence:
                 continue
-            commit(sequence, token)
-            reason = _finish_reason(sequence, token)
+            length, reason = commit(sequence, token), None
+            if length >= sequence.limit or token in sequence.request.stop_ids:
+                reason = _finish_reason(sequence, token)
             if reason is not None:
                 self.abort(uid)
             output = TokenOutput(uid, [token], reason)
