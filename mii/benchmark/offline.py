@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mii.engine import Engine
     from mii.modeling.checkpoint import Checkpoint
 
-ROW_NAMES = ("decode-1", "decode-8", "decode-64", "prompt-512", "batch-16", *MIXES, "first-token")
+ROW_NAMES = ("decode-1", "decode-8", "decode-64", "prompt-512", "batch-16", *MIXES, "host-256", "first-token")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config_option(parser)
     parser.add_argument("--repeats", type=_positive, default=3, help="runs of each decoding figure (default: 3)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file too")
+    parser.add_argument("--timeline", type=Path, metavar="FILE", help="host-256: write what each step's time went into")
     parser.add_argument("--verbose", action="store_true", help="show the engine's log")
 
 
@@ -100,7 +101,7 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
     try:
         limits = measure_limits(device, dtype)
         reset_peak(device)
-        bench = Bench(engine, Roofline.of(spec, dtype, limits), args.repeats)
+        bench = Bench(engine, Roofline.of(spec, dtype, limits), args.repeats, args.timeline)
         for name in [name for name in names if name in ROWS]:
             rows.append(ROWS[name](bench))
             say(f"{name}: {rows[-1].value:,.4g} {rows[-1].unit}")

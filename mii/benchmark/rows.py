@@ -14,12 +14,16 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from mii.benchmark.roofline import Roofline
 from mii.benchmark.shapes import MIXES, Job, make_batch, make_mix, with_fresh_ids
 from mii.benchmark.workload import Run, run_jobs
 from mii.engine import Engine
+from mii.engine.timeline import Timeline
 
 PROMPT, SHORT, LONG = 128, 16, 272
 _repetition = itertools.count(1)
@@ -55,6 +59,12 @@ class Bench:
     engine: Engine
     roofline: Roofline
     repeats: int = 3
+    timeline_file: Path | None = None
+
+    @property
+    def device(self) -> torch.device:
+        assert self.engine.runner is not None
+        return self.engine.runner.device
 
     @property
     def vocab(self) -> int:
@@ -137,6 +147,20 @@ def batch_row(bench: Bench) -> Row:
     return throughput_row(bench, "batch-16", jobs, _answer_tokens, "answer tokens/s", runs=3)
 
 
+def host_row(bench: Bench, batch: int, timeline_file: Path | None = None) -> Row:
+    """Milliseconds of the host's own work in a step of `batch` sequences that decode, and what the device does."""
+    jobs = make_batch(batch, PROMPT, SHORT, bench.vocab)
+    bench.run(jobs)
+    timeline = Timeline(bench.device)
+    bench.engine.record(timeline)
+    bench.run(make_batch(batch, PROMPT, LONG, bench.vocab))
+    bench.engine.record(None)
+    if timeline_file is not None:
+        timeline.write(timeline_file)
+    found = timeline.summary()
+    return Row(f"host-{batch}", found["host_ms"], "ms/step", False, found.get("device_ms"), [], found)
+
+
 ROWS: dict[str, Callable[[Bench], Row]] = {
     "decode-1": lambda bench: decode_row(bench, 1),
     "decode-8": lambda bench: decode_row(bench, 8),
@@ -144,8 +168,9 @@ ROWS: dict[str, Callable[[Bench], Row]] = {
     "prompt-512": prompt_row,
     "batch-16": batch_row,
     **{name: _mix_row(name) for name in MIXES},
+    "host-256": lambda bench: host_row(bench, 256, bench.timeline_file),
 }
-GPU_ROWS = ("decode-1", "decode-8", "decode-64", *MIXES)
+GPU_ROWS = ("decode-1", "decode-8", "decode-64", *MIXES, "host-256")
 CPU_ROWS = ("decode-1", "prompt-512", "batch-16")
 
 _FIRST_TOKEN = """

@@ -22,6 +22,7 @@ from mii.engine.profile import StepProfile
 from mii.engine.ragged import RaggedInterface
 from mii.engine.runner import LaunchedStep, Runner
 from mii.engine.sequence import Sequence
+from mii.engine.timeline import Timeline
 from mii.errors import PipelineDestroyedError, PromptTooLongError, RequestError
 
 
@@ -71,6 +72,7 @@ class Engine(RaggedInterface):
         reserve = runner.num_blocks // 100 if reserve_blocks is None else reserve_blocks
         self._scheduler_limits = SchedulerLimits(limits.max_tokens, limits.max_sequences, limits.max_slots, reserve)
         self._profile = profile or StepProfile(runner.device, average=False, synchronise=False)
+        self._timeline: Timeline | None = None
         self._overlapped = runner.device.type == "cuda"
         self._sequences = {}
         self._start_empty()
@@ -168,6 +170,8 @@ class Engine(RaggedInterface):
         if self.runner is None:
             raise PipelineDestroyedError("The engine was destroyed; make a new one.")
         self._profile.begin()
+        if self._timeline is not None:
+            self._timeline.begin()
         try:
             before, self._pending = self._pending, self._launch()
             if not self._overlapped and before is None:
@@ -177,17 +181,34 @@ class Engine(RaggedInterface):
             self._recover()
             raise
         self._profile.end(len(outputs))
+        if self._timeline is not None:
+            self._timeline.done("read")
+            self._timeline.end()
         return outputs
 
     def _launch(self) -> LaunchedStep | None:
         assert self.runner is not None
         plan = self.scheduler.schedule()
-        return self.runner.launch(plan) if plan else None
+        self._done("plan")
+        launched = self.runner.launch(plan) if plan else None
+        self._done("launch")
+        return launched
+
+    def _done(self, part: str) -> None:
+        if self._timeline is not None:
+            self._timeline.done(part)
+
+    def record(self, timeline: Timeline | None) -> None:
+        """From now on every step is recorded there; None: no more."""
+        self._timeline = timeline
+        if self.runner is not None:
+            self.runner.timeline = timeline
 
     def _collect(self, launched: LaunchedStep) -> list[TokenOutput]:
         """Reads a step's tokens; those of requests that ended meanwhile are dropped."""
         outputs: list[TokenOutput] = []
         tokens = launched.tokens()
+        self._done("wait")
         scores = launched.scores.read(tokens) if launched.scores is not None else {}
         running, commit = self._sequences, self.scheduler.commit
         for row, (sequence, token) in enumerate(zip(launched.sequences, tokens, strict=True)):

@@ -21,6 +21,7 @@ from mii.engine.inputs import SentBlocks, TableUpdate, fill_step
 from mii.engine.rotation import Rotation
 from mii.engine.scoring import LaunchedScores
 from mii.engine.sequence import Sequence
+from mii.engine.timeline import Timeline
 from mii.modeling.decoder import Decoder
 from mii.modeling.forward import ActivationArena, Forward
 from mii.ops import abi
@@ -116,6 +117,7 @@ class Runner:
         self._suppress_ids = torch.tensor(stop_ids, dtype=torch.int32, device=self.device)
         self._any_suppressed = self._suppressing = False
         self._extras: Extras | None = None
+        self.timeline: Timeline | None = None
         self.graphs = StepGraphs(self.device) if self.device.type == "cuda" else None
         self._recorded = RecordedSteps()
         self._sent = SentBlocks(limits.max_slots)
@@ -179,7 +181,10 @@ class Runner:
             scores = self._extras.follow(plan, forward, tokens)
             if self._extras.idle:
                 self._extras = None
-        return LaunchedStep(plan.sampled, *self.sampled.read_back(samples), scores)
+        copied = self.sampled.read_back(samples)
+        if self.timeline is not None:
+            self.timeline.launched()
+        return LaunchedStep(plan.sampled, *copied, scores)
 
     @torch.inference_mode()
     def logits(self, plan: Plan) -> torch.Tensor:
@@ -192,6 +197,8 @@ class Runner:
         """Sends the plan to the device; the views that its step works on, and how many chunks sample."""
         samples = self._fill(plan)
         forward = self._forward(plan.num_tokens, plan.num_sequences, samples)
+        if self.timeline is not None:
+            self.timeline.launches(plan.num_tokens, plan.num_sequences)
         forward.step.upload()
         self._send_suppressed(plan)
         forward.cos_sin, forward.rope_rows = self.rotation.tables, forward.step.rope_rows
