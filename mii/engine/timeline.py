@@ -8,7 +8,8 @@
 
 The host's step has four parts: it plans, fills the step's inputs and launches it, waits for the tokens of the step
 before, and sorts those. The device's time runs from a step's first copy to the copy of its tokens. Where it begins
-after the step before has ended, the device had nothing to do: a gap. On a CPU the launch is the step and there are no gaps.
+after the step before has ended, the device had nothing to do: a gap. On a CPU the launch is the step and there
+are no gaps.
 """
 
 from __future__ import annotations
