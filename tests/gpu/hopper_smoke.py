@@ -1,10 +1,10 @@
 """First steps of the Hopper kernel: one head, inputs whose right answer can be read off, and a map of what is wrong.
 
-    timeout 30 python -m tests.gpu.hopper_smoke [TOKENS HEAD_DIM]
+    timeout 30 python -m tests.gpu.hopper_smoke WGMMA [TOKENS HEAD_DIM]
 
-Without arguments it goes through a few sizes and ends with code 1 at the first that is wrong. Each probe makes one part
-of the layout visible: `columns` (weights uniform, value = its column), `keys` (value = its key), `scores` (each row
-sees one key, and the result is that key's number), `random`.
+WGMMA is the value for MII_WGMMA. Without a size it goes through a few and ends with code 1 at the first that is wrong.
+Each probe makes one part of the layout visible: `columns` (weights uniform, value = its column), `keys` (value = its
+key), `scores` (each row sees one key, and the result is that key's number), `random`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ SIZES = ((128, 128), (64, 128), (20, 128), (128, 64), (129, 128), (256, 128), (3
 
 
 def main(arguments: list[str]) -> int:
-    os.environ["MII_WGMMA"] = "1"
-    sizes = [(int(arguments[0]), int(arguments[1]))] if arguments else SIZES
+    os.environ["MII_WGMMA"] = arguments[0]
+    sizes = [(int(arguments[1]), int(arguments[2]))] if len(arguments) > 1 else SIZES
     for dtype in (torch.bfloat16, torch.float16):
         for tokens, head_dim in sizes:
             for name, case in probes(tokens, head_dim, dtype):

@@ -1,4 +1,4 @@
-"""The Hopper kernel of prompts (MII_WGMMA=1), on the card: layout, the edge grid, splits, graphs.
+"""The Hopper kernel of prompts (MII_WGMMA), on the card: layout, the edge grid, splits, graphs.
 
 Other sizes of heads, other cards and steps without prompts go to the kernel that tests/gpu/test_attention.py tests.
 """
@@ -21,21 +21,26 @@ CARD = Shape(dtype=torch.bfloat16, device="cuda", q_heads=8, kv_heads=2, head_di
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
+@pytest.fixture(scope="module", params=["1", "2"])
+def mode(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def smoke() -> tuple[int, str]:
+def smoke(mode: str) -> tuple[int, str]:
     """Exit code and words of the first steps, taken in a process of their own: an error there harms no other test."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the card is no Hopper")
-    command = ["timeout", "--signal=KILL", "40", sys.executable, "-m", "tests.gpu.hopper_smoke"]
+    command = ["timeout", "--signal=KILL", "40", sys.executable, "-m", "tests.gpu.hopper_smoke", mode]
     result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     return result.returncode, result.stdout
 
 
 @pytest.fixture
-def hopper(smoke: tuple[int, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def hopper(mode: str, smoke: tuple[int, str], monkeypatch: pytest.MonkeyPatch) -> None:
     if smoke[0]:
         pytest.skip("the first steps failed")
-    monkeypatch.setenv("MII_WGMMA", "1")
+    monkeypatch.setenv("MII_WGMMA", mode)
 
 
 def test_first_steps(smoke: tuple[int, str]) -> None:

@@ -32,6 +32,18 @@ struct HopperShape {
   static_assert(kSlots >= 4, "two tiles are read at once, one is on its way, one is waited for");
 };
 
+// A tensor map (CUtensorMap), which only the driver and the copies of boxes look into.
+struct alignas(128) TensorMap {
+  uint64_t words[16];
+};
+
+struct HopperParams {
+  AttentionParams p;
+  TensorMap k, v;  // of the caches as [rows, D], in boxes of 64 elements by `box_rows` rows, swizzled
+  int box_rows;    // 0: no boxes, threads copy every row
+  bool turns;      // the warpgroups take turns with the tensor cores
+};
+
 struct HopperNotes {
   static constexpr int kMaxSlots = 8;
   uint64_t query_full[2], query_free[2];  // barriers
@@ -134,6 +146,7 @@ struct HopperCopier {
   static constexpr int kChunks = Shape::Keys::kChunks;
   static constexpr int kStep = kWarpgroup / kChunks;  // rows that the warpgroup copies at once
   static_assert(kWarpgroup % kChunks == 0 && 16 % kStep == 0);
+  const HopperParams& all;
   const AttentionParams& p;
   const HopperMemory<D> memory;
   const int thread;
@@ -148,9 +161,34 @@ struct HopperCopier {
     return ((static_cast<uint32_t>(block) * p.a.kv_heads + tile.head) << p.block_bits) + (at & (p.a.block_size - 1));
   }
 
-  // A K or V tile into the next slot; keys that no row of the tile sees become zeros, whatever the cache holds there.
-  MII_DEVICE void copy_keys(const PrefillTile& tile, const void* cache, uint32_t rows, int key) {
+  // A K or V tile into the next slot: as boxes where rows of the tile see every key of it.
+  MII_DEVICE void copy_keys(const PrefillTile& tile, bool values, uint32_t rows, int key) {
     announcer.wait(memory.slot_free(place.at), place.parity ^ 1);
+    if (all.box_rows > 0 && key >= tile.key_begin && key + Shape::kKeys <= tile.key_end) {
+      copy_boxes(values ? &all.v : &all.k, rows);
+    } else {
+      copy_rows(tile, values ? p.a.v_cache : p.a.k_cache, rows, key);
+    }
+    place.next();
+  }
+
+  MII_DEVICE void copy_boxes(const TensorMap* map, uint32_t rows) {
+    const uint32_t barrier = memory.slot_full(place.at), slot = memory.slot(place.at);
+    if (thread == 0) barrier_expect(barrier, Shape::Keys::kBytes);
+#pragma unroll 1
+    for (int row = 0; row < Shape::kKeys; row += all.box_rows) {
+      const uint32_t cache_row = __shfl_sync(kFullMask, rows, row / 16);
+      if (thread != 0) continue;
+#pragma unroll
+      for (int panel = 0; panel < D / 64; ++panel) {
+        copy_box(slot + Shape::Keys::offset(row, 8 * panel), map, 64 * panel, static_cast<int>(cache_row), barrier);
+      }
+    }
+    if (thread != 0) barrier_arrive(barrier);
+  }
+
+  // Keys that no row of the tile sees become zeros, whatever the cache holds there.
+  MII_DEVICE void copy_rows(const PrefillTile& tile, const void* cache, uint32_t rows, int key) {
     const int begin = tile.key_begin - key, end = tile.key_end - key;
     const int row_in = thread / kChunks, column = thread % kChunks;
     const uint32_t slot = memory.slot(place.at);
@@ -162,7 +200,6 @@ struct HopperCopier {
       copy_async(slot + Shape::Keys::offset(row, column), source, row >= begin && row < end);
     }
     announcer.started(memory.slot_full(place.at));
-    place.next();
   }
 
   MII_DEVICE void copy_queries(const PrefillTile& tile, int buffer) {
@@ -182,13 +219,13 @@ struct HopperCopier {
 #pragma unroll 1
     for (int key = tile.load_begin; key < tile.load_end; key += Shape::kKeys) {
       const uint32_t after = look_up(tile, key + Shape::kKeys);
-      copy_keys(tile, p.a.k_cache, rows, key);
-      if (key > tile.load_begin) copy_keys(tile, p.a.v_cache, before, key - Shape::kKeys);
+      copy_keys(tile, false, rows, key);
+      if (key > tile.load_begin) copy_keys(tile, true, before, key - Shape::kKeys);
       before = rows;
       rows = after;
     }
     const int tiles = (tile.load_end - tile.load_begin + Shape::kKeys - 1) / Shape::kKeys;
-    copy_keys(tile, p.a.v_cache, before, tile.load_begin + (tiles - 1) * Shape::kKeys);
+    copy_keys(tile, true, before, tile.load_begin + (tiles - 1) * Shape::kKeys);
   }
 
   MII_DEVICE void run() {
@@ -250,6 +287,7 @@ template <typename T, int D, bool kExtras>
 struct HopperWorker {
   using Shape = HopperShape<D>;
   static constexpr int kKeys = Shape::kKeys;
+  const HopperParams& all;
   const AttentionParams& p;
   const HopperMemory<D> memory;
   const int group, thread;  // number of the warpgroup, thread in it
@@ -268,9 +306,11 @@ struct HopperWorker {
   }
 
   // The warpgroups take turns in handing products to the tensor cores, so that each makes weights in the other's time.
-  MII_DEVICE void take_turn() const { threads_wait(HopperBarrier::kTurn + group, kHopperConsumers * kWarpgroup); }
+  MII_DEVICE void take_turn() const {
+    if (all.turns) threads_wait(HopperBarrier::kTurn + group, kHopperConsumers * kWarpgroup);
+  }
   MII_DEVICE void pass_turn() const {
-    threads_arrive(HopperBarrier::kTurn + 1 - group, kHopperConsumers * kWarpgroup);
+    if (all.turns) threads_arrive(HopperBarrier::kTurn + 1 - group, kHopperConsumers * kWarpgroup);
   }
   MII_DEVICE void release(uint32_t barrier) const {
     if (thread % kWarp == 0) barrier_arrive(barrier);
@@ -522,7 +562,7 @@ struct HopperWorker {
 #endif  // MII_HOPPER
 
 template <typename T, int D, bool kExtras>
-__global__ void __launch_bounds__(kHopperThreads, 1) hopper_prefill_kernel(const __grid_constant__ AttentionParams p) {
+__global__ void __launch_bounds__(kHopperThreads, 1) hopper_prefill_kernel(const __grid_constant__ HopperParams all) {
 #if defined(MII_HOPPER)
   extern __shared__ __align__(1024) unsigned char shared[];
   const HopperMemory<D> memory(shared);
@@ -534,10 +574,10 @@ __global__ void __launch_bounds__(kHopperThreads, 1) hopper_prefill_kernel(const
   const int group = __shfl_sync(kFullMask, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
   if (group == kHopperConsumers) {
     give_registers<40>();
-    HopperCopier<T, D>{p, memory, thread}.run();
+    HopperCopier<T, D>{all, all.p, memory, thread}.run();
   } else {
     take_registers<232>();
-    HopperWorker<T, D, kExtras>{p, memory, group, thread}.run();
+    HopperWorker<T, D, kExtras>{all, all.p, memory, group, thread}.run();
   }
 #endif
 }

@@ -144,6 +144,19 @@ MII_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
   }
 }
 
+// Arrives, and lets the phase end only when `bytes` more have come by copies of boxes.
+MII_DEVICE void barrier_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// Starts copying the box of a tensor map that begins at (column, row); tells `barrier` of its bytes.
+MII_DEVICE void copy_box(uint32_t target, const void* map, int column, int row, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          target),
+      "l"(map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
 // Makes this thread's writes to shared memory visible to products, which read it by another way than loads do.
 MII_DEVICE void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
