@@ -111,6 +111,7 @@ def pack_linear(weight: torch.Tensor) -> LinearWeight:
             data, packed = _huge_pages.empty(bytes_needed), True
             args.packed = data.data_ptr()
             library.call("mii_linear_pack", args)
+    linear_streamed.prepare(weight.device)
     return LinearWeight(data, out_features, in_features, weight.dtype, packed)
 
 

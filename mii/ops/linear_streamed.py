@@ -24,6 +24,13 @@ VARIANT = int(os.environ.get("MII_STREAMED_VARIANT", "0"))
 _workspaces: dict[torch.device, torch.Tensor] = {}
 
 
+def prepare(device: torch.device) -> None:
+    """Makes the memory that the kernel needs on a device, so that no captured step has to."""
+    library = native.library(device)
+    if ROWS > 0 and device.type == "cuda" and library is not None:
+        _workspace(library, device)
+
+
 def linear(
     out: torch.Tensor,
     x: torch.Tensor,

@@ -1,0 +1,186 @@
+// Enough of a GPU to run a CTA of a kernel on the host: threads that take turns in random order, warps that meet, barriers
+// that count bytes, and copies that land at any time between their start and the wait for them.
+//
+// The CTAs of a grid run one after another, in any order, which is right for kernels whose CTAs never wait for one
+// another. What a kernel must not do ends the program with a sentence.
+#pragma once
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <numeric>
+#include <random>
+#include <utility>
+#include <vector>
+
+#include "mii/abi.h"
+
+using std::max;
+using std::min;
+
+#define __global__
+#define __shared__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(threads)
+#define __align__(bytes)
+#define MII_DEVICE inline
+
+namespace card {
+
+constexpr int kSharedBytes = 232448;
+inline unsigned char* shared;  // the kernel's dynamic shared memory, which the program defines
+inline std::mt19937 chance(1);
+
+[[noreturn]] inline void refuse(const char* why) {
+  std::puts(why);
+  std::exit(1);
+}
+
+struct Index {
+  int x;
+};
+inline Index block, grid;
+
+// ---- threads ------------------------------------------------------------------------------------------------------
+struct Thread {
+  ucontext_t context;
+  std::vector<char> stack = std::vector<char>(1 << 16);
+  bool done = false, waited = false;  // waited: for the kernel before this one
+};
+inline std::vector<Thread> threads;
+inline int current;
+inline ucontext_t scheduler;
+inline std::function<void()> body;
+
+inline void yield() { swapcontext(&threads[current].context, &scheduler); }
+inline int warp() { return current / 32; }
+inline int lane() { return current % 32; }
+inline void must_have_waited() {
+  if (!threads[current].waited) refuse("touched memory before it waited for the kernel before");
+}
+
+// A place where `count` threads meet; the last one computes for all.
+struct Meeting {
+  int arrived = 0, generation = 0;
+
+  void operator()(int count, const std::function<void()>& compute) {
+    const int mine = generation;
+    if (++arrived == count) {
+      compute();
+      arrived = 0;
+      ++generation;
+    } else {
+      while (generation == mine) yield();
+    }
+  }
+};
+inline Meeting warps[32], named[16];
+
+// ---- barriers and copies --------------------------------------------------------------------------------------------
+struct Barrier {
+  int arrivals = 0, pending = 0, phase = 0;
+  int64_t bytes = 0;
+
+  void settle() {
+    if (pending < 0) refuse("more arrivals at a barrier than it expects");
+    if (pending > 0 || bytes != 0) return;
+    ++phase;
+    pending = arrivals;
+  }
+};
+inline std::map<uint32_t, Barrier> barriers;
+
+struct Copy {
+  uint32_t target;
+  const void* source;
+  int bytes;
+  uint32_t barrier;
+};
+inline std::vector<Copy> copies;  // under way
+
+inline void start(const Copy& copy) {
+  const bool aligned = copy.target % 16 == 0 && copy.bytes % 16 == 0 && reinterpret_cast<uintptr_t>(copy.source) % 16 == 0;
+  if (!aligned || copy.bytes <= 0) refuse("a bulk copy is not of whole 16 bytes at aligned addresses");
+  if (copy.target + copy.bytes > kSharedBytes) refuse("a bulk copy leaves shared memory");
+  copies.push_back(copy);
+}
+inline void land_some() {
+  for (int count = copies.empty() ? 0 : static_cast<int>(chance() % (copies.size() + 1)); count > 0; --count) {
+    std::swap(copies[chance() % copies.size()], copies.back());
+    const Copy copy = copies.back();
+    copies.pop_back();
+    std::memcpy(shared + copy.target, copy.source, copy.bytes);
+    Barrier& barrier = barriers.at(copy.barrier);
+    barrier.bytes -= copy.bytes;
+    barrier.settle();
+  }
+}
+
+// ---- a CTA ----------------------------------------------------------------------------------------------------------
+inline void prepare(int count, std::function<void()> kernel) {
+  body = std::move(kernel);
+  std::memset(shared, 0xff, kSharedBytes);  // NaN in every format
+  barriers.clear();
+  for (Meeting& meeting : warps) meeting = {};
+  for (Meeting& meeting : named) meeting = {};
+  threads = std::vector<Thread>(count);
+  for (Thread& thread : threads) {
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.data();
+    thread.context.uc_stack.ss_size = thread.stack.size();
+    thread.context.uc_link = &scheduler;
+    makecontext(&thread.context, [] { body(), threads[current].done = true; }, 0);
+  }
+}
+
+inline void run_cta(int count, std::function<void()> kernel) {
+  prepare(count, std::move(kernel));
+  std::vector<int> order(count);
+  std::iota(order.begin(), order.end(), 0);
+  for (int left = count, idle = 0; left > 0; ++idle) {
+    if (idle > 100000) refuse("the threads wait for one another forever");
+    std::shuffle(order.begin(), order.end(), chance);
+    for (const int thread : order) {
+      if (threads[thread].done) continue;
+      current = thread;
+      swapcontext(&scheduler, &threads[thread].context);
+      if (!threads[thread].done) continue;
+      if (!threads[thread].waited) refuse("a thread ended without waiting for the kernel before");
+      --left, idle = 0;
+    }
+    if (!copies.empty()) idle = 0;
+    land_some();
+  }
+  if (!copies.empty()) refuse("a CTA ended while copies into it were under way");
+}
+
+}  // namespace card
+
+#define threadIdx (card::Index{card::current})
+#define blockIdx card::block
+#define gridDim card::grid
+
+struct float4 {
+  float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline void __syncwarp() {
+  card::warps[card::warp()](32, [] {});
+}
+inline void __syncthreads() {
+  card::named[0](static_cast<int>(card::threads.size()), [] {});
+}
+inline void __threadfence() { card::yield(); }
+inline void __stcg(float4* address, float4 value) { card::must_have_waited(), *address = value; }
+inline float4 __ldcg(const float4* address) { return card::must_have_waited(), *address; }
+inline int atomicAdd(int* address, int value) {
+  card::must_have_waited();
+  return std::exchange(*address, *address + value);
+}

@@ -1,0 +1,132 @@
+// Runs csrc/include/mii/linear_stream.cuh on the host against a plain product, each case twice: counters and partial sums
+// have to be left so that the second run gives the same bits. Memory is exactly as large as it has to be, so that a
+// sanitizer sees what is read beside it.
+#include "mii/attention_mma.cuh"
+
+namespace mii {
+unsigned char stream_memory[card::kSharedBytes] __attribute__((aligned(128)));
+}
+
+#include "mii/linear_stream.cuh"
+
+namespace {
+
+using mii::Half;
+
+constexpr Half kUntouched = {0x7fff};  // NaN
+
+struct Case {
+  int rows, n, k, ctas;
+  bool gated, bias;
+
+  int width() const { return gated ? n / 2 : n; }
+  int x_stride() const { return k + 8; }
+  int out_stride() const { return width() + 3; }
+};
+
+std::vector<Half> random_halves(size_t count) {
+  std::vector<Half> values(count);
+  for (Half& value : values) value = mii::from_float<Half>(static_cast<int>(card::chance() % 2001 - 1000) / 500.0f);
+  return values;
+}
+
+struct Tensors {
+  std::vector<Half> weight, x, bias, out;
+  std::vector<char> next = std::vector<char>(1 << 16);
+  std::vector<int> arrived = std::vector<int>(mii::kStreamMaxTiles);
+  std::vector<float4> partial;
+
+  template <typename S>
+  static Tensors make(const Case& c) {
+    Tensors t;
+    t.weight = random_halves(size_t(c.n) * c.k);
+    t.x = random_halves(size_t(c.rows) * c.x_stride() - 8);
+    t.bias = random_halves(c.n);
+    t.out.resize(size_t(c.rows) * c.out_stride());
+    t.partial.resize(size_t(c.ctas) * 2 * S::kPartials * mii::kStreamConsumers, make_float4(NAN, NAN, NAN, NAN));
+    return t;
+  }
+};
+
+template <typename S>
+void run_grid(const Case& c, Tensors& t) {
+  std::fill(t.out.begin(), t.out.end(), kUntouched);
+  const mii::LinearStreamArgs<Half> args = {
+      t.out.data(),     t.x.data(),     t.weight.data(), c.bias ? t.bias.data() : nullptr,     t.next.data(),
+      t.arrived.data(), t.partial.data(), c.x_stride(), c.out_stride(), static_cast<int64_t>(t.next.size()),
+      40000 * c.ctas,   c.rows,         c.n,             c.k,           c.gated ? int(MII_SILU) : mii::kPlain};
+  std::vector<int> order(c.ctas);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), card::chance);
+  card::grid = {c.ctas};
+  for (const int cta : order) {
+    card::block = {cta};
+    card::run_cta(mii::kStreamThreads, [&] { mii::linear_stream<Half, S>(args); });
+  }
+  for (const int count : t.arrived) {
+    if (count != 0) card::refuse("a counter was not reset");
+  }
+}
+
+double product(const Case& c, const Tensors& t, int row, int n) {
+  double sum = c.bias ? mii::to_float(t.bias[n]) : 0.0;
+  for (int i = 0; i < c.k; ++i) {
+    sum += double(mii::to_float(t.weight[size_t(n) * c.k + i])) * mii::to_float(t.x[size_t(row) * c.x_stride() + i]);
+  }
+  return sum;
+}
+
+double expected(const Case& c, const Tensors& t, int row, int column) {
+  const double value = product(c, t, row, column);
+  if (!c.gated) return value;
+  const double gate = mii::rounded<Half>(static_cast<float>(value));
+  return gate / (1.0 + std::exp(-gate)) * mii::rounded<Half>(static_cast<float>(product(c, t, row, c.n / 2 + column)));
+}
+
+void compare(const Case& c, const Tensors& t) {
+  for (int row = 0; row < c.rows; ++row) {
+    for (int column = 0; column < c.out_stride(); ++column) {
+      const Half found = t.out[size_t(row) * c.out_stride() + column];
+      if (column >= c.width()) {
+        if (found.bits != kUntouched.bits) card::refuse("wrote outside of its rows");
+        continue;
+      }
+      const double want = expected(c, t, row, column);
+      if (std::abs(mii::to_float(found) - want) <= 0.01 * (std::abs(want) + 2.0)) continue;
+      std::printf("row %d, column %d is %f and should be %f\n", row, column, mii::to_float(found), want);
+      std::exit(1);
+    }
+  }
+}
+
+template <typename S>
+void check(const Case& c) {
+  Tensors t = Tensors::make<S>(c);
+  mii::fetch_begin = t.next.data(), mii::fetch_bytes = static_cast<int64_t>(t.next.size()), mii::fetched = 0;
+  run_grid<S>(c, t);
+  if (mii::fetched == 0) card::refuse("fetched nothing of what comes next");
+  compare(c, t);
+  const std::vector<Half> first = t.out;
+  run_grid<S>(c, t);
+  if (std::memcmp(first.data(), t.out.data(), first.size() * sizeof(Half)) != 0) card::refuse("a second run differs");
+  std::printf("%d rows, %d x %d, %d CTAs%s%s: right\n", c.rows, c.n, c.k, c.ctas, c.gated ? ", gated" : "",
+              c.bias ? ", bias" : "");
+}
+
+}  // namespace
+
+int main() {
+  using mii::StreamShape;
+  card::shared = mii::stream_memory;
+  check<StreamShape<8, 1, 256, 5>>({1, 128, 512, 3, false, false});   // runs that end inside tiles
+  check<StreamShape<8, 1, 256, 5>>({8, 200, 1040, 7, false, true});   // tiles and steps that are cut off
+  check<StreamShape<8, 1, 256, 5>>({3, 8, 16, 1, false, true});       // less than a unit
+  check<StreamShape<8, 1, 256, 5>>({5, 320, 528, 4, true, true});
+  check<StreamShape<8, 1, 128, 3>>({2, 64, 2992, 9, true, false});    // one tile of many CTAs
+  check<StreamShape<8, 1, 128, 2>>({7, 640, 128, 3, false, false});   // many tiles a CTA
+  check<StreamShape<16, 1, 256, 5>>({9, 100, 272, 2, true, false});
+  check<StreamShape<16, 2, 128, 5>>({16, 300, 496, 5, false, true});
+  check<StreamShape<32, 2, 128, 5>>({31, 260, 400, 5, true, true});
+  check<StreamShape<64, 2, 128, 4>>({64, 260, 400, 6, false, true});
+  check<StreamShape<64, 2, 128, 4>>({33, 140, 640, 7, true, true});
+}

@@ -1,0 +1,84 @@
+// In place of csrc/include/mii/attention_mma.cuh and common.cuh: one element type, fragments and products in lockstep.
+#pragma once
+#include "card.h"
+
+namespace mii {
+
+constexpr int kWarp = 32;
+
+struct Half {  // bfloat16
+  uint16_t bits;
+};
+inline float to_float(Half value) {
+  const uint32_t bits = uint32_t(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+template <typename T>
+T from_float(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+template <typename T>
+float rounded(float value) {
+  return to_float(from_float<T>(value));
+}
+
+inline uint32_t shared_address(const void* address) {
+  return static_cast<uint32_t>(static_cast<const unsigned char*>(address) - card::shared);
+}
+inline void wait_for_previous() { card::yield(), card::threads[card::current].waited = true; }
+inline void start_next() { card::must_have_waited(); }
+
+struct Lane {
+  uint32_t address, result[4], a[4], b[2];
+  float c[4];
+};
+inline Lane lanes[32][32];
+
+inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
+  Lane(&all)[32] = lanes[card::warp()];
+  Lane& mine = all[card::lane()];
+  mine.address = address;
+  card::warps[card::warp()](32, [&] {
+    for (int i = 0; i < 32 * 4; ++i) {
+      const uint32_t row = all[i / 32 * 8 + i % 32 / 4].address;
+      if (row % 16) card::refuse("a matrix row is not aligned to 16 bytes");
+      std::memcpy(&all[i % 32].result[i / 32], card::shared + row + 4 * (i % 4), 4);
+    }
+  });
+  std::memcpy(r, mine.result, sizeof mine.result);
+}
+
+inline float element(uint32_t pair, int half) { return to_float(Half{static_cast<uint16_t>(pair >> 16 * half)}); }
+
+// mma.m16n8k16; see the fragments in csrc/include/mii/attention_mma.cuh.
+inline void multiply_warp(Lane (&all)[32]) {
+  float a[16][16], b[16][8];
+  for (int lane = 0; lane < 32; ++lane) {
+    const int row = lane / 4, column = 2 * (lane % 4);
+    for (int half = 0; half < 2; ++half) {
+      for (int i = 0; i < 4; ++i) a[row + 8 * (i % 2)][column + 8 * (i / 2) + half] = element(all[lane].a[i], half);
+      for (int i = 0; i < 2; ++i) b[column + 8 * i + half][row] = element(all[lane].b[i], half);
+    }
+  }
+  for (int i = 0; i < 32 * 4; ++i) {
+    const int row = i / 16 + 8 * (i % 4 / 2), column = 2 * (i / 4 % 4) + i % 2;
+    for (int k = 0; k < 16; ++k) all[i / 4].c[i % 4] += a[row][k] * b[k][column];
+  }
+}
+
+template <typename T>
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  Lane(&all)[32] = lanes[card::warp()];
+  Lane& mine = all[card::lane()];
+  std::memcpy(mine.a, a, sizeof mine.a);
+  std::memcpy(mine.c, c, sizeof mine.c);
+  mine.b[0] = b0, mine.b[1] = b1;
+  card::warps[card::warp()](32, [&] { multiply_warp(all); });
+  std::memcpy(c, mine.c, sizeof mine.c);
+}
+
+}  // namespace mii
