@@ -10,7 +10,6 @@ is read as it is.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,13 +87,16 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
     from mii.benchmark.roofline import Roofline
     from mii.benchmark.rows import ROWS, Bench, Row, first_token_row
     from mii.engine.devices import choose_device
+    from mii.engine.startup import process_age
 
     device = choose_device(args.device)
     machine, names = describe_machine(device), _row_names(args, device.type)
     if machine["load_average"] > 0.5 * machine["cores"]:
         say(f"note: other programs use this machine (load {machine['load_average']:.1f}); figures will be too low.")
     engine = load(args)
-    rows = [Row("ready", _process_age(), "s", False)]
+    ready = process_age()
+    phases = engine.start.as_dict() if engine.start is not None else {}
+    rows = [Row("ready", ready, "s", False, None, [], phases)]
     runner = engine.runner
     assert runner is not None
     dtype, spec = runner.dtype, runner.spec
@@ -128,12 +130,6 @@ def load(args: argparse.Namespace) -> Engine:
     config = ModelConfig(model_name_or_path=args.shape, **options)
     with _open(args, config.device) as checkpoint:
         return build_engine(config, checkpoint)
-
-
-def _process_age() -> float:
-    """Seconds since this process was started, by the kernel's books."""
-    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-    return float(Path("/proc/uptime").read_text().split()[0]) - started
 
 
 def _open(args: argparse.Namespace, device: str) -> Checkpoint:

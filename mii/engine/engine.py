@@ -22,6 +22,7 @@ from mii.engine.profile import StepProfile
 from mii.engine.ragged import RaggedInterface
 from mii.engine.runner import LaunchedStep, Runner
 from mii.engine.sequence import Sequence
+from mii.engine.startup import StartReport
 from mii.engine.timeline import Timeline
 from mii.errors import PipelineDestroyedError, PromptTooLongError, RequestError
 
@@ -73,6 +74,7 @@ class Engine(RaggedInterface):
         self._scheduler_limits = SchedulerLimits(limits.max_tokens, limits.max_sequences, limits.max_slots, reserve)
         self._profile = profile or StepProfile(runner.device, average=False, synchronise=False)
         self._timeline: Timeline | None = None
+        self.start: StartReport | None = None  # where the time of its making went
         self._overlapped = runner.device.type == "cuda"
         self._sequences = {}
         self._start_empty()

@@ -1,19 +1,41 @@
 """Steps as CUDA graphs: one launch in place of hundreds, for decode and mixed steps alike.
 
 Every kernel of a step takes its work from lists in device memory, so a graph captured for a bucket of (tokens,
-sequences) serves every step that fits in it. A bucket runs eagerly the first time (kernels load, cuBLAS picks its
-algorithms), is captured the second time and replayed from then on. All graphs share one memory pool. Steps of more
-than `MOST_TOKENS` tokens keep the device busy for longer than their launches take, so they are launched one kernel at
-a time.
+sequences) serves every step that fits in it. All graphs share one memory pool.
+
+With `MII_CAPTURE_AT_START=1` they are captured when the engine starts (`mii.engine.capture`), those of decode first, as
+many as `CAPTURE_SECONDS` allow. A bucket that is left runs eagerly the first time (kernels load, cuBLAS picks its
+algorithms), is captured the second time and replayed from then on.
+
+Steps of many tokens keep the device busy for longer than their launches take, so they are launched one kernel at a time
+and lose nothing: a layer's dozen launches take some 100 us of the host, hidden behind the step before, which takes
+longer than that from some hundred tokens on. How many tokens that are is a matter of the model's size.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
 
+Bucket = tuple[int, int]
+AT_START = os.environ.get("MII_CAPTURE_AT_START", "") not in ("", "0")
+CAPTURE_SECONDS = 3.0
 MOST_TOKENS = 1024
+_HIDES_LAUNCHES = 25e-3  # seconds of the device in which a host launches any step
+_PRODUCTS = 600e12  # FLOP/s of the fastest card's matrix products: a slower card hides more
+
+
+def most_captured_tokens(weights: int, max_tokens: int) -> int:
+    """The largest step worth a graph: of a model of so many weights. Above, its products alone hide its launches.
+
+    >>> most_captured_tokens(8_030_000_000, 8192), most_captured_tokens(135_000_000, 8192)
+    (1024, 8192)
+    """
+    if not AT_START:
+        return min(MOST_TOKENS, max_tokens)
+    return min(max_tokens, max(MOST_TOKENS, int(_HIDES_LAUNCHES * _PRODUCTS / (2 * weights))))
 
 
 def decode_bucket(sequences: int, limit: int) -> int:
@@ -31,8 +53,22 @@ def token_bucket(tokens: int, limit: int) -> int:
 
 
 def sample_bucket(sequences: int, limit: int) -> int:
-    """Sequences of the graph for a mixed step; few sizes, since each multiplies the number of graphs."""
-    return min(limit, next((size for size in (8, 32, 64, 128, 256, 384, 512, 768) if sequences <= size), limit))
+    """Sequences of the graph for a mixed step; few sizes, since each multiplies the number of graphs.
+
+    The head's product over 64 rows takes as long as over one: both read its weights once.
+    """
+    return min(limit, next((size for size in (64, 128, 256, 512) if sequences <= size), limit))
+
+
+def all_buckets(max_sequences: int, max_tokens: int) -> list[Bucket]:
+    """(tokens, sequences) of every graph for steps of up to `max_tokens` tokens: decode first, small ones first."""
+    decode = {decode_bucket(count, max_sequences) for count in range(1, max_sequences + 1)}
+    buckets = dict.fromkeys((size, size) for size in sorted(decode))
+    for tokens in sorted({token_bucket(count, max_tokens) for count in range(2, max_tokens + 1)}):
+        most = sample_bucket(min(tokens - 1, max_sequences), max_sequences)
+        sizes = {sample_bucket(count, max_sequences) for count in range(1, most + 1)}
+        buckets |= dict.fromkeys((tokens, size) for size in sorted(sizes))
+    return list(buckets)
 
 
 class StepGraphs:
@@ -47,12 +83,17 @@ class StepGraphs:
         self._most = most
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}
+        self._graphs: dict[Bucket, torch.cuda.CUDAGraph | None] = {}
+
+    def capture(self, bucket: Bucket, body: Callable[[], None]) -> None:
+        """Captures a bucket that has run before, unless it is there."""
+        if self._graphs.get(bucket) is None and len(self._graphs) < self._most:
+            self._graphs[bucket] = self._capture(body)
 
     def __len__(self) -> int:
         return sum(graph is not None for graph in self._graphs.values())
 
-    def run(self, bucket: tuple[int, int], body: Callable[[], None]) -> None:
+    def run(self, bucket: Bucket, body: Callable[[], None]) -> None:
         """Runs a step of this bucket on the current stream; `body` launches it on whatever stream is current."""
         if bucket not in self._graphs:
             if len(self._graphs) < self._most:

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from mii.config import DSStateManagerConfig, ModelConfig
+from mii.engine.capture import capture_steps, graph_memory
 from mii.engine.devices import choose_device, choose_dtype, free_memory
 from mii.engine.engine import Engine
+from mii.engine.graphs import AT_START, CAPTURE_SECONDS
 from mii.engine.profile import StepProfile
 from mii.engine.runner import Runner, RunnerLimits
+from mii.engine.startup import StartReport
 from mii.errors import CheckpointError, OutOfMemoryError
 from mii.logging import logger
 from mii.modeling.checkpoint import Checkpoint, open_checkpoint
@@ -54,6 +57,7 @@ def load_engine(config: ModelConfig, progress: bool | None = None) -> Engine:
 
 def build_engine(config: ModelConfig, checkpoint: Checkpoint, progress: bool | None = None) -> Engine:
     """The engine of an opened checkpoint."""
+    start = StartReport()
     device = choose_device(config.device, config.local_device)
     dtype = choose_dtype(config.dtype, checkpoint.config, device)
     spec = find_family(checkpoint.config).read_spec(checkpoint.config)
@@ -61,10 +65,12 @@ def build_engine(config: ModelConfig, checkpoint: Checkpoint, progress: bool | N
     free = free_memory(device)
     _check_weights_fit(spec, device, dtype, free)
     try:
-        model = load_model(checkpoint, device, dtype, progress=config.progress if progress is None else progress)
+        with start.phase("weights"):
+            model = load_model(checkpoint, device, dtype, progress=config.progress if progress is None else progress)
         ends = stop_ids(checkpoint.config, checkpoint.generation_config)
-        runner = Runner(model, limits, ends)
-        runner.make_cache(_num_blocks(config, runner, free))
+        with start.phase("buffers"):
+            runner = Runner(model, limits, ends)
+        _make_cache(config, runner, free, start)
     except torch.OutOfMemoryError as error:
         gc.collect()
         torch.cuda.empty_cache()
@@ -81,7 +87,24 @@ def build_engine(config: ModelConfig, checkpoint: Checkpoint, progress: bool | N
         profile=StepProfile(device, average=config.profile_model_time, synchronise=config.sync_debug),
     )
     _report(runner)
+    start.log()
+    engine.start = start
     return engine
+
+
+def _make_cache(config: ModelConfig, runner: Runner, free_at_start: int, start: StartReport) -> None:
+    """The KV cache, and where they are captured at start the graphs, whose memory is set aside first."""
+    reserved, captures = 0, runner.graphs is not None and AT_START
+    if captures:
+        with start.phase("first steps"):
+            reserved = graph_memory(runner, lambda: free_memory(runner.device))
+            start.note(f"{reserved / _GIB:.2f} GiB set aside for graphs")
+    with start.phase("KV cache"):
+        runner.make_cache(_num_blocks(config, runner, free_at_start, reserved))
+    if captures:
+        with start.phase("graphs"):
+            captured = capture_steps(runner, CAPTURE_SECONDS)
+            start.note(f"{captured.graphs} of {captured.planned}; the others when they are used")
 
 
 def _limits(config: ModelConfig, spec: ModelSpec, device: torch.device) -> RunnerLimits:
@@ -125,8 +148,8 @@ def _check_weights_fit(spec: ModelSpec, device: torch.device, dtype: torch.dtype
         )
 
 
-def _num_blocks(config: ModelConfig, runner: Runner, free_at_start: int) -> int:
-    """How many KV blocks memory allows, or the config says.
+def _num_blocks(config: ModelConfig, runner: Runner, free_at_start: int, reserved: int = 0) -> int:
+    """How many KV blocks memory allows, or the config says. `reserved`: bytes that will be taken later.
 
     Raises:
         OutOfMemoryError: Not even one sequence of one block fits.
@@ -137,7 +160,7 @@ def _num_blocks(config: ModelConfig, runner: Runner, free_at_start: int) -> int:
         return memory.size
     default = _DEFAULTS[runner.device.type].memory_fraction
     fraction = config.memory_fraction if "memory_fraction" in config.model_fields_set else default
-    free = free_memory(runner.device)
+    free = free_memory(runner.device) - reserved
     budget = int(fraction * free_at_start) - (free_at_start - free)
     if "memory_config" in manager.model_fields_set or runner.device.type == "cuda":
         budget = min(budget, free - memory.size)

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 
 from mii.batching.scheduler import Plan
+from mii.engine.costs import count_weights
 from mii.engine.extras import Extras
-from mii.engine.graphs import MOST_TOKENS, StepGraphs, decode_bucket, sample_bucket, token_bucket
+from mii.engine.graphs import Bucket, StepGraphs, decode_bucket, most_captured_tokens, sample_bucket, token_bucket
 from mii.engine.inputs import SentBlocks, TableUpdate, fill_step
 from mii.engine.rotation import Rotation
 from mii.engine.scoring import LaunchedScores
@@ -115,13 +116,15 @@ class Runner:
         self.sampled = SampledTokens(limits.max_sequences, self.device)
         self._suppress = torch.zeros(limits.max_sequences, dtype=torch.int32, device=self.device)
         self._suppress_ids = torch.tensor(stop_ids, dtype=torch.int32, device=self.device)
-        self._any_suppressed = self._suppressing = False
+        self._any_suppressed = False
+        self._suppressing = bool(stop_ids) and self.device.type == "cuda"  # a graph always reads the flags
         self._extras: Extras | None = None
         self.timeline: Timeline | None = None
         self.graphs = StepGraphs(self.device) if self.device.type == "cuda" else None
+        self.most_captured = most_captured_tokens(count_weights(self.spec), limits.max_tokens)
         self._recorded = RecordedSteps()
         self._sent = SentBlocks(limits.max_slots)
-        self._forwards: dict[tuple[int, int], Forward] = {}
+        self._forwards: dict[Bucket, Forward] = {}
         self.plans = {
             window: AttentionPlan(
                 q_heads=self.spec.q_heads,
@@ -171,7 +174,7 @@ class Runner:
             self._recorded.run(key, lambda: self._execute(forward, tokens[:samples]))
         elif self.graphs is None:
             self._execute(forward, tokens[:samples])
-        elif forward.cos_sin is not self.rotation.tables or forward.positions.shape[0] > MOST_TOKENS:
+        elif forward.cos_sin is not self.rotation.tables or forward.positions.shape[0] > self.most_captured:
             self._execute(forward, tokens[: len(forward.sample_rows)])
         else:
             bucket = (forward.positions.shape[0], len(forward.sample_rows))
@@ -185,6 +188,23 @@ class Runner:
         if self.timeline is not None:
             self.timeline.launched()
         return LaunchedStep(plan.sampled, *copied, scores)
+
+    @torch.inference_mode()
+    def rehearse(self, bucket: Bucket, *, capture: bool = False) -> None:
+        """Runs a step of this size with nobody in it, so that kernels load and products choose their algorithms.
+
+        Args:
+            bucket: Tokens and sequences. The cache is not touched.
+            capture: Keep it as a graph instead; it has to have run before.
+        """
+        forward, tokens = self._views(bucket, bucket[1]), self.sampled.on_device
+        self.step.host().counts.fill(0)
+        forward.step.upload()
+        forward.cos_sin, forward.rope_rows = self.rotation.tables, forward.step.rope_rows
+        if capture and self.graphs is not None:
+            self.graphs.capture(bucket, lambda: self._execute(forward, tokens[: bucket[1]]))
+        else:
+            self._execute(forward, tokens[: bucket[1]])
 
     @torch.inference_mode()
     def logits(self, plan: Plan) -> torch.Tensor:
@@ -249,21 +269,25 @@ class Runner:
     def _forward(self, tokens: int, sequences: int, samples: int) -> Forward:
         """The views of a step of this size; with graphs, of the bucket it falls in."""
         if self.graphs is not None:
-            limits = self.limits
-            if tokens == sequences:
-                tokens = sequences = decode_bucket(tokens, limits.max_sequences)
-            else:
-                sequences = sample_bucket(sequences, limits.max_sequences)
-                tokens = token_bucket(tokens, limits.max_tokens)
+            tokens, sequences = self._bucket(tokens, sequences)
             samples = sequences
-        key = (tokens, sequences)
+        return self._views((tokens, sequences), samples)
+
+    def _bucket(self, tokens: int, sequences: int) -> Bucket:
+        limits = self.limits
+        if tokens == sequences:
+            size = decode_bucket(tokens, limits.max_sequences)
+            return size, size
+        return token_bucket(tokens, limits.max_tokens), sample_bucket(sequences, limits.max_sequences)
+
+    def _views(self, key: Bucket, samples: int) -> Forward:
         forward = self._forwards.get(key)
         if forward is None:
             if len(self._forwards) >= 1024:
                 self._forwards.clear()
             forward = self._forwards[key] = self._make_forward(*key)
         if len(forward.sample_rows) != samples:
-            forward.buffers = self.arena.views(tokens, samples)
+            forward.buffers = self.arena.views(key[0], samples)
             forward.sample_rows = forward.step.sample_rows[:samples]
         return forward
 
