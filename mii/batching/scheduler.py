@@ -147,7 +147,6 @@ class Scheduler:
     def extend(self, plan: Plan, sequence: Sequence, tokens: list[int]) -> None:
         """Appends tokens to an opened sequence and plans all of them."""
         sequence.tokens += tokens
-        sequence.settle()
         self._plan(plan, sequence, len(tokens))
         sequence.in_flight = 0
 

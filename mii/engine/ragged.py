@@ -86,9 +86,26 @@ class RaggedInterface:
                 raise SchedulingError(status)
         plan = Plan()
         for uid, ids in zip(batch_uids, tokens, strict=True):
-            self.scheduler.extend(plan, self._sequence(uid), ids)
+            sequence = self._sequence(uid)
+            if sequence.outgrows(sequence.length + len(ids)):
+                self._renew(sequence, len(ids))
+            self.scheduler.extend(plan, sequence, ids)
         assert self.runner is not None
         return self.runner.logits(plan)
+
+    def _renew(self, sequence: Sequence, more: int) -> None:
+        """Computes a sequence anew that is about to get so long that the model rotates all of it otherwise."""
+        assert self.runner is not None
+        tokens, sequence.tokens = sequence.tokens, []
+        self.scheduler.close(sequence)
+        sequence.restart()
+        sequence.settle(len(tokens) + more)
+        self.scheduler.open(sequence)
+        most = self.scheduler.limits.max_tokens
+        for start in range(0, len(tokens), most):
+            plan = Plan()
+            self.scheduler.extend(plan, sequence, tokens[start : start + most])
+            self.runner.logits(plan)
 
     def _check_put(self, uids: SequenceOf[int], tokens: list[list[int]]) -> None:
         if self.runner is None:
@@ -98,12 +115,6 @@ class RaggedInterface:
         for uid, ids in zip(uids, tokens, strict=True):
             if not ids or min(ids) < 0 or max(ids) >= self.vocab_size:
                 raise RequestError(f"Sequence {uid}: needs token ids in 0..{self.vocab_size - 1}, at least one.")
-            sequence = self._ragged.get(uid)
-            if sequence is not None and sequence.outgrows(sequence.length + len(ids)):
-                raise RequestError(
-                    f"Sequence {uid} grows past the {sequence.switch} tokens from which on this model rotates all "
-                    "positions anew: flush it and put all of its tokens again."
-                )
 
     def _sequence(self, uid: int) -> Sequence:
         if uid not in self._ragged:

@@ -115,9 +115,11 @@ class Sequence:
         """Whether it would be outgrown with `length` tokens."""
         return not self.long and 0 < self.switch < length
 
-    def settle(self) -> None:
-        """Called while nothing of it is computed: it is long from now on if it is longer than `switch`."""
-        if self.outgrown:
+    def settle(self, length: int | None = None) -> None:
+        """Called while nothing of it is computed: it is long from now on if its length, or one that it is about to get,
+        is above `switch`.
+        """
+        if self.outgrows(self.length if length is None else length):
             self.long, self.salt, self._hashes = True, b"long", []
 
     def edits(self, length: int) -> bool:

@@ -66,7 +66,8 @@ def _stored_names(checkpoint: Checkpoint, family: Family, targets: Mapping[str, 
     if missing:
         raise CheckpointError(f"{checkpoint.path}: {len(missing)} weights are missing: {_some(missing)}.")
     tied = {"lm_head.weight"}
-    extra = sorted(n for n in set(present) - set(targets) - tied if not n.endswith(family.ignored))
+    unwanted = {n for n in present if n.endswith(family.ignored) or n.startswith(family.left_out)}
+    extra = sorted(set(present) - set(targets) - tied - unwanted)
     if extra:
         raise CheckpointError(
             f"{checkpoint.path}: {len(extra)} weights have no place in a {family.name} model: {_some(extra)}. "

@@ -2,10 +2,48 @@
 
 from __future__ import annotations
 
-from mii.modeling.families import bloom, falcon, gpt2, gpt_neox, gptj, llama, mistral, opt, phi
+from mii.modeling.families import (
+    bloom,
+    exaone4,
+    falcon,
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    gptj,
+    llama,
+    mistral,
+    olmo2,
+    opt,
+    phi,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+)
 from mii.modeling.families.base import Family, Target
 
-_MODULES = (bloom, falcon, gpt2, gpt_neox, gptj, llama, mistral, opt, phi)
+_MODULES = (
+    bloom,
+    exaone4,
+    falcon,
+    gemma,
+    gemma2,
+    gemma3,
+    gpt2,
+    gpt_neox,
+    gptj,
+    llama,
+    mistral,
+    olmo2,
+    opt,
+    phi,
+    phi3,
+    qwen2,
+    qwen3,
+    smollm3,
+)
 FAMILIES: dict[str, Family] = {
     architecture: module.FAMILY for module in _MODULES for architecture in module.FAMILY.architectures
 }

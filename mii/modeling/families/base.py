@@ -46,6 +46,7 @@ class Family:
         read_spec: Reads the config; raises CheckpointError naming the field that is missing, wrong or not supported.
         weights: Checkpoint tensor names and their targets, for a spec.
         ignored: Ends of tensor names that checkpoints may hold and nothing needs (tables that are computed).
+        left_out: Beginnings of names of parts that are not served (a vision tower).
         canonical: The name in `weights` of a tensor that older or partial checkpoints call otherwise.
     """
 
@@ -54,4 +55,5 @@ class Family:
     read_spec: Callable[[Mapping[str, Any]], ModelSpec]
     weights: Callable[[ModelSpec], dict[str, Target]]
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
+    left_out: tuple[str, ...] = ()
     canonical: Callable[[str], str] = str

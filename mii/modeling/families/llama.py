@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mii.errors import CheckpointError
@@ -41,19 +41,40 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
 
 
 def weights(spec: ModelSpec) -> dict[str, Target]:
-    """Hugging Face names of the Llama wiring and where each tensor goes."""
+    """Where each tensor goes, under the names that the families with Llama's layers share. `spec.block` says where the
+    norms are, and what is left out has no name.
+    """
     targets = {"model.embed_tokens.weight": Target("embedding.weight"), "model.norm.weight": Target("norm.weight")}
     if not spec.tied_embeddings:
         targets["lm_head.weight"] = Target("head.weight")
     for layer in range(spec.num_layers):
         source, target = f"model.layers.{layer}", f"blocks.{layer}"
-        targets[f"{source}.input_layernorm.weight"] = Target(f"{target}.attention_norm.weight")
-        targets[f"{source}.post_attention_layernorm.weight"] = Target(f"{target}.mlp_norm.weight")
+        for name, path in _norms(spec, layer).items():
+            targets[f"{source}.{name}.weight"] = Target(path)
         for name, path, part, biased in _PROJECTIONS:
             targets[f"{source}.{name}.weight"] = Target(f"{target}.{path}.weight", part)
             if getattr(spec, biased):
                 targets[f"{source}.{name}.bias"] = Target(f"{target}.{path}.bias", part)
     return targets
+
+
+def _norms(spec: ModelSpec, layer: int) -> dict[str, str]:
+    """Names of a layer's norms and the paths of their weights. What norms the MLP's output belongs to the norm after
+    it: the next layer's first one, or the model's last.
+    """
+    block, following = f"blocks.{layer}", f"blocks.{layer + 1}.attention_norm"
+    found: dict[str, str] = {}
+    if spec.head_norm or spec.row_norm:
+        found |= {f"self_attn.{each}_norm": f"{block}.attention.{each}_norm.weight" for each in "qk"}
+    if spec.block != "normed_branch":
+        found["input_layernorm"] = f"{block}.attention_norm.weight"
+    if spec.block == "sequential":
+        return found | {"post_attention_layernorm": f"{block}.mlp_norm.weight"}
+    if spec.block == "sandwich":
+        found["pre_feedforward_layernorm"] = f"{block}.mlp_norm.weight"
+    found["post_attention_layernorm"] = f"{block}.mlp_norm.branch"
+    found["post_feedforward_layernorm"] = f"{following if layer + 1 < spec.num_layers else 'norm'}.branch"
+    return found
 
 
 _PROJECTIONS = (
@@ -67,14 +88,32 @@ _PROJECTIONS = (
 )
 
 
-def windows(config: Mapping[str, Any], layers: int) -> tuple[int, ...]:
-    """The sliding window of every layer from `sliding_window`; null is none."""
+def windows(config: Mapping[str, Any], layers: int, sliding: tuple[bool, ...] = ()) -> tuple[int, ...]:
+    """The sliding window of every layer from `sliding_window`, null being none; of all layers or those in `sliding`."""
     window = config.get("sliding_window")
     if window is None:
         return (0,) * layers
     if not isinstance(window, int) or isinstance(window, bool) or window < 1:
         raise CheckpointError(f"config.json: 'sliding_window' must be null or a positive whole number, not {window!r}.")
-    return (window,) * layers
+    return tuple(window if slides else 0 for slides in sliding or (True,) * layers)
+
+
+def sliding_layers(
+    config: Mapping[str, Any], layers: int, by_default: Callable[[int], bool] = lambda layer: False
+) -> tuple[bool, ...]:
+    """Which layers have the window: from `layer_types`, and where that is missing, `by_default` of a layer's number."""
+    kinds = config.get("layer_types")
+    if kinds is None:
+        return tuple(by_default(layer) for layer in range(layers))
+    if not isinstance(kinds, list) or len(kinds) != layers or not set(kinds) <= {_SLIDING, _FULL}:
+        raise CheckpointError(
+            f"config.json: 'layer_types' must name one of '{_SLIDING}' and '{_FULL}' for each of the {layers} layers, "
+            f"and it is {kinds!r}."
+        )
+    return tuple(kind == _SLIDING for kind in kinds)
+
+
+_SLIDING, _FULL = "sliding_attention", "full_attention"
 
 
 FAMILY = Family("llama", ("LlamaForCausalLM", "LLaMAForCausalLM"), read_spec, weights)
