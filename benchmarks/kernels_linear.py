@@ -27,7 +27,7 @@ LAYER = {
     "down": (HIDDEN, INTERMEDIATE),
 }
 WEIGHTS = LAYER | {"head": (128256, HIDDEN)}
-VARIANTS = {1: 4, 8: 4, 16: 4, 32: 3, 64: 2}  # of our kernel's cuts, for each number of rows
+VARIANTS = {1: 4, 8: 4, 16: 4, 32: 3, 64: 4}  # of our kernel's cuts, for each number of rows
 CHAIN_ROWS, LAYERS = (1, 8, 64), 32
 FETCHES = (0, 8, 16, 24)  # MiB
 DTYPE, SIZE = torch.bfloat16, 2

@@ -8,9 +8,9 @@ namespace mii {
 namespace {
 
 constexpr int kMaxRows = 64;
-constexpr int kMaxPartials = 32;  // float4 of a thread, the most of all shapes that run one CTA a multiprocessor
+constexpr int kMaxPartials = 4096;  // float4 of a tile, or of all tiles at work on a multiprocessor
 
-int64_t partial_bytes(int sms) { return int64_t(sms) * 2 * kMaxPartials * kStreamConsumers * sizeof(float4); }
+int64_t partial_bytes(int sms) { return int64_t(sms) * 2 * kMaxPartials * sizeof(float4); }
 
 // Lets a kernel have its shared memory; once for each device.
 template <auto kernel>
@@ -30,13 +30,13 @@ int32_t grant_shared(int bytes) {
 // `PerSm` CTAs to a multiprocessor, which share its memory.
 template <typename T, typename S, int PerSm = 1>
 int32_t launch_stream(const LinearStreamArgs<T>& args, void* stream) {
-  static_assert(PerSm * S::kPartials <= kMaxPartials);
+  static_assert(PerSm * S::kPartials * S::kConsumers <= kMaxPartials);
   static_assert(PerSm * S::kSharedBytes <= 216 << 10, "leaves no room for the light kernels beside it");
   if (const int32_t status = grant_shared<linear_stream<T, S>>(S::kSharedBytes); status != MII_OK) return status;
   const int64_t units = int64_t(ceil_div(args.n, S::kTileRows)) * ceil_div(args.k, S::kDepth);
   const int64_t places = int64_t(PerSm) * card().sms;
   const int ctas = static_cast<int>(units < places ? units : places);
-  const Shape shape{dim3(ctas), dim3(kStreamThreads), S::kSharedBytes};
+  const Shape shape{dim3(ctas), dim3(S::kThreads), S::kSharedBytes};
   return launch("mii_linear_streamed", linear_stream<T, S>, shape, stream, args);
 }
 
@@ -56,6 +56,8 @@ int32_t launch_rows(const LinearStreamArgs<T>& args, int variant, void* stream) 
       if (variant == 2) return launch_stream<T, StreamShape<32, 1, 256, 4>>(args, stream);
     } else {
       if (variant == 1) return launch_stream<T, StreamShape<64, 1, 128, 6>>(args, stream);
+      if (variant == 2) return launch_stream<T, StreamShape<64, 2, 128, 4, 4, 2>>(args, stream);
+      if (variant == 3) return launch_stream<T, StreamShape<64, 2, 64, 4, 8>>(args, stream);
     }
   }
   if (args.rows <= 8) return launch_stream<T, StreamShape<8, 1, 256, 5>>(args, stream);

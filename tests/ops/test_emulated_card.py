@@ -22,4 +22,4 @@ def test_the_streamed_product_is_right_in_any_order_of_threads_and_copies(tmp_pa
     subprocess.run([compiler, "-std=c++17", "-O1", "-w", *folders, source, "-o", str(program)], check=True, timeout=120)
     result = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout
-    assert result.stdout.count("right") == 11
+    assert result.stdout.count("right") == 13

@@ -7,7 +7,7 @@
 // Work is cut into units of some weight rows (a tile) by a depth of k, and every CTA streams an equal run of consecutive
 // units through a ring in shared memory, whatever n and k are (stream-K: Osama et al., arXiv 2301.03598). Four warps copy,
 // a row of a unit at a time, by bulk copies that need no layout of the weight but its own; rows lie 16 bytes further
-// apart in shared memory than they are long, so that fragments load without bank conflicts. Four more multiply.
+// apart in shared memory than they are long, so that fragments load without bank conflicts. Four or eight more multiply.
 //
 // A CTA whose run ends inside a tile leaves float partial sums; the last of a tile's CTAs to arrive adds them up in their
 // order, so runs repeat bit for bit, and resets the tile's counter for the next launch.
@@ -20,12 +20,9 @@
 
 namespace mii {
 
-constexpr int kStreamWarps = 4;  // that multiply
 // Warps that copy. A bulk copy takes its operands from registers that a whole warp shares, so a warp starts one lane's
 // after the other, each in some tens of cycles; a multiprocessor needs 512 bytes every 40.
 constexpr int kCopyWarps = 4;
-constexpr int kStreamConsumers = kStreamWarps * kWarp;
-constexpr int kStreamThreads = kStreamConsumers + kCopyWarps * kWarp;
 constexpr int kStreamMaxTiles = 16384;
 constexpr int kPlain = -1;  // in place of an activation
 
@@ -43,20 +40,23 @@ struct LinearStreamArgs {
   int activation;  // a MiiActivationKind, or kPlain
 };
 
-// How a product is cut: tiles of 64 x Groups weight rows, units of Depth columns, so many units in the ring.
-template <int Tokens_, int Groups_, int Depth_, int Stages_>
+// How a product is cut: tiles of 16 x Groups weight rows for each of RowWarps warps, units of Depth columns, so many
+// units in the ring. Where there are many tokens, Split warps share them.
+template <int Tokens_, int Groups_, int Depth_, int Stages_, int RowWarps_ = 4, int Split_ = 1>
 struct StreamShape {
   static constexpr int kTokens = Tokens_, kGroups = Groups_, kDepth = Depth_, kStages = Stages_;
-  static constexpr int kTileRows = 16 * kStreamWarps * kGroups;
+  static constexpr int kRowWarps = RowWarps_, kWarps = RowWarps_ * Split_;  // that multiply
+  static constexpr int kConsumers = kWarps * kWarp, kThreads = kConsumers + kCopyWarps * kWarp;
+  static constexpr int kTileRows = 16 * kRowWarps * kGroups;
   static constexpr int kRowBytes = 2 * kDepth + 16;
   static constexpr int kWeightBytes = kTileRows * kRowBytes;
   static constexpr int kStageBytes = kWeightBytes + kTokens * kRowBytes;
   static constexpr int kRingOffset = 256;  // barriers and a flag come before the ring
   static constexpr int kFlagOffset = 2 * kStages * kBarrierBytes;
   static constexpr int kSharedBytes = kRingOffset + kStages * kStageBytes;
-  static constexpr int kColumns = kTokens / 8;  // of 8 tokens each
+  static constexpr int kColumns = kTokens / 8 / Split_;  // of 8 tokens each, for a warp
   static constexpr int kPartials = kGroups * kColumns;  // float4 of a thread
-  static_assert(kDepth % 32 == 0 && kTokens % 8 == 0 && kFlagOffset + 4 <= kRingOffset);
+  static_assert(kDepth % 32 == 0 && kTokens % (8 * Split_) == 0 && kFlagOffset + 4 <= kRingOffset);
 };
 
 // The runs of units: CTA c of `ctas` has [begin(c), begin(c + 1)).
@@ -102,9 +102,9 @@ struct Stream {
 
 // ---- the copying warps ----------------------------------------------------------------------------------------------
 // Calls copy(row) for this thread's part of `rows` rows, dealt out to the warps in turn.
-template <int MaxRows, typename Copy>
+template <typename S, int MaxRows, typename Copy>
 MII_DEVICE void deal_rows(int rows, Copy&& copy) {
-  const int thread = threadIdx.x - kStreamConsumers;
+  const int thread = threadIdx.x - S::kConsumers;
 #pragma unroll
   for (int start = 0; start < MaxRows; start += kCopyWarps * kWarp) {
     const int row = start + thread % kWarp * kCopyWarps + thread / kWarp;
@@ -117,9 +117,9 @@ MII_DEVICE void load_weights(const Stream<T, S>& s, int unit, uint64_t policy) {
   const int tile = s.tile(unit), bytes = 2 * s.depth(unit), gate_end = s.a.activation == kPlain ? s.a.n : s.a.n / 2;
   // One thread announces the bytes of all; those that land before count down from nothing, and the phase waits for the
   // arrival. Of a gated weight's last tile the valid rows are not the first ones, but as many.
-  if (threadIdx.x == kStreamConsumers) barrier_expect(s.full(unit), bytes * (s.valid_rows(tile) + s.a.rows));
+  if (threadIdx.x == S::kConsumers) barrier_expect(s.full(unit), bytes * (s.valid_rows(tile) + s.a.rows));
   const T* source = s.a.weight + s.column(unit);
-  deal_rows<S::kTileRows>(S::kTileRows, [&](int row) {
+  deal_rows<S, S::kTileRows>(S::kTileRows, [&](int row) {
     const int n = s.weight_row(tile, row);
     if (n >= (row % 16 < 8 ? gate_end : s.a.n)) return;
     bulk_copy(s.stage(unit) + row * S::kRowBytes, source + int64_t(n) * s.a.k, bytes, s.full(unit), policy);
@@ -130,18 +130,19 @@ template <typename T, typename S>
 MII_DEVICE void load_tokens(const Stream<T, S>& s, int unit) {
   const T* source = s.a.x + s.column(unit);
   const uint32_t target = s.stage(unit) + S::kWeightBytes;
-  deal_rows<S::kTokens>(s.a.rows, [&](int token) {
+  deal_rows<S, S::kTokens>(s.a.rows, [&](int token) {
     bulk_copy(target + token * S::kRowBytes, source + token * s.a.x_stride, 2 * s.depth(unit), s.full(unit));
   });
 }
 
 // This CTA's share of the next weight, in pieces of 4 KB.
-template <typename T>
-MII_DEVICE void prefetch_next(const LinearStreamArgs<T>& a) {
+template <typename T, typename S>
+MII_DEVICE void prefetch_next(const Stream<T, S>& s) {
+  const LinearStreamArgs<T>& a = s.a;
   if (a.next == nullptr) return;
   const int64_t start = a.next_bytes / 16 * blockIdx.x / gridDim.x * 16;
   const int64_t stop = min(a.next_bytes / 16 * 16, start + a.next_fetch / gridDim.x / 4096 * 4096);
-  for (int64_t at = start + (threadIdx.x - kStreamConsumers) * 4096; at < stop; at += kCopyWarps * kWarp * 4096) {
+  for (int64_t at = start + (threadIdx.x - S::kConsumers) * 4096; at < stop; at += kCopyWarps * kWarp * 4096) {
     bulk_prefetch(a.next + at, static_cast<int>(min(int64_t(4096), stop - at)));
   }
 }
@@ -159,7 +160,7 @@ MII_DEVICE void copy_units(const Stream<T, S>& s) {
     load_weights(s, unit, policy);
     load_tokens(s, unit);
   }
-  prefetch_next(s.a);
+  prefetch_next(s);
 }
 
 // ---- the multiplying warps ------------------------------------------------------------------------------------------
@@ -188,11 +189,17 @@ MII_DEVICE void multiply_columns(StreamSums<S>& sums, uint32_t weight, uint32_t 
   }
 }
 
+// The first of this warp's tokens.
+template <typename S>
+MII_DEVICE int first_token() {
+  return threadIdx.x / kWarp / S::kRowWarps * S::kColumns * 8;
+}
+
 template <typename T, typename S>
 MII_DEVICE void multiply_unit(StreamSums<S>& sums, uint32_t stage, int depth) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % S::kRowWarps;
   const uint32_t weight = stage + (warp * 16 * S::kGroups + lane % 16) * S::kRowBytes + lane / 16 * 16;
-  const uint32_t tokens = stage + S::kWeightBytes + lane % 8 * S::kRowBytes + lane / 8 * 16;
+  const uint32_t tokens = stage + S::kWeightBytes + (first_token<S>() + lane % 8) * S::kRowBytes + lane / 8 * 16;
   if (depth == S::kDepth) {
 #pragma unroll
     for (int pair = 0; pair < S::kDepth / 32; ++pair) multiply_columns<T, S>(sums, weight, tokens, pair, true);
@@ -221,14 +228,14 @@ MII_DEVICE void store_pair(const Stream<T, S>& s, int tile, int row, int token, 
 
 template <typename T, typename S>
 MII_DEVICE void store_tile(const Stream<T, S>& s, const StreamSums<S>& sums, int tile) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % S::kRowWarps;
 #pragma unroll
   for (int group = 0; group < S::kGroups; ++group) {
     const int row = (warp * S::kGroups + group) * 16 + lane / 4;
 #pragma unroll
     for (int column = 0; column < S::kColumns; ++column) {
       const float(&c)[4] = sums[group][column];
-      const int token = column * 8 + 2 * (lane % 4);
+      const int token = first_token<S>() + column * 8 + 2 * (lane % 4);
       if (token < s.a.rows) store_pair(s, tile, row, token, c[0], c[2]);
       if (token + 1 < s.a.rows) store_pair(s, tile, row, token + 1, c[1], c[3]);
     }
@@ -239,7 +246,7 @@ MII_DEVICE void store_tile(const Stream<T, S>& s, const StreamSums<S>& sums, int
 template <typename T, typename S>
 MII_DEVICE bool merge_tile(const Stream<T, S>& s, StreamSums<S>& sums, int tile, int* last) {
   const auto at = [&](int cta, int part) {
-    return s.a.partial + (int64_t(s.runs.place(cta, tile)) * S::kPartials + part) * kStreamConsumers + threadIdx.x;
+    return s.a.partial + (int64_t(s.runs.place(cta, tile)) * S::kPartials + part) * S::kConsumers + threadIdx.x;
   };
 #pragma unroll
   for (int part = 0; part < S::kPartials; ++part) {
@@ -247,12 +254,12 @@ MII_DEVICE bool merge_tile(const Stream<T, S>& s, StreamSums<S>& sums, int tile,
     __stcg(at(blockIdx.x, part), make_float4(c[0], c[1], c[2], c[3]));
   }
   __threadfence();
-  partial_barrier<1, kStreamConsumers>();
+  partial_barrier<1, S::kConsumers>();
   const int first_cta = s.runs.cta_of(tile * s.runs.steps), last_cta = s.runs.cta_of((tile + 1) * s.runs.steps - 1);
   if (threadIdx.x == 0) *last = atomicAdd(s.a.arrived + tile, 1) == last_cta - first_cta;
-  partial_barrier<1, kStreamConsumers>();
+  partial_barrier<1, S::kConsumers>();
   const bool mine = *last != 0;
-  partial_barrier<1, kStreamConsumers>();  // nobody writes `last` for the next tile before everybody has read it
+  partial_barrier<1, S::kConsumers>();  // nobody writes `last` for the next tile before everybody has read it
   if (!mine) return false;
   __threadfence();
   if (threadIdx.x == 0) s.a.arrived[tile] = 0;
@@ -297,19 +304,19 @@ MII_DEVICE void multiply_units(const Stream<T, S>& s, int* last) {
 
 // Grid: as many CTAs as fit the card at once, at most one a unit. Dynamic shared memory: S::kSharedBytes.
 template <typename T, typename S>
-__global__ void __launch_bounds__(kStreamThreads) linear_stream(const LinearStreamArgs<T> a) {
+__global__ void __launch_bounds__(S::kThreads) linear_stream(const LinearStreamArgs<T> a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) unsigned char stream_memory[];
   const Stream<T, S> s(a, shared_address(stream_memory));
   if (threadIdx.x == 0) {
     for (int i = 0; i < S::kStages; ++i) {
       barrier_init(s.shared + i * kBarrierBytes, 1);
-      barrier_init(s.shared + (S::kStages + i) * kBarrierBytes, kStreamWarps);
+      barrier_init(s.shared + (S::kStages + i) * kBarrierBytes, S::kWarps);
     }
     barrier_init_fence();
   }
   __syncthreads();
-  if (threadIdx.x >= kStreamConsumers) {
+  if (threadIdx.x >= S::kConsumers) {
     copy_units(s);
   } else {
     multiply_units(s, reinterpret_cast<int*>(stream_memory + S::kFlagOffset));

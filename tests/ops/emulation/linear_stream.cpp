@@ -43,7 +43,7 @@ struct Tensors {
     t.x = random_halves(size_t(c.rows) * c.x_stride() - 8);
     t.bias = random_halves(c.n);
     t.out.resize(size_t(c.rows) * c.out_stride());
-    t.partial.resize(size_t(c.ctas) * 2 * S::kPartials * mii::kStreamConsumers, make_float4(NAN, NAN, NAN, NAN));
+    t.partial.resize(size_t(c.ctas) * 2 * S::kPartials * S::kConsumers, make_float4(NAN, NAN, NAN, NAN));
     return t;
   }
 };
@@ -61,7 +61,7 @@ void run_grid(const Case& c, Tensors& t) {
   card::grid = {c.ctas};
   for (const int cta : order) {
     card::block = {cta};
-    card::run_cta(mii::kStreamThreads, [&] { mii::linear_stream<Half, S>(args); });
+    card::run_cta(S::kThreads, [&] { mii::linear_stream<Half, S>(args); });
   }
   for (const int count : t.arrived) {
     if (count != 0) card::refuse("a counter was not reset");
@@ -129,4 +129,6 @@ int main() {
   check<StreamShape<32, 2, 128, 5>>({31, 260, 400, 5, true, true});
   check<StreamShape<64, 2, 128, 4>>({64, 260, 400, 6, false, true});
   check<StreamShape<64, 2, 128, 4>>({33, 140, 640, 7, true, true});
+  check<StreamShape<64, 2, 128, 4, 4, 2>>({61, 300, 400, 5, false, true});
+  check<StreamShape<64, 2, 64, 4, 8>>({40, 520, 208, 3, true, false});
 }
