@@ -326,6 +326,10 @@ def _load_transformers(folder: Path, trust_remote_code: bool) -> Any:
         from transformers import PreTrainedTokenizerFast
 
         return _quietly(folder, lambda: PreTrainedTokenizerFast.from_pretrained(str(folder)))
+    if (folder / "qwen.tiktoken").is_file() and not trust_remote_code:
+        from mii.modeling.tiktoken_file import load_qwen
+
+        return _quietly(folder, lambda: load_qwen(folder))
     if own_code and not trust_remote_code:
         raise TokenizerError(
             f"The tokenizer in {folder} is Python code of its own. Pass trust_remote_code=True to run it."
