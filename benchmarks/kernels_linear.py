@@ -1,6 +1,7 @@
 """Products of a few rows with the weights of an 8B Llama: our streaming kernel beside cuBLASLt, in one run.
 
-Each product alone, for every way in which our kernel can cut its work; then chains over 32 layers with weights of their
+Each product alone, for every way in which our kernel can cut its work, and of more rows by cuBLASLt with the algorithm
+that torch takes and with a timed one; then chains over 32 layers with weights of their
 own, in one graph, so that nothing is found in the cache and what lies between two kernels counts: the four products of
 a layer, and all of a layer but attention. Chains vary how much of the next weight a product brings into the cache.
 """
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.timing import Call, Case, graph_seconds, run_cases
-from mii.ops import linear_streamed
+from mii.ops import linear_streamed, linear_tuned
 from mii.ops.linear import LinearWeight, gated_linear, linear, pack_linear
 from mii.ops.norm import norm
 from mii.ops.rope_kv import rope_kv
@@ -28,6 +29,7 @@ LAYER = {
 }
 WEIGHTS = LAYER | {"head": (128256, HIDDEN)}
 VARIANTS = {1: 4, 8: 4, 16: 4, 32: 3, 64: 4}  # of our kernel's cuts, for each number of rows
+MORE_ROWS = (64, 128, 256, 384, 512)
 CHAIN_ROWS, LAYERS = (1, 8, 64), 32
 FETCHES = (0, 8, 16, 24)  # MiB
 DTYPE, SIZE = torch.bfloat16, 2
@@ -40,34 +42,40 @@ def run(device: torch.device) -> list[dict[str, Any]]:
     return [*run_cases(_products(), device), *_chains(device)]
 
 
-def _choose(rows: int, variant: int = 0, fetch: int = 0) -> None:
+def _choose(rows: int, variant: int = 0, fetch: int = 0, tuned: bool = False) -> None:
+    linear_tuned.TUNED = tuned
     linear_streamed.ROWS, linear_streamed.VARIANT, linear_streamed.FETCH_BYTES = rows, variant, fetch << 20
 
 
 def _products() -> Iterator[Case]:
     for name, (n, k) in WEIGHTS.items():
-        for rows in VARIANTS:
-            for variant in (None, *range(VARIANTS[rows])):
-                text = f"{name} {n} x {k}, {rows} rows, {'cuBLASLt' if variant is None else f'streamed {variant}'}"
-                yield Case("linear", text, SIZE * (n * k + rows * (n + k)), _maker(rows, n, k, variant))
+        for rows, variants in VARIANTS.items():
+            yield _case(name, rows, n, k, "cuBLASLt", lambda: _choose(0))
+            for variant in range(variants):
+                yield _case(name, rows, n, k, f"streamed {variant}", lambda v=variant: _choose(max(VARIANTS), v))
+        for rows in MORE_ROWS:
+            for tuned in (False, True):
+                text = "cuBLASLt, timed" if tuned else "cuBLASLt, as torch"
+                yield _case(name, rows, n, k, text, lambda t=tuned: _choose(0, tuned=t))
 
 
-def _weight(device: torch.device, n: int, k: int) -> LinearWeight:
-    return pack_linear(torch.randn(n, k, device=device, dtype=DTYPE).mul_(k**-0.5))
-
-
-def _maker(rows: int, n: int, k: int, variant: int | None) -> Callable[[torch.device], Call]:
+def _case(name: str, rows: int, n: int, k: int, how: str, choose: Callable[[], None]) -> Case:
     def make(device: torch.device) -> Call:
         x = torch.randn(rows, k, device=device, dtype=DTYPE)
         weight, out = _weight(device, n, k), torch.empty(rows, n, device=device, dtype=DTYPE)
 
         def call() -> None:
-            _choose(0 if variant is None else max(VARIANTS), variant or 0)
+            choose()
             linear(out, x, weight)
 
         return call
 
-    return make
+    moved = SIZE * (n * k + rows * (n + k))
+    return Case("linear", f"{name} {n} x {k}, {rows} rows, {how}", moved, make, 2 * rows * n * k)
+
+
+def _weight(device: torch.device, n: int, k: int) -> LinearWeight:
+    return pack_linear(torch.randn(n, k, device=device, dtype=DTYPE).mul_(k**-0.5))
 
 
 class _Chain:
