@@ -443,6 +443,7 @@ struct HopperWorker {
       release(memory.slot_free(keys));
       finish_scores(rows, key);
       soften();
+      made_by_now(sum[0] + sum[1]);  // the weights are made while values are added up, not after the wait
       products_wait<0>();
       settle(out);
       release(memory.slot_free(values));

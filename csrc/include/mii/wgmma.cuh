@@ -40,6 +40,12 @@ MII_DEVICE void settle(Register (&registers)[N]) {
   }
 }
 
+// What makes this value, which is never negative, is done before the next wait. The assembler would move a wait up past
+// arithmetic, and with it lose what the two were to do at the same time, but not past a branch.
+MII_DEVICE void made_by_now(float never_negative) {
+  if (never_negative < 0.0f) asm volatile("nanosleep.u32 20;" ::: "memory");
+}
+
 // d (+)= a b, a and b in shared memory, both with k along their rows' elements. N = 2 kRegisters columns.
 template <typename T, bool kAdd, int kRegisters>
 MII_DEVICE void product(float (&d)[kRegisters], uint64_t a, uint64_t b);
