@@ -105,7 +105,7 @@ def _sizes(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_head_count_kv(kv_heads)
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
-    writer.add_rope_freq_base(rope.get("rope_theta", 10000.0))
+    writer.add_rope_freq_base(rope.get("full_attention", rope).get("rope_theta", 10000.0))
     writer.add_rope_dimension_count(config.get("rotary_dim") or int(head_dim * rope.get("partial_rotary_factor", 1.0)))
 
 
@@ -135,9 +135,9 @@ def _without_expert(name: str) -> tuple[str, int | None]:
 
 
 def _changed(architecture: str, config: Mapping[str, Any], name: str, values: np.ndarray) -> np.ndarray:
-    if architecture == "llama" and ".attn_q." in name:
+    if architecture in ("llama", "smollm3") and ".attn_q." in name:
         return interleaved(config["num_attention_heads"])(values)
-    if architecture == "llama" and ".attn_k." in name:
+    if architecture in ("llama", "smollm3") and ".attn_k." in name:
         return interleaved(config["num_key_value_heads"])(values)
     if architecture in ("falcon", "bloom", "gptneox") and ".attn_qkv." in name:
         return regrouped(config["num_attention_heads"], _kv_heads(config))(values)

@@ -68,6 +68,19 @@ def experts(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
 
 
+def pattern(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    window(writer, config)
+    writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config["layer_types"]])
+
+
+def two_rotations(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
+    window(writer, config)
+    scaling = config["rope_parameters"]["full_attention"]
+    if scaling["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(scaling["factor"])
+
+
 def soft_caps(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     window(writer, config)
     writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
@@ -75,6 +88,7 @@ def soft_caps(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
 
 
 MOE = {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16, "num_experts_per_tok": 2}
+GEMMA3 = {"num_hidden_layers": 7, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}
 # row of the table: (model_type, GGUF architecture, keys, config fields)
 CASES: dict[str, tuple[str, str, Callable[[gguf.GGUFWriter, Mapping[str, Any]], None], dict[str, Any]]] = {
     "llama": ("llama", "llama", rms, {"rms_norm_eps": 1e-4}),
@@ -103,6 +117,28 @@ CASES: dict[str, tuple[str, str, Callable[[gguf.GGUFWriter, Mapping[str, Any]], 
         "gptneox",
         residuals,
         {"use_parallel_residual": False, "attention_bias": False},
+    ),
+    "gemma3": ("gemma3_text", "gemma3", two_rotations, GEMMA3),
+    "gemma3, scaled": (
+        "gemma3_text",
+        "gemma3",
+        two_rotations,
+        {
+            **GEMMA3,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+        },
+    ),
+    "olmo2": ("olmo2", "olmo2", rms, {}),
+    "smollm3": ("smollm3", "smollm3", rms, {"num_hidden_layers": 5, "attention_bias": True}),
+    "exaone4": ("exaone4", "exaone4", rms, {"sliding_window": None, "layer_types": ["full_attention"] * 2}),
+    "exaone4, windows": (
+        "exaone4",
+        "exaone4",
+        pattern,
+        {"num_hidden_layers": 3, "sliding_window": 8, "sliding_window_pattern": 2},
     ),
     "falcon": ("falcon", "falcon", layer_norm, {"multi_query": True, "new_decoder_architecture": False}),
     "falcon+two norms": ("falcon", "falcon", layer_norm, {"new_decoder_architecture": True, "num_kv_heads": 2}),
@@ -138,7 +174,7 @@ def as_folder(checkpoint: Checkpoint, folder: Path) -> Path:
 
 
 def test_every_row_of_the_table_has_a_case() -> None:
-    assert set(ARCHITECTURES) <= set(CASES)
+    assert set(ARCHITECTURES) <= {*CASES, "qwen"}
 
 
 @pytest.mark.parametrize("case", CASES)

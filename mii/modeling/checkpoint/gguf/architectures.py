@@ -167,7 +167,24 @@ _GEMMA2 = _LLAMA | {
     "ffn_norm": _LAYER + "pre_feedforward_layernorm",
     "post_ffw_norm": _LAYER + "post_feedforward_layernorm",
 }
+# The norms are of what the layers add, none of what they take.
+_NORMED_BRANCHES = {stem: name for stem, name in _LLAMA.items() if stem not in ("attn_norm", "ffn_norm")} | {
+    "post_attention_norm": _LAYER + "post_attention_layernorm",
+    "post_ffw_norm": _LAYER + "post_feedforward_layernorm",
+}
 _BLOCK = "transformer.h.{layer}."
+_QWEN = {
+    "token_embd": "transformer.wte",
+    "output_norm": "transformer.ln_f",
+    "output": "lm_head",
+    "attn_norm": _BLOCK + "ln_1",
+    "attn_qkv": _BLOCK + "attn.c_attn",
+    "attn_output": _BLOCK + "attn.c_proj",
+    "ffn_norm": _BLOCK + "ln_2",
+    "ffn_gate": _BLOCK + "mlp.w2",
+    "ffn_up": _BLOCK + "mlp.w1",
+    "ffn_down": _BLOCK + "mlp.c_proj",
+}
 _FALCON = {
     "token_embd": "transformer.word_embeddings",
     "output_norm": "transformer.ln_f",
@@ -230,6 +247,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture("llama", "LlamaForCausalLM", _LLAMA, _ROTARY),
     "llama+sliding": Architecture("mistral", "MistralForCausalLM", _LLAMA, _ROTARY),
     "llama+experts": Architecture("mixtral", "MixtralForCausalLM", _MIXTRAL, _ROTARY),
+    "qwen": Architecture("qwen", "QWenLMHeadModel", _QWEN),
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", _LLAMA),
     "qwen2moe": Architecture("qwen2_moe", "Qwen2MoeForCausalLM", _QWEN_MOE),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _LLAMA | _HEAD_NORMS),
@@ -237,6 +255,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "phi2": Architecture("phi", "PhiForCausalLM", _PHI2),
     "gemma": Architecture("gemma", "GemmaForCausalLM", _LLAMA, norm_offset=-1.0),
     "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", _GEMMA2, norm_offset=-1.0),
+    "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", _GEMMA2 | _HEAD_NORMS, norm_offset=-1.0),
+    "olmo2": Architecture("olmo2", "Olmo2ForCausalLM", _NORMED_BRANCHES | _HEAD_NORMS),
+    "smollm3": Architecture("smollm3", "SmolLM3ForCausalLM", _LLAMA, _ROTARY),
+    "exaone4": Architecture("exaone4", "Exaone4ForCausalLM", _NORMED_BRANCHES | _HEAD_NORMS),
     "bloom": Architecture("bloom", "BloomForCausalLM", _BLOOM, _GROUPED),
     "gpt2": Architecture("gpt2", "GPT2LMHeadModel", _GPT2, transposed=_CONV1D),
     "gptj": Architecture("gptj", "GPTJForCausalLM", _GPTJ),

@@ -248,8 +248,14 @@ def _specific(architecture: Architecture, metadata: Metadata, config: Mapping[st
     kind = architecture.model_type
     if kind in ("mixtral", "qwen2_moe"):
         return _experts(kind, metadata)
-    if kind in ("gemma", "gemma2"):
-        return _gemma(kind, metadata, config["head_dim"])
+    if kind in ("gemma", "gemma2", "gemma3_text"):
+        return _gemma(kind, metadata, config)
+    if kind == "exaone4":
+        if "sliding_window" in config:
+            return _sliding_layers(metadata)
+        return {"sliding_window": None, "layer_types": ["full_attention"] * config["num_hidden_layers"]}
+    if kind == "qwen":
+        return _qwen(config)
     if kind == "falcon":
         return _falcon(metadata, config)
     if kind in ("bloom", "gpt2", "gptj", "gpt_neox"):
@@ -288,16 +294,42 @@ def _experts(kind: str, metadata: Metadata) -> dict[str, Any]:
     return fields | stored | {"num_experts": metadata.integer("expert_count")}
 
 
-def _gemma(kind: str, metadata: Metadata, head_dim: int) -> dict[str, Any]:
+def _qwen(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "kv_channels": config["head_dim"],
+        "layer_norm_epsilon": config["rms_norm_eps"],
+        "rotary_emb_base": config["rope_theta"],
+        "rotary_pct": config.get("partial_rotary_factor", 1.0),
+        "seq_length": config["max_position_embeddings"],
+    }
+
+
+def _sliding_layers(metadata: Metadata) -> dict[str, Any]:
+    """Which layers have the window: a flag for each of them, or the number of which each is a full one."""
+    pattern = metadata.get("attention.sliding_window_pattern")
+    if isinstance(pattern, np.ndarray):
+        return {"layer_types": ["sliding_attention" if slides else "full_attention" for slides in pattern.tolist()]}
+    return {} if pattern is None else {"sliding_window_pattern": metadata.integer("attention.sliding_window_pattern")}
+
+
+def _gemma(kind: str, metadata: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     fields: dict[str, Any] = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+    if kind == "gemma":
+        return fields
+    # The scale of the queries is no key of the format: only the 27B models' differs from their head size.
+    is_27b = metadata.integer("block_count") == (46 if kind == "gemma2" else 62)
+    heads, hidden = metadata.integer("attention.head_count"), metadata.integer("embedding_length")
+    fields["query_pre_attn_scalar"] = hidden // heads if is_27b else config["head_dim"]
     if kind == "gemma2":
-        # The scale of the queries is no key of the format: only the 27B model's differs from its head size.
-        is_27b = metadata.integer("block_count") == 46
-        heads, hidden = metadata.integer("attention.head_count"), metadata.integer("embedding_length")
-        fields["query_pre_attn_scalar"] = hidden // heads if is_27b else head_dim
         fields["attn_logit_softcapping"] = metadata.number("attn_logit_softcapping", 50.0)
         fields["final_logit_softcapping"] = metadata.number("final_logit_softcapping", 30.0)
-    return fields
+        return fields
+    if metadata.get("final_logit_softcapping") is not None:
+        fields["final_logit_softcapping"] = metadata.number("final_logit_softcapping")
+    local = {"rope_type": "default", "rope_theta": metadata.number("rope.freq_base_swa", 10000.0)}
+    full = {"rope_type": "default", **(config["rope_scaling"] or {}), "rope_theta": config["rope_theta"]}
+    rotations = {"full_attention": full, "sliding_attention": local}
+    return fields | {"rope_parameters": rotations, "rope_scaling": None} | _sliding_layers(metadata)
 
 
 def _falcon(metadata: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,45 @@
+"""GGUF files of every family give what the folders that they were made from give, from the config to the tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import pytest
+
+from mii.modeling.families import FAMILIES
+from tests.checkpoints import write_checkpoint
+from tests.modeling.gguf_files import convert
+from tests.modeling.test_gguf_architectures import CASES, SHAPE
+from tests.oracle import final_logits, generate, random_prompts, small_engine, tolerance
+from tests.qwen_oracle import write_qwen
+
+LENGTHS = [5, 20, 40]
+
+
+def assert_same(folder: Path, file: Path) -> None:
+    ours, theirs = small_engine(file), small_engine(folder)
+    prompts = random_prompts(SHAPE["vocab_size"], LENGTHS)
+    assert generate(ours, prompts, 20) == generate(theirs, prompts, 20)
+    for prompt in prompts:
+        expected = final_logits(theirs, prompt)
+        assert (final_logits(ours, prompt) - expected).abs().max() <= tolerance(expected, "fp32")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_file_gives_what_its_folder_gives(tmp_path: Path, case: str) -> None:
+    model_type, architecture, keys, fields = CASES[case]
+    write_checkpoint(tmp_path, model_type, tokenizer=False, **{**SHAPE, **fields})
+    config = json.loads((tmp_path / "config.json").read_text())
+    if config["architectures"][0] not in FAMILIES:
+        pytest.skip(f"{config['architectures'][0]} is not served")
+    assert_same(tmp_path, convert(tmp_path, tmp_path / "model.gguf", architecture, keys))
+
+
+def test_qwen_1(tmp_path: Path) -> None:
+    def keys(writer: gguf.GGUFWriter, config: object) -> None:
+        writer.add_layer_norm_rms_eps(1e-6)
+
+    write_qwen(tmp_path)
+    assert_same(tmp_path, convert(tmp_path, tmp_path / "model.gguf", "qwen", keys))
