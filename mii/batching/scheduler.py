@@ -15,20 +15,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from mii.batching.pace import Pace
 from mii.engine.kv_cache import BlockPool
 from mii.engine.sequence import Sequence
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerLimits:
-    """What one step may hold. Tokens and sequences a step, sequences with a slot, and the free blocks kept for
-    decoding.
+    """What one step may hold. Tokens and sequences a step, sequences with a slot, the free blocks kept for decoding,
+    and the time that a token may take, where one is kept.
     """
 
     max_tokens: int
     max_sequences: int
     max_slots: int
     reserve_blocks: int = 0
+    pace: Pace | None = None
 
 
 class Chunk(NamedTuple):
@@ -53,6 +55,7 @@ class Plan:
         prompts: Everything else, in rows after theirs.
         grown: Those of `decodes` that got a new block for it.
         preempted: Sequences that lost their blocks.
+        seconds: What the pace leaves for prompts; None: as much as they take.
     """
 
     decodes: list[Sequence] = field(default_factory=list)
@@ -62,6 +65,7 @@ class Plan:
     grown: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
     num_tokens: int = 0
+    seconds: float | None = None
 
     @property
     def chunks(self) -> list[Chunk]:
@@ -120,7 +124,10 @@ class Scheduler:
     def schedule(self) -> Plan:
         """Plans the next step and accounts for it: after this call the planned tokens count as computed."""
         plan = Plan()
-        self._plan_chunks(plan, self._plan_decodes(plan))
+        rest = self._plan_decodes(plan)
+        if self.limits.pace is not None and plan.decodes:
+            plan.seconds = self.limits.pace.left(len(plan.decodes), sum(plan.lengths))
+        self._plan_chunks(plan, rest)
         self._unblock(plan)
         self._admit(plan)
         return plan
@@ -222,8 +229,13 @@ class Scheduler:
             sequence = self.waiting[0]
             if len(self.running) >= self.limits.max_sequences or sequence.in_flight:
                 return
-            if not self._start(plan, sequence):
+            if not self._keeps_pace(sequence) or not self._start(plan, sequence):
                 return
+
+    def _keeps_pace(self, sequence: Sequence) -> bool:
+        """Whether tokens still come in time once this sequence decodes along."""
+        pace, running = self.limits.pace, self.running
+        return pace is None or pace.admits(len(running) + 1, sum(s.length for s in running) + sequence.length)
 
     def _start(self, plan: Plan, sequence: Sequence) -> bool:
         """Reuses the cached prefix and plans the first chunk; leaves everything as it was if nothing fits."""
@@ -235,7 +247,7 @@ class Scheduler:
         spare = self.pool.num_free - self.pool.num_unused(cached)
         if self.running and spare <= self.limits.reserve_blocks:
             return False
-        if spare < 1:
+        if spare < 1 or not self._in_time(plan, len(cached) * size, sequence.length):
             return False
         self.pool.take(cached)
         self.pool.queried_tokens += sequence.length
@@ -256,7 +268,16 @@ class Scheduler:
     def _chunk(self, plan: Plan, sequence: Sequence) -> int:
         """How many of its remaining tokens the budget and the free blocks allow."""
         room = (len(sequence.blocks) + self.pool.num_free) * self.pool.block_size - sequence.computed
-        return min(sequence.remaining, self.limits.max_tokens - plan.num_tokens, room)
+        count = min(sequence.remaining, self.limits.max_tokens - plan.num_tokens, room)
+        return self._in_time(plan, sequence.computed, count)
+
+    def _in_time(self, plan: Plan, start: int, count: int) -> int:
+        """How many of `count` tokens of a prompt the pace allows in this step; the first one gets some in any case."""
+        pace = self.limits.pace
+        if pace is None or plan.seconds is None:
+            return count
+        least = 0 if plan.prompts else pace.least
+        return min(count, max(least, pace.costs.fitting(plan.seconds, start)))
 
     def _plan(self, plan: Plan, sequence: Sequence, count: int) -> None:
         start = sequence.computed
@@ -265,6 +286,8 @@ class Scheduler:
         if needed > 0:
             sequence.blocks.extend(self.pool.allocate(needed))
         samples = sequence.computed == sequence.length
+        if plan.seconds is not None and self.limits.pace is not None:
+            plan.seconds -= self.limits.pace.costs.chunk(count, start)
         plan.add(Chunk(sequence, start, count, samples))
         if start // self.pool.block_size != sequence.computed // self.pool.block_size:
             self._register(sequence)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -132,6 +132,14 @@ class ModelConfig(ConfigModel):
     )
     prefix_caching: bool = Field(
         default=True, description="keep KV blocks of finished requests for prompts that begin alike"
+    )
+    optimize_for: Literal["throughput", "latency"] = Field(
+        default="throughput",
+        description="'latency' cuts prompts smaller, so that running answers get each token in about four times the "
+        "least time of a step",
+    )
+    target_token_ms: Number | None = Field(
+        default=None, gt=0, description="milliseconds that a running answer may wait for a token; None: no such limit"
     )
     progress: bool | None = Field(default=None, description="progress bars; None: when standard error is a terminal")
 

@@ -1,4 +1,4 @@
-"""What a model's steps cost, from its spec and the card's data sheet: bytes to read, products to compute."""
+"""What can be counted from a model's spec alone."""
 
 from __future__ import annotations
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from mii.batching.data_classes import MAX_LOGPROBS, EngineRequest, TokenOutput
+from mii.batching.pace import Pace
 from mii.batching.scheduler import Scheduler, SchedulerLimits
 from mii.engine.kv_cache import BlockPool
 from mii.engine.profile import StepProfile
@@ -49,6 +50,7 @@ class Engine(RaggedInterface):
         max_length: Prompt plus answer at most, in tokens.
         prefix_caching: Reuse the KV blocks of a common beginning.
         reserve_blocks: Free blocks kept for running sequences when a new one is admitted.
+        pace: The time that a token may take, where one is kept.
         profile: Times the steps, where the config asks for it.
     """
 
@@ -60,6 +62,7 @@ class Engine(RaggedInterface):
         max_length: int,
         prefix_caching: bool = True,
         reserve_blocks: int | None = None,
+        pace: Pace | None = None,
         profile: StepProfile | None = None,
     ) -> None:
         limits = runner.limits
@@ -71,7 +74,9 @@ class Engine(RaggedInterface):
         self.num_blocks = runner.num_blocks
         self._prefix_caching = prefix_caching
         reserve = runner.num_blocks // 100 if reserve_blocks is None else reserve_blocks
-        self._scheduler_limits = SchedulerLimits(limits.max_tokens, limits.max_sequences, limits.max_slots, reserve)
+        self._scheduler_limits = SchedulerLimits(
+            limits.max_tokens, limits.max_sequences, limits.max_slots, reserve, pace
+        )
         self._profile = profile or StepProfile(runner.device, average=False, synchronise=False)
         self._timeline: Timeline | None = None
         self.start: StartReport | None = None  # where the time of its making went

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from mii.batching.pace import Pace, make_pace
 from mii.config import DSStateManagerConfig, ModelConfig
 from mii.engine.capture import capture_steps, graph_memory
 from mii.engine.devices import choose_device, choose_dtype, free_memory
 from mii.engine.engine import Engine
 from mii.engine.graphs import AT_START, CAPTURE_SECONDS
+from mii.engine.pacing import measure_costs
 from mii.engine.profile import StepProfile
 from mii.engine.runner import Runner, RunnerLimits
 from mii.engine.startup import StartReport
@@ -71,6 +73,7 @@ def build_engine(config: ModelConfig, checkpoint: Checkpoint, progress: bool | N
         with start.phase("buffers"):
             runner = Runner(model, limits, ends)
         _make_cache(config, runner, free, start)
+        pace = _pace(config, runner, start)
     except torch.OutOfMemoryError as error:
         gc.collect()
         torch.cuda.empty_cache()
@@ -84,6 +87,7 @@ def build_engine(config: ModelConfig, checkpoint: Checkpoint, progress: bool | N
         stop_ids=ends,
         max_length=limits.max_length,
         prefix_caching=config.prefix_caching,
+        pace=pace,
         profile=StepProfile(device, average=config.profile_model_time, synchronise=config.sync_debug),
     )
     _report(runner)
@@ -105,6 +109,22 @@ def _make_cache(config: ModelConfig, runner: Runner, free_at_start: int, start: 
         with start.phase("graphs"):
             captured = capture_steps(runner, CAPTURE_SECONDS)
             start.note(f"{captured.graphs} of {captured.planned}; the others when they are used")
+
+
+def _pace(config: ModelConfig, runner: Runner, start: StartReport) -> Pace | None:
+    """The time for a token that the config asks for; None where it asks for none."""
+    if config.target_token_ms is None and config.optimize_for == "throughput":
+        return None
+    with start.phase("pace"):
+        target = None if config.target_token_ms is None else config.target_token_ms / 1e3
+        pace = make_pace(measure_costs(runner), target, least=runner.limits.block_size)
+        start.note(f"{1e3 * pace.seconds:.1f} ms a token")
+    if target is not None and target < pace.seconds:
+        logger.warning(
+            "target_token_ms is %g and a step of this model takes %.1f ms here; %.1f ms are aimed at",
+            config.target_token_ms, 1e3 * pace.costs.step, 1e3 * pace.seconds,
+        )  # fmt: skip
+    return pace
 
 
 def _limits(config: ModelConfig, spec: ModelSpec, device: torch.device) -> RunnerLimits:

@@ -49,6 +49,8 @@ def test_the_defaults_are_those_of_the_contract(monkeypatch: pytest.MonkeyPatch)
         "seed": None,
         "block_size": None,
         "prefix_caching": True,
+        "optimize_for": "throughput",
+        "target_token_ms": None,
         "progress": None,
     }
     assert make().provider is ModelProvider.HUGGING_FACE

@@ -119,3 +119,18 @@ def test_a_phase_that_fails_is_timed_too() -> None:
     assert (name, words) == ("weights", "16 GB")
     assert seconds > 0
     assert any(line.startswith("weights") and line.endswith("16 GB") for line in report.lines())
+
+
+def test_a_pace_is_measured_on_the_model_and_changes_no_answer(tiny_llama: Path) -> None:
+    plain, paced = small_engine(tiny_llama), small_engine(tiny_llama, optimize_for="latency")
+    pace = paced.scheduler.limits.pace
+    assert pace is not None
+    assert pace.seconds == 4 * pace.costs.step > 0
+    assert 0 < pace.costs.token < pace.costs.step
+    prompts = random_prompts(plain.vocab_size, [5, 90, 33, 1, 60])
+    assert generate(paced, prompts, 20) == generate(plain, prompts, 20)
+    aimed = small_engine(tiny_llama, target_token_ms=60_000)
+    assert aimed.scheduler.limits.pace is not None
+    assert aimed.scheduler.limits.pace.seconds == 60
+    for engine in (plain, paced, aimed):
+        engine.destroy()

@@ -1,0 +1,51 @@
+"""What a model's steps cost on its device, measured in a fraction of a second when an engine starts."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from mii.batching.pace import StepCosts
+from mii.engine.costs import count_weights
+from mii.engine.runner import Runner
+
+MANY_TOKENS = {"cuda": 2048, "cpu": 64}  # enough for products to be limited by arithmetic
+
+
+def measure_costs(runner: Runner, rounds: int = 3) -> StepCosts:
+    """Times steps of one token and of many, with nobody in them; attention follows from the rates that they reach.
+
+    Args:
+        runner: It has its cache.
+        rounds: Runs of each, of which the fastest counts.
+    """
+    limits, spec = runner.limits, runner.spec
+    tokens = min(MANY_TOKENS[runner.device.type], limits.max_tokens)
+    step = _seconds(runner, 1, 1, rounds)
+    token = _seconds(runner, tokens, min(64, limits.max_sequences), rounds) / tokens
+    weights = count_weights(spec)
+    bandwidth, arithmetic = weights * runner.dtype.itemsize / step, 2 * weights / token
+    return StepCosts(
+        step=step,
+        token=token,
+        context=spec.kv_bytes_per_token(runner.dtype.itemsize) / bandwidth,
+        pair=4 * spec.num_layers * spec.q_size / arithmetic,
+    )
+
+
+def _seconds(runner: Runner, tokens: int, sequences: int, rounds: int) -> float:
+    runner.rehearse((tokens, sequences))
+    times = []
+    for _ in range(rounds):
+        _wait(runner.device)
+        begin = time.perf_counter()
+        runner.rehearse((tokens, sequences))
+        _wait(runner.device)
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
