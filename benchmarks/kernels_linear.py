@@ -31,7 +31,7 @@ WEIGHTS = LAYER | {"head": (128256, HIDDEN)}
 VARIANTS = {1: 4, 8: 4, 16: 4, 32: 3, 64: 4}  # of our kernel's cuts, for each number of rows
 MORE_ROWS = (64, 128, 256, 384, 512)
 CHAIN_ROWS, LAYERS = (1, 8, 64), 32
-FETCHES = (0, 8, 16, 24)  # MiB
+FETCHES = ((0, 9), (8, 9), (16, 9), (8, 2), (16, 2), (16, 0), (24, 2))  # MiB, and units under way when that begins
 DTYPE, SIZE = torch.bfloat16, 2
 
 
@@ -42,9 +42,10 @@ def run(device: torch.device) -> list[dict[str, Any]]:
     return [*run_cases(_products(), device), *_chains(device)]
 
 
-def _choose(rows: int, variant: int = 0, fetch: int = 0, tuned: bool = False) -> None:
+def _choose(rows: int, variant: int = 0, fetch: tuple[int, int] = (0, 0), tuned: bool = False) -> None:
     linear_tuned.TUNED = tuned
-    linear_streamed.ROWS, linear_streamed.VARIANT, linear_streamed.FETCH_BYTES = rows, variant, fetch << 20
+    linear_streamed.ROWS, linear_streamed.VARIANT = rows, variant
+    linear_streamed.FETCH_BYTES, linear_streamed.FETCH_LAG = fetch[0] << 20, fetch[1]
 
 
 def _products() -> Iterator[Case]:
@@ -121,11 +122,11 @@ def _chains(device: torch.device) -> Iterator[dict[str, Any]]:
         chain = _Chain(device, rows)
         for name, run_layer in (("four products", chain.products), ("layer but attention", chain.layer)):
             for fetch in (None, *FETCHES):
-                _choose(0 if fetch is None else max(VARIANTS), 0, fetch or 0)
+                _choose(0 if fetch is None else max(VARIANTS), 0, fetch or (0, 0))
                 calls = [
                     lambda i=i, run_layer=run_layer: run_layer(layers[i], layers[(i + 1) % LAYERS][0])  # type: ignore[misc]
                     for i in range(LAYERS)
                 ]
-                kernel = "cuBLASLt" if fetch is None else f"streamed, {fetch} MiB ahead"
+                kernel = "cuBLASLt" if fetch is None else "streamed, {} MiB ahead, {} units late".format(*fetch)
                 text = f"{name}, {rows} rows, {kernel}"
                 yield {"kernel": "linear chain", "case": text, "seconds": graph_seconds(calls), "bytes": moved}

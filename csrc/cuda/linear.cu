@@ -84,6 +84,7 @@ int32_t linear(const MiiLinearStreamed& a, void* stream) {
       static_cast<int>(p.rows),
       static_cast<int>(p.out_features),
       static_cast<int>(p.in_features),
+      a.next_lag,
       a.gated ? a.activation : kPlain,
   };
   return launch_rows(args, a.variant, stream);

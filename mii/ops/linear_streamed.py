@@ -18,6 +18,8 @@ ROWS = int(os.environ.get("MII_STREAMED_ROWS", "0"))
 # Bytes of the following product's weight that come into the L2 cache while a product ends: about what memory delivers
 # between the last read of one product and the first of the next.
 FETCH_BYTES = int(os.environ.get("MII_STREAMED_FETCH", str(12 << 20)))
+# It begins when a CTA still waits for this many units of its own weight; as many as its ring has: at once.
+FETCH_LAG = int(os.environ.get("MII_STREAMED_LAG", "2"))
 # How the kernel cuts its work, for comparisons (csrc/cuda/linear.cu).
 VARIANT = int(os.environ.get("MII_STREAMED_VARIANT", "0"))
 
@@ -64,6 +66,7 @@ def linear(
         native.pointer(following),
         0 if following is None else following.numel() * following.element_size(),
         FETCH_BYTES,
+        FETCH_LAG,
         activation is not None,
         abi.ACTIVATIONS.get(activation or "", 0),
         VARIANT,

@@ -226,6 +226,7 @@ struct MiiLinearStreamed {
   struct MiiLinear product;  // gated: out is [rows, out_features / 2]
   const void* next;          // memory that the product after this one reads, next_bytes of it, or null. About next_fetch
   int64_t next_bytes, next_fetch;  // bytes of it, evenly spread, come into the L2 cache while this product ends
+  int32_t next_lag;                // units of 16 to 32 KB that a CTA still waits for when it begins with that
   int32_t gated, activation;       // a MiiActivationKind
   int32_t variant;                 // how the work is cut; 0 unless kernels are compared
 };

@@ -32,11 +32,13 @@ struct LinearStreamArgs {
   const T* x;
   const T* weight;
   const T* bias;  // or null
-  const char* next;  // what to bring into L2 at the end, about `next_fetch` of `next_bytes`, or null
+  // What to bring into L2 at the end, about `next_fetch` of `next_bytes`, or null; each CTA begins when at most `next_lag`
+  // of its own units are still under way.
+  const char* next;
   int* arrived;      // [kStreamMaxTiles], zero between launches
   float4* partial;
   int64_t x_stride, out_stride, next_bytes, next_fetch;
-  int rows, n, k;
+  int rows, n, k, next_lag;
   int activation;  // a MiiActivationKind, or kPlain
 };
 
@@ -140,6 +142,9 @@ template <typename T, typename S>
 MII_DEVICE void prefetch_next(const Stream<T, S>& s) {
   const LinearStreamArgs<T>& a = s.a;
   if (a.next == nullptr) return;
+  // The ring does not come around any more, so the phases of its last units stay over.
+  const int landed = s.end - 1 - a.next_lag;
+  if (landed >= max(s.begin, s.end - S::kStages)) barrier_wait(s.full(landed), s.round(landed) & 1);
   const int64_t start = a.next_bytes / 16 * blockIdx.x / gridDim.x * 16;
   const int64_t stop = min(a.next_bytes / 16 * 16, start + a.next_fetch / gridDim.x / 4096 * 4096);
   for (int64_t at = start + (threadIdx.x - S::kConsumers) * 4096; at < stop; at += kCopyWarps * kWarp * 4096) {

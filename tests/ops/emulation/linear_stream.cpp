@@ -51,10 +51,15 @@ struct Tensors {
 template <typename S>
 void run_grid(const Case& c, Tensors& t) {
   std::fill(t.out.begin(), t.out.end(), kUntouched);
-  const mii::LinearStreamArgs<Half> args = {
-      t.out.data(),     t.x.data(),     t.weight.data(), c.bias ? t.bias.data() : nullptr,     t.next.data(),
-      t.arrived.data(), t.partial.data(), c.x_stride(), c.out_stride(), static_cast<int64_t>(t.next.size()),
-      40000 * c.ctas,   c.rows,         c.n,             c.k,           c.gated ? int(MII_SILU) : mii::kPlain};
+  mii::LinearStreamArgs<Half> args = {};
+  args.out = t.out.data(), args.x = t.x.data(), args.weight = t.weight.data();
+  args.bias = c.bias ? t.bias.data() : nullptr;
+  args.next = t.next.data(), args.next_bytes = static_cast<int64_t>(t.next.size()), args.next_fetch = 40000 * c.ctas;
+  args.next_lag = c.rows % 3 * 4;
+  args.arrived = t.arrived.data(), args.partial = t.partial.data();
+  args.x_stride = c.x_stride(), args.out_stride = c.out_stride();
+  args.rows = c.rows, args.n = c.n, args.k = c.k;
+  args.activation = c.gated ? int(MII_SILU) : mii::kPlain;
   std::vector<int> order(c.ctas);
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), card::chance);
