@@ -24,8 +24,10 @@ int32_t fail(int32_t status, const char* format, ...) __attribute__((format(prin
 // MII_OK, or the failure with its reason stored.
 int32_t check_attention(const MiiAttention& a);
 
-// Memory of this thread, 64-byte aligned, kept and grown between calls; its content does not survive the next call.
-void* scratch(size_t bytes);
+// Memory of this thread, 64-byte aligned, kept and grown between calls; its content does not survive the next call for
+// the same purpose. `outer` is for an operation that calls another one while it uses its own.
+enum class Scratch : int { inner = 0, outer = 1 };
+void* scratch(size_t bytes, Scratch purpose = Scratch::inner);
 
 // Bytes of one element of a MiiDtype.
 inline int64_t item_size(int32_t dtype) { return dtype == MII_F32 ? 4 : 2; }
@@ -41,6 +43,11 @@ struct Kernels {
   int32_t (*linear)(const MiiLinear&);
   int32_t (*linear_pack)(const MiiLinearPack&);
   int64_t (*linear_packed_bytes)(const MiiLinearPack&);
+  int32_t (*moe_route)(const MiiMoeRoute&, int64_t tokens);
+  int32_t (*moe_linear)(const MiiMoeLinear&, bool gated);
+  int32_t (*moe_combine)(const MiiMoeCombine&, int64_t tokens);
+  int32_t (*moe_pack)(const MiiMoePack&);
+  int64_t (*moe_packed_bytes)(const MiiMoePack&);
 };
 
 // The build defines MII_HAVE_<set> for every set that its compiler could do; `plain` is always there.

@@ -12,12 +12,12 @@ namespace {
 
 thread_local char last_error[512] = "";
 
-struct Scratch {
+struct Memory {
   void* data = nullptr;
   size_t size = 0;
-  ~Scratch() { free(data); }
+  ~Memory() { free(data); }
 };
-thread_local Scratch thread_scratch;
+thread_local Memory thread_memory[2];
 
 bool known_dtype(int32_t dtype) { return dtype == MII_F32 || dtype == MII_F16 || dtype == MII_BF16; }
 
@@ -54,8 +54,8 @@ int32_t fail(int32_t status, const char* format, ...) {
   return status;
 }
 
-void* scratch(size_t bytes) {
-  Scratch& own = thread_scratch;
+void* scratch(size_t bytes, Scratch purpose) {
+  Memory& own = thread_memory[static_cast<int>(purpose)];
   if (own.size < bytes) {
     free(own.data);
     const size_t page = bytes < (1 << 20) ? 4096 : 2 << 20;
@@ -197,6 +197,10 @@ int64_t mii_struct_size(const char* name) {
   MII_SIZE(MiiSample);
   MII_SIZE(MiiLinear);
   MII_SIZE(MiiLinearPack);
+  MII_SIZE(MiiMoeRoute);
+  MII_SIZE(MiiMoeLinear);
+  MII_SIZE(MiiMoeCombine);
+  MII_SIZE(MiiMoePack);
   MII_SIZE(MiiUnpack);
   MII_SIZE(MiiCall);
   MII_SIZE(MiiRun);

@@ -76,6 +76,8 @@ int64_t mii_struct_size(const char* name) {
       {"MiiAttention", sizeof(MiiAttention)}, {"MiiActivation", sizeof(MiiActivation)},
       {"MiiGather", sizeof(MiiGather)},       {"MiiSample", sizeof(MiiSample)},
       {"MiiLinear", sizeof(MiiLinear)},       {"MiiLinearStreamed", sizeof(MiiLinearStreamed)},
+      {"MiiMoeRoute", sizeof(MiiMoeRoute)},   {"MiiMoeLinear", sizeof(MiiMoeLinear)},
+      {"MiiMoeCombine", sizeof(MiiMoeCombine)},
   };
   for (const Entry& entry : entries) {
     if (std::strcmp(entry.name, name) == 0) return entry.size;

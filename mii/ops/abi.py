@@ -13,6 +13,8 @@ NUM_SEQS, NUM_TOKENS, NUM_SAMPLES, NUM_UPDATES = range(4)
 COUNTS = 8
 RMS, RMS_PLUS1, LAYER = range(3)
 NORMS = {"rms": RMS, "rms_plus1": RMS_PLUS1, "layer": LAYER}
+MOE_SCORINGS = {"softmax": 0, "sigmoid": 1}
+MOE_SIMPLE, MOE_STREAM, MOE_MMA, MOE_WGMMA = range(4)
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "gelu_quick": 4, "relu2": 5, "softcap": 6}
 
 
@@ -103,6 +105,33 @@ MiiLinearPack = _struct(
     (c_int32, "dtype"),
 )
 
+MiiMoeRoute = _struct(
+    "MiiMoeRoute",
+    (c_void_p, "chosen weights offsets pairs tiles logits bias counts workspace"),
+    (c_int64, "tokens logits_stride"),
+    (c_int32, "experts top_k scoring renormalise tile_rows"),
+    (c_float, "scale"),
+    (c_int32, "dtype"),
+)
+MiiMoeLinear = _struct(
+    "MiiMoeLinear",
+    (c_void_p, "out x weight pair_weights offsets pairs tiles workspace"),
+    (c_int64, "tokens in_features out_features x_stride out_stride"),
+    (c_int32, "experts top_k tile_rows activation kernel dtype"),
+)
+MiiMoeCombine = _struct(
+    "MiiMoeCombine",
+    (c_void_p, "out parts shared shared_gate counts"),
+    (c_int64, "tokens width out_stride shared_stride"),
+    (c_int32, "top_k dtype"),
+)
+MiiMoePack = _struct(
+    "MiiMoePack",
+    (c_void_p, "packed weight"),
+    (c_int64, "in_features out_features weight_stride"),
+    (c_int32, "gated dtype"),
+)
+
 MiiCall = _struct("MiiCall", (c_void_p, "function args"))
 MiiRun = _struct("MiiRun", (c_void_p, "calls"), (c_int64, "count"))
 
@@ -132,6 +161,13 @@ FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "mii_linear_workspace_bytes": MiiLinear,
     "mii_linear_pack": MiiLinearPack,
     "mii_linear_packed_bytes": MiiLinearPack,
+    "mii_moe_route": MiiMoeRoute,
+    "mii_moe_up": MiiMoeLinear,
+    "mii_moe_down": MiiMoeLinear,
+    "mii_moe_workspace_bytes": MiiMoeLinear,
+    "mii_moe_combine": MiiMoeCombine,
+    "mii_moe_pack": MiiMoePack,
+    "mii_moe_packed_bytes": MiiMoePack,
     "mii_unpack": MiiUnpack,
     "mii_run": MiiRun,
 }

@@ -83,7 +83,7 @@ class _HugePages:
         return memory
 
 
-_huge_pages = _HugePages()
+huge_pages = _HugePages()
 
 
 def pack_linear(weight: torch.Tensor) -> LinearWeight:
@@ -108,7 +108,7 @@ def pack_linear(weight: torch.Tensor) -> LinearWeight:
         args = abi.MiiLinearPack(None, weight.data_ptr(), in_features, out_features, weight.stride(0), code)
         bytes_needed = library.bytes("mii_linear_packed_bytes", args)
         if bytes_needed > 0:
-            data, packed = _huge_pages.empty(bytes_needed), True
+            data, packed = huge_pages.empty(bytes_needed), True
             args.packed = data.data_ptr()
             library.call("mii_linear_pack", args)
     linear_streamed.prepare(weight.device)

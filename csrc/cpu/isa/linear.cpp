@@ -203,16 +203,19 @@ int32_t linear_pack(const MiiLinearPack& a) {
   return MII_OK;
 }
 
+void linear_panels(const MiiLinear& a, int64_t begin, int64_t end) {
+#if defined(__AMX_BF16__)
+  if (a.dtype == MII_BF16) return linear_panels_amx(a, begin, end);
+#endif
+  with_dtype(a.dtype, [&](auto tag) { panels<decltype(tag)>(a, begin, end); });
+}
+
 int32_t linear(const MiiLinear& a) {
   if (a.rows <= 0) return MII_OK;
-  const int64_t count = panel_count(a.out_features);
-#if defined(__AMX_BF16__)
-  if (a.dtype == MII_BF16) return linear_amx(a);
-#endif
-  with_dtype(a.dtype, [&](auto tag) {
-    parallel(count, a.rows * a.in_features * kPanel,
-             [&](int64_t begin, int64_t end) { panels<decltype(tag)>(a, begin, end); });
-  });
+  // in pairs of panels, which is what the tiles take at once
+  const int64_t count = panel_count(a.out_features), pairs = (count + 1) / 2;
+  parallel(pairs, 2 * a.rows * a.in_features * kPanel,
+           [&](int64_t begin, int64_t end) { linear_panels(a, 2 * begin, 2 * end < count ? 2 * end : count); });
   return MII_OK;
 }
 

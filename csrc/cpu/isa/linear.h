@@ -13,6 +13,8 @@ MII_INLINE int64_t padded_depth(int32_t dtype, int64_t in_features) {
   return dtype == MII_BF16 ? (in_features + 31) / 32 * 32 : in_features;
 }
 
-int32_t linear_amx(const MiiLinear& a);  // bfloat16; in the AMX variant only
+// Panels [begin, end) of a product, in this thread.
+void linear_panels(const MiiLinear& a, int64_t begin, int64_t end);
+void linear_panels_amx(const MiiLinear& a, int64_t begin, int64_t end);  // bfloat16; in the AMX variant only
 
 }  // namespace mii::cpu::MII_ISA

@@ -168,22 +168,15 @@ const bf16* padded_rows(const MiiLinear& a, int64_t depth) {
   return copy;
 }
 
-void run(const MiiLinear& a, int64_t begin, int64_t end) {
+}  // namespace
+
+void linear_panels_amx(const MiiLinear& a, int64_t begin, int64_t end) {
   const int64_t depth = padded_depth(MII_BF16, a.in_features);
   if (a.rows > 64 && depth >= kBlockedDepth && a.rows * depth >= kBlockedElements)
     return linear_amx_blocked(a, begin, end);
   Job job = {a, (const bf16*)a.x, a.x_stride, depth, 0, a.rows};
   if (depth != a.in_features) job.x = padded_rows(a, depth), job.x_stride = depth;
   a.rows == 1 ? multiply_row(job, begin, end) : multiply(job, begin, end);
-}
-
-}  // namespace
-
-int32_t linear_amx(const MiiLinear& a) {
-  const int64_t pairs = (panel_count(a.out_features) + 1) / 2, count = panel_count(a.out_features);
-  parallel(pairs, a.rows * a.in_features * kPanel,
-           [&](int64_t begin, int64_t end) { run(a, 2 * begin, 2 * end < count ? 2 * end : count); });
-  return MII_OK;
 }
 
 }  // namespace mii::cpu::MII_ISA

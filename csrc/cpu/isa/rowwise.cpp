@@ -1,5 +1,5 @@
 // Operations that treat every row alone: embedding, gather, norms, rotary embedding with the KV write, activations.
-#include "simd.h"
+#include "activate.h"
 
 namespace mii::cpu::MII_ISA {
 namespace {
@@ -244,22 +244,6 @@ int32_t rope_kv(const MiiRopeKv& a) {
 
 // ---- activations ----------------------------------------------------------------------------------------------------
 
-template <int kKind>
-MII_INLINE V activate(V x, float limit) {
-  if constexpr (kKind == MII_SOFTCAP) return set1(limit) * tanh(x / set1(limit));
-  const V half = set1(0.5f), one = set1(1.0f);
-  if constexpr (kKind == MII_SILU) return x * sigmoid(x);
-  if constexpr (kKind == MII_GELU) return half * x * (one + erf(x * set1(0.70710678f)));
-  if constexpr (kKind == MII_GELU_TANH) {
-    const V inner = set1(0.7978845608f) * fma(x * x * x, set1(0.044715f), x);
-    return half * x * (one + tanh(inner));
-  }
-  if constexpr (kKind == MII_GELU_QUICK) return x * sigmoid(set1(1.702f) * x);
-  const V positive = max(set1(0.0f), x);
-  if constexpr (kKind == MII_RELU2) return positive * positive;
-  return positive;
-}
-
 template <class T, int kKind>
 MII_INLINE void activation_part(const MiiActivation& a, const T* x, T* out, int64_t i, int n) {
   const T* bias = (const T*)a.bias;
@@ -295,28 +279,7 @@ void activation_rows(const MiiActivation& a) {
 }
 
 int32_t activation(const MiiActivation& a) {
-  switch (a.kind) {
-    case MII_SILU:
-      activation_rows<MII_SILU>(a);
-      break;
-    case MII_GELU:
-      activation_rows<MII_GELU>(a);
-      break;
-    case MII_GELU_TANH:
-      activation_rows<MII_GELU_TANH>(a);
-      break;
-    case MII_RELU:
-      activation_rows<MII_RELU>(a);
-      break;
-    case MII_GELU_QUICK:
-      activation_rows<MII_GELU_QUICK>(a);
-      break;
-    case MII_SOFTCAP:
-      activation_rows<MII_SOFTCAP>(a);
-      break;
-    default:
-      activation_rows<MII_RELU2>(a);
-  }
+  with_activation(a.kind, [&](auto kind) { activation_rows<decltype(kind)::value>(a); });
   return MII_OK;
 }
 
@@ -326,10 +289,16 @@ int32_t activation(const MiiActivation& a) {
 int32_t attention(const MiiAttention& a);
 int32_t linear(const MiiLinear& a);
 int32_t linear_pack(const MiiLinearPack& a);
+int32_t moe_route(const MiiMoeRoute& a, int64_t tokens);
+int32_t moe_linear(const MiiMoeLinear& a, bool gated);
+int32_t moe_combine(const MiiMoeCombine& a, int64_t tokens);
+int32_t moe_pack(const MiiMoePack& a);
+int64_t moe_packed_bytes(const MiiMoePack& a);
 int64_t linear_packed_bytes(const MiiLinearPack& a);
 
 const Kernels kernels = {
-    embedding, norm, rope_kv, activation, gather, attention, linear, linear_pack, linear_packed_bytes,
+    embedding,   norm,        rope_kv,             activation,  gather,   attention,       linear,
+    linear_pack, linear_packed_bytes, moe_route, moe_linear, moe_combine, moe_pack, moe_packed_bytes,
 };
 
 }  // namespace mii::cpu::MII_ISA

@@ -1,0 +1,353 @@
+"""The experts' products of a mixture of experts: each expert's rows with its own weights, and the sum of a token's choices.
+
+    hidden[row] = act(x[token] @ gate^T) * (x[token] @ up^T)        moe_up: gathers each expert's tokens on the way
+    parts[pair] = weight[pair] * (hidden[row] @ down^T)             moe_down
+    out[token]  = sum of its parts + sigmoid(shared_gate) * shared  moe_combine: in float, in the order of the choices
+
+Rows, pairs and tiles are those of `mii.ops.moe_routing`. On the CPU every expert's weight is packed into the panels of
+`mii.ops.linear` (csrc/cpu/isa/moe.cpp). On a GPU the weights stay as they are, and `choose_kernel` picks by the number
+of tokens: a stream of the weights of the experts that are hit (csrc/include/mii/moe_stream.cuh), or tensor-core tiles
+(moe_mma.cuh; moe_wgmma.cuh on compute capability 9.0).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from mii.ops import abi, native
+from mii.ops.activation import activation_reference
+from mii.ops.linear import huge_pages
+from mii.ops.moe_routing import ExpertRows, Routing
+
+# The best kernels that a GPU may take: "simple" (plain cores), "mma" (with the stream for few rows), "wgmma" (the same
+# and compute capability 9.0's tensor cores for prompts). benchmarks/kernels_moe.py measures them.
+KERNELS = os.environ.get("MII_MOE_KERNELS", "simple")
+STREAMED_ROWS = 48  # of an expert on average, up to which the weights' bytes take longer than the arithmetic
+
+
+def choose_kernel(
+    routing: Routing, tokens: int, features: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> tuple[int, int]:
+    """The kernel (a MOE_ code of `abi`) and the rows of a tile for products of so many tokens on this device.
+
+    Args:
+        features: The widths of the products' inputs and outputs: tensor cores take whole chunks of 16 bytes.
+    """
+    if (
+        device.type != "cuda"
+        or KERNELS == "simple"
+        or dtype not in (torch.float16, torch.bfloat16)
+        or any(n % 8 for n in features)
+    ):
+        return abi.MOE_SIMPLE, 8
+    if tokens * routing.top_k <= STREAMED_ROWS * routing.experts or tokens <= 64:
+        return abi.MOE_STREAM, next(rows for rows in (8, 16, 32, 64) if tokens <= rows or rows == 64)
+    if KERNELS == "wgmma" and torch.cuda.get_device_capability(device) == (9, 0):
+        return abi.MOE_WGMMA, 128
+    return abi.MOE_MMA, 128
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """The stacked weights of one product, in the layout that `moe_up` (gated) or `moe_down` reads.
+
+    Args:
+        data: The row-major weights [experts, rows, in_features], or (packed) the bytes that mii_moe_pack wrote.
+        experts, out_features, in_features: Sizes; a gated weight has 2 * out_features rows, gate before up.
+        dtype: Of the weights' elements.
+        gated: Whether it holds gate and up.
+        packed: Whether `data` is in the native layout.
+    """
+
+    data: torch.Tensor
+    experts: int
+    out_features: int
+    in_features: int
+    dtype: torch.dtype
+    gated: bool
+    packed: bool
+
+    def expert(self, index: int) -> torch.Tensor:
+        """One expert's weight as a row-major matrix (a copy where it is packed)."""
+        if not self.packed:
+            return self.data[index]
+        panels = -(-self.out_features // 16) * (2 if self.gated else 1)
+        values = self.data.view(self.dtype).view(self.experts, panels, -1)[index]
+        if self.dtype == torch.bfloat16:
+            rows = values.view(panels, -1, 16, 2).permute(0, 2, 1, 3).reshape(panels, 16, -1)
+        else:
+            rows = values.view(panels, -1, 16).permute(0, 2, 1)
+        rows = rows[..., : self.in_features]
+        halves = [rows[0::2], rows[1::2]] if self.gated else [rows]
+        return torch.cat([half.reshape(-1, self.in_features)[: self.out_features] for half in halves])
+
+
+class ExpertPacker:
+    """Brings the experts of one weight into the layout of a device, one after the other, so that a checkpoint's experts
+    need not all be in memory at once beside it.
+    """
+
+    def __init__(
+        self,
+        experts: int,
+        out_features: int,
+        in_features: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        gated: bool,
+    ) -> None:
+        self._shape, self._dtype, self._gated = (experts, out_features, in_features), dtype, gated
+        library, code = native.library(device), abi.DTYPE_CODES.get(dtype)
+        self._args = abi.MiiMoePack(None, None, in_features, out_features, in_features, gated, code or 0)
+        self._library = library if library is not None and code is not None and library.has("mii_moe_pack") else None
+        if self._library is not None:
+            self._bytes = self._library.bytes("mii_moe_packed_bytes", self._args)
+            self._data = huge_pages.empty(experts * self._bytes)
+        else:
+            rows = (2 if gated else 1) * out_features
+            self._data = torch.empty(experts, rows, in_features, dtype=dtype, device=device)
+
+    @property
+    def packs(self) -> bool:
+        """Whether this device's layout differs from the row-major one."""
+        return self._library is not None
+
+    def add(self, index: int, weight: torch.Tensor) -> None:
+        """Expert `index`, row-major [(2 *) out_features, in_features]."""
+        if self._library is None:
+            self._data[index].copy_(weight)
+            return
+        weight = weight.to(self._dtype).contiguous()
+        self._args.packed, self._args.weight = self._data.data_ptr() + index * self._bytes, weight.data_ptr()
+        self._library.call("mii_moe_pack", self._args)
+
+    def finish(self) -> ExpertWeights:
+        return ExpertWeights(self._data, *self._shape, self._dtype, self._gated, self.packs)
+
+
+def pack_experts(weight: torch.Tensor, *, gated: bool) -> ExpertWeights:
+    """Prepares stacked weights for `moe_up` (gated) or `moe_down`.
+
+    Args:
+        weight: [experts, rows, in_features], contiguous; gated: the first half of the rows is gate, the second up.
+
+    Raises:
+        ValueError: not of three dimensions, not contiguous, or gated with an odd number of rows.
+    """
+    if weight.dim() != 3 or not weight.is_contiguous() or (gated and weight.shape[1] % 2):
+        raise ValueError(
+            f"pack_experts: the weight must be [experts, {'2 * ' if gated else ''}out_features, in_features] and "
+            f"contiguous; it is {tuple(weight.shape)} with strides {weight.stride()}"
+        )
+    experts, rows, in_features = weight.shape
+    out_features = rows // 2 if gated else rows
+    packer = ExpertPacker(experts, out_features, in_features, weight.dtype, weight.device, gated=gated)
+    if not packer.packs:
+        return ExpertWeights(weight, experts, out_features, in_features, weight.dtype, gated, False)
+    for index in range(experts):
+        packer.add(index, weight[index])
+    return packer.finish()
+
+
+def moe_up(
+    out: torch.Tensor, x: torch.Tensor, weight: ExpertWeights, rows: ExpertRows, routing: Routing, kind: str
+) -> None:
+    """out[row] = act(x[token] @ gate^T) * (x[token] @ up^T), summed in float and rounded once.
+
+    Args:
+        out: [tokens * top_k, out_features] by row; rows may be strided. Rows past the last one stay untouched.
+        x: [tokens, in_features], rows may be strided; the weight's dtype.
+        weight: Gated, from `pack_experts`.
+        rows: From `route`.
+        kind: The activation, one of `abi.ACTIVATIONS`.
+
+    Raises:
+        ValueError: Shapes or dtypes that do not fit together.
+    """
+    pairs = rows.tokens * routing.top_k
+    _check("moe_up", out, (pairs, weight.out_features), x, (rows.tokens, weight.in_features), weight, gated=True)
+    if not _native("mii_moe_up", out, x, weight, rows, routing, abi.ACTIVATIONS[kind]):
+        moe_up_reference(out, x, weight, rows, routing, kind)
+
+
+def moe_down(out: torch.Tensor, x: torch.Tensor, weight: ExpertWeights, rows: ExpertRows, routing: Routing) -> None:
+    """out[pair] = weight[pair] * (x[row] @ down^T), summed in float and rounded once.
+
+    Args:
+        out: [tokens * top_k, out_features] by pair; rows may be strided. Pairs of padding stay untouched.
+        x: [tokens * top_k, in_features] by row, rows may be strided; the weight's dtype.
+        weight: Not gated, from `pack_experts`.
+        rows: From `route`.
+
+    Raises:
+        ValueError: Shapes or dtypes that do not fit together.
+    """
+    pairs = rows.tokens * routing.top_k
+    _check("moe_down", out, (pairs, weight.out_features), x, (pairs, weight.in_features), weight, gated=False)
+    if not _native("mii_moe_down", out, x, weight, rows, routing, 0):
+        moe_down_reference(out, x, weight, rows)
+
+
+def _check(
+    name: str,
+    out: torch.Tensor,
+    out_shape: tuple[int, int],
+    x: torch.Tensor,
+    x_shape: tuple[int, int],
+    weight: ExpertWeights,
+    *,
+    gated: bool,
+) -> None:
+    fits = out.shape == out_shape and x.shape == x_shape and x.dtype == out.dtype == weight.dtype
+    if not fits or weight.gated != gated or x.stride(1) != 1 or out.stride(1) != 1:
+        raise ValueError(
+            f"{name}: x {tuple(x.shape)} {x.dtype} and out {tuple(out.shape)} {out.dtype} must be {list(x_shape)} and "
+            f"{list(out_shape)} of the weight's dtype {weight.dtype}, contiguous along a row, and the weight "
+            f"{'gated' if gated else 'not gated'}"
+        )
+
+
+def _native(
+    name: str, out: torch.Tensor, x: torch.Tensor, weight: ExpertWeights, rows: ExpertRows, routing: Routing, kind: int
+) -> bool:
+    library = native.library(x.device)
+    if (
+        library is None
+        or not library.has(name)
+        or weight.dtype not in abi.DTYPE_CODES
+        or weight.packed != (x.device.type == "cpu")
+    ):
+        return False
+    args = abi.MiiMoeLinear(
+        out.data_ptr(),
+        x.data_ptr(),
+        weight.data.data_ptr(),
+        rows.weights.data_ptr(),
+        rows.offsets.data_ptr(),
+        rows.pairs.data_ptr(),
+        rows.tiles.data_ptr(),
+        _workspace(library, x.device).data_ptr() if x.is_cuda else None,
+        rows.tokens,
+        weight.in_features,
+        weight.out_features,
+        x.stride(0),
+        out.stride(0),
+        weight.experts,
+        routing.top_k,
+        rows.tile_rows,
+        kind,
+        rows.kernel,
+        abi.DTYPE_CODES[weight.dtype],
+    )
+    return library.call(name, args, native.stream(x.device))
+
+
+_workspaces: dict[torch.device, torch.Tensor] = {}
+
+
+def _workspace(library: native.Library, device: torch.device) -> torch.Tensor:
+    """Partial sums and their counters, one for each device: the calls of an engine follow one another in a stream."""
+    if device not in _workspaces:
+        size = library.bytes("mii_moe_workspace_bytes", abi.MiiMoeLinear())
+        _workspaces[device] = torch.zeros(size, dtype=torch.uint8, device=device)
+    return _workspaces[device]
+
+
+def moe_combine(
+    out: torch.Tensor,
+    parts: torch.Tensor,
+    *,
+    top_k: int,
+    shared: torch.Tensor | None = None,
+    shared_gate: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+) -> None:
+    """out[token] = sum of parts[token * top_k ..] + sigmoid(shared_gate[token]) * shared[token]; padding becomes zeros.
+
+    Args:
+        out: [tokens, width], rows may be strided.
+        parts: [tokens * top_k, width], contiguous.
+        shared: [tokens, width] or None, rows may be strided.
+        shared_gate: [tokens, 1] logits, contiguous, or None: the shared rows count in full.
+        counts: The step's counts, as for `route`.
+
+    Raises:
+        ValueError: Shapes that do not fit together.
+    """
+    tokens, width = out.shape
+    fits = parts.shape == (tokens * top_k, width) and parts.is_contiguous() and parts.dtype == out.dtype
+    if shared is not None:
+        fits = fits and shared.shape == out.shape and shared.stride(1) == 1
+    if not fits or out.stride(1) != 1:
+        raise ValueError(
+            f"moe_combine: parts {tuple(parts.shape)} must be {[tokens * top_k, width]} and contiguous, and shared as "
+            f"out, {tuple(out.shape)}, of one dtype"
+        )
+    library = native.library(out.device)
+    if library is not None and library.has("mii_moe_combine") and out.dtype in abi.DTYPE_CODES:
+        args = abi.MiiMoeCombine(
+            out.data_ptr(),
+            parts.data_ptr(),
+            native.pointer(shared),
+            native.pointer(shared_gate),
+            native.pointer(counts),
+            tokens,
+            width,
+            out.stride(0),
+            0 if shared is None else shared.stride(0),
+            top_k,
+            abi.DTYPE_CODES[out.dtype],
+        )
+        if library.call("mii_moe_combine", args, native.stream(out.device)):
+            return
+    moe_combine_reference(out, parts, top_k=top_k, shared=shared, shared_gate=shared_gate, counts=counts)
+
+
+def moe_up_reference(
+    out: torch.Tensor, x: torch.Tensor, weight: ExpertWeights, rows: ExpertRows, routing: Routing, kind: str
+) -> None:
+    """`moe_up` in plain torch."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    offsets = rows.offsets.tolist()
+    for expert, (first, last) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        if first < last:
+            tokens = rows.pairs[first:last].long() // routing.top_k
+            both = x[tokens].to(wide) @ weight.expert(expert).to(wide).t()
+            activation_reference(out[first:last], both, kind, gated=True)
+
+
+def moe_down_reference(out: torch.Tensor, x: torch.Tensor, weight: ExpertWeights, rows: ExpertRows) -> None:
+    """`moe_down` in plain torch."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    offsets = rows.offsets.tolist()
+    for expert, (first, last) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        if first < last:
+            pairs = rows.pairs[first:last].long()
+            value = x[first:last].to(wide) @ weight.expert(expert).to(wide).t()
+            out[pairs] = (value * rows.weights[pairs, None]).to(out.dtype)
+
+
+def moe_combine_reference(
+    out: torch.Tensor,
+    parts: torch.Tensor,
+    *,
+    top_k: int,
+    shared: torch.Tensor | None = None,
+    shared_gate: torch.Tensor | None = None,
+    counts: torch.Tensor | None = None,
+) -> None:
+    """`moe_combine` in plain torch."""
+    wide = torch.promote_types(out.dtype, torch.float32)
+    tokens, width = out.shape
+    total = parts.view(tokens, top_k, width).to(wide).sum(dim=1)
+    if shared is not None:
+        gate = 1.0 if shared_gate is None else shared_gate.view(tokens, 1).to(wide).sigmoid()
+        total = total + gate * shared.to(wide)
+    if counts is not None:
+        padding = torch.arange(tokens, device=out.device) >= counts[abi.NUM_TOKENS]
+        total = total.masked_fill(padding[:, None], 0)
+    out.copy_(total)
