@@ -1,4 +1,4 @@
-"""The experts' products of a mixture of experts: each expert's rows with its own weights, and the sum of a token's choices.
+"""The products of a mixture of experts: each expert's rows with its own weights, and the sum of a token's choices.
 
     hidden[row] = act(x[token] @ gate^T) * (x[token] @ up^T)        moe_up: gathers each expert's tokens on the way
     parts[pair] = weight[pair] * (hidden[row] @ down^T)             moe_down
@@ -12,6 +12,7 @@ of tokens: a stream of the weights of the experts that are hit (csrc/include/mii
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import dataclass
 
@@ -313,7 +314,7 @@ def moe_up_reference(
     """`moe_up` in plain torch."""
     wide = torch.promote_types(x.dtype, torch.float32)
     offsets = rows.offsets.tolist()
-    for expert, (first, last) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for expert, (first, last) in enumerate(itertools.pairwise(offsets)):
         if first < last:
             tokens = rows.pairs[first:last].long() // routing.top_k
             both = x[tokens].to(wide) @ weight.expert(expert).to(wide).t()
@@ -324,7 +325,7 @@ def moe_down_reference(out: torch.Tensor, x: torch.Tensor, weight: ExpertWeights
     """`moe_down` in plain torch."""
     wide = torch.promote_types(x.dtype, torch.float32)
     offsets = rows.offsets.tolist()
-    for expert, (first, last) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for expert, (first, last) in enumerate(itertools.pairwise(offsets)):
         if first < last:
             pairs = rows.pairs[first:last].long()
             value = x[first:last].to(wide) @ weight.expert(expert).to(wide).t()

@@ -1,4 +1,4 @@
-"""Routing of a mixture of experts: which experts each token goes to, and the lists that the experts' products work from.
+"""Routing of a mixture of experts: which experts each token goes to, and the lists that their products work from.
 
     score = softmax(logits) or sigmoid(logits)                                        in float
     chosen = the top_k largest score + bias, ties to the lower expert                 (Shazeer et al., arXiv 1701.06538)
@@ -40,8 +40,8 @@ class Routing:
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.experts or self.scoring not in abi.MOE_SCORINGS:
             raise ValueError(
-                f"routing: {self.top_k} of {self.experts} experts by {self.scoring!r}; a token goes to at least one and "
-                f"at most all of them, by one of {', '.join(abi.MOE_SCORINGS)}"
+                f"routing: {self.top_k} of {self.experts} experts by {self.scoring!r}; a token goes to one at "
+                f"least and at most all of them, by one of {', '.join(abi.MOE_SCORINGS)}"
             )
 
 

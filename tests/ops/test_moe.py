@@ -20,7 +20,7 @@ from tests.ops.cpu_library import DTYPES, ISAS, assert_close, using
 from tests.ops.kernel_checks import in_wider_rows
 from tests.ops.moe_cases import MoeCase, lists
 
-# widths below, at and past the panel (16), the AMX depth (32) and the span (64 panels); one token, few, more than a block
+# widths below, at and past the panel (16), the AMX depth (32) and the span (64 panels); few tokens and many
 CASES = (
     MoeCase(1, 64, 48, Routing(8, 2)),
     MoeCase(7, 33, 17, Routing(5, 2), live=4),

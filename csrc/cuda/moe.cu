@@ -1,0 +1,193 @@
+// Launchers of the mixture of experts.
+#include "launch.cuh"
+#include "mii/moe_mma.cuh"
+#include "mii/moe_route.cuh"
+#include "shared_memory.cuh"
+
+namespace mii {
+namespace {
+
+constexpr int kMostStreamedRows = 64;
+
+int64_t moe_partial_bytes() { return int64_t(card().sms) * 2 * (kMostStreamedRows / 8) * kMoeThreads * sizeof(float4); }
+
+template <typename T, int N>
+int32_t launch_route(const MiiMoeRoute& a, void* stream) {
+  const MoeRouteArgs<T> args = {a.chosen,
+                                a.weights,
+                                a.offsets,
+                                a.pairs,
+                                reinterpret_cast<int4*>(a.tiles),
+                                static_cast<const T*>(a.logits),
+                                a.bias,
+                                a.counts,
+                                static_cast<int*>(a.workspace),
+                                a.logits_stride,
+                                static_cast<int>(a.tokens),
+                                a.experts,
+                                a.top_k,
+                                a.scoring,
+                                a.renormalise,
+                                a.tile_rows,
+                                a.scale};
+  const int64_t wanted = ceil_div(a.tokens, int64_t(kRouteWarps)), most = 2 * card().sms;
+  const dim3 grid(static_cast<unsigned>(wanted < most ? wanted : most));
+  return launch("mii_moe_route", moe_route<T, N>, Shape{grid, dim3(kRouteThreads)}, stream, args);
+}
+
+template <typename T>
+int32_t route(const MiiMoeRoute& a, void* stream) {
+  if (a.experts <= 32) return launch_route<T, 1>(a, stream);
+  if (a.experts <= 64) return launch_route<T, 2>(a, stream);
+  if (a.experts <= 128) return launch_route<T, 4>(a, stream);
+  if (a.experts <= 256) return launch_route<T, 8>(a, stream);
+  return launch_route<T, 16>(a, stream);
+}
+
+template <typename T>
+MoeArgs<T> moe_args(const MiiMoeLinear& a) {
+  int* arrived = static_cast<int*>(a.workspace);
+  return {static_cast<T*>(a.out),
+          static_cast<const T*>(a.x),
+          static_cast<const T*>(a.weight),
+          a.pair_weights,
+          a.pairs,
+          reinterpret_cast<const int4*>(a.tiles),
+          arrived,
+          reinterpret_cast<float4*>(arrived + kMoeMostCtas),
+          a.x_stride,
+          a.out_stride,
+          static_cast<int>(a.out_features),
+          static_cast<int>(a.in_features),
+          a.top_k,
+          a.activation};
+}
+
+template <typename T, bool Up>
+int32_t launch_simple(const MiiMoeLinear& a, void* stream) {
+  const Shape shape = {dim3(card().sms * 4), dim3(kSimpleThreads)};
+  return launch("mii_moe (simple)", moe_simple<T, Up>, shape, stream, moe_args<T>(a));
+}
+
+template <typename T, int Tokens, bool Up>
+int32_t launch_stream(const MiiMoeLinear& a, void* stream) {
+  constexpr int kShared = MoeStreamShape<Tokens>::kSharedBytes;
+  if (const int32_t status = grant_shared<moe_stream<T, Tokens, Up>>("mii_moe", kShared); status != MII_OK) return status;
+  const Shape shape = {dim3(card().sms), dim3(kMoeThreads), kShared};
+  return launch("mii_moe (stream)", moe_stream<T, Tokens, Up>, shape, stream, moe_args<T>(a));
+}
+
+template <typename T, bool Up>
+int32_t launch_mma(const MiiMoeLinear& a, void* stream) {
+  constexpr int kShared = MoeMmaShape::kSharedBytes;
+  if (const int32_t status = grant_shared<moe_mma<T, Up>>("mii_moe", kShared); status != MII_OK) return status;
+  const Shape shape = {dim3(card().sms * 2), dim3(MoeMmaShape::kThreads), kShared};
+  return launch("mii_moe (mma)", moe_mma<T, Up>, shape, stream, moe_args<T>(a));
+}
+
+template <typename T, bool Up>
+int32_t product_16_bit(const MiiMoeLinear& a, void* stream) {
+  if (a.kernel == MII_MOE_MMA) return launch_mma<T, Up>(a, stream);
+  switch (a.tile_rows) {
+    case 8:
+      return launch_stream<T, 8, Up>(a, stream);
+    case 16:
+      return launch_stream<T, 16, Up>(a, stream);
+    case 32:
+      return launch_stream<T, 32, Up>(a, stream);
+    case kMostStreamedRows:
+      return launch_stream<T, kMostStreamedRows, Up>(a, stream);
+    default:
+      return fail(MII_INVALID, "mii_moe: the stream takes tiles of 8, 16, 32 or 64 rows, not %d", a.tile_rows);
+  }
+}
+
+int32_t check_moe(const char* name, const MiiMoeLinear& a) {
+  MII_REQUIRE(a.kernel >= MII_MOE_SIMPLE && a.kernel <= MII_MOE_MMA, MII_UNSUPPORTED, "%s: kernel %d", name, a.kernel);
+  const int64_t pairs = a.tokens * a.top_k;
+  MII_REQUIRE(pairs < (int64_t(1) << 31) && a.in_features < (int64_t(1) << 30) && a.out_features < (int64_t(1) << 30),
+              MII_UNSUPPORTED, "%s: %lld pairs of %lld x %lld are too many", name, static_cast<long long>(pairs),
+              static_cast<long long>(a.out_features), static_cast<long long>(a.in_features));
+  if (a.kernel == MII_MOE_SIMPLE) return MII_OK;
+  MII_REQUIRE(a.dtype == MII_BF16 || a.dtype == MII_F16, MII_UNSUPPORTED, "%s: tensor cores take 16-bit formats", name);
+  const bool steps = a.in_features % 8 == 0 && a.x_stride % 8 == 0 && a.in_features > 0;
+  MII_REQUIRE(steps && aligned(a.x, 16) && aligned(a.weight, 16) && aligned(a.workspace, 16), MII_UNSUPPORTED,
+              "%s: rows of x and weight must be whole chunks of 16 bytes", name);
+  MII_REQUIRE(a.kernel != MII_MOE_MMA || a.tile_rows == kMoeTileRows, MII_INVALID, "%s: tiles of %d rows; mma takes %d", name,
+              a.tile_rows, kMoeTileRows);
+  return MII_OK;
+}
+
+template <bool Up>
+int32_t product(const char* name, const MiiMoeLinear& a, void* stream) {
+  if (a.tokens == 0 || a.out_features == 0) return MII_OK;
+  if (const int32_t status = check_moe(name, a); status != MII_OK) return status;
+  return dispatch_dtype(a.dtype, [&](auto tag) {
+    using T = decltype(tag);
+    if constexpr (sizeof(T) == 2) {
+      if (a.kernel != MII_MOE_SIMPLE) return product_16_bit<T, Up>(a, stream);
+    }
+    return launch_simple<T, Up>(a, stream);
+  });
+}
+
+template <typename T, int N>
+int32_t combine(const MiiMoeCombine& a, void* stream) {
+  const MoeCombineArgs<T> args = {static_cast<T*>(a.out),
+                                  static_cast<const T*>(a.parts),
+                                  static_cast<const T*>(a.shared),
+                                  static_cast<const T*>(a.shared_gate),
+                                  a.counts,
+                                  a.out_stride,
+                                  a.shared_stride,
+                                  static_cast<int>(a.tokens),
+                                  static_cast<int>(a.width / N),
+                                  a.top_k};
+  const dim3 grid(static_cast<unsigned>(ceil_div(a.tokens * args.packs, int64_t(256))));
+  return launch("mii_moe_combine", moe_combine<T, N>, Shape{grid, dim3(256)}, stream, args);
+}
+
+}  // namespace
+}  // namespace mii
+
+extern "C" int32_t mii_moe_route(const MiiMoeRoute* a, void* stream) {
+  using namespace mii;
+  MII_REQUIRE(a->experts <= kMostExperts && a->top_k <= kMostChoices, MII_UNSUPPORTED,
+              "mii_moe_route: up to %d of %d experts", kMostChoices, kMostExperts);
+  MII_REQUIRE(a->top_k >= 1 && a->top_k <= a->experts && a->tile_rows >= 1, MII_INVALID,
+              "mii_moe_route: %d of %d experts, tiles of %d rows", a->top_k, a->experts, a->tile_rows);
+  MII_REQUIRE(a->tokens * a->top_k < (int64_t(1) << 30), MII_UNSUPPORTED, "mii_moe_route: too many tokens");
+  MII_REQUIRE(a->workspace && aligned(a->tiles, 16), MII_INVALID, "mii_moe_route: a workspace and aligned tiles");
+  if (a->tokens == 0) return MII_OK;
+  return dispatch_dtype(a->dtype, [&](auto tag) { return route<decltype(tag)>(*a, stream); });
+}
+
+extern "C" int32_t mii_moe_up(const MiiMoeLinear* a, void* stream) {
+  using namespace mii;
+  MII_REQUIRE(a->activation >= MII_SILU && a->activation <= MII_RELU2, MII_INVALID, "mii_moe_up: activation %d",
+              a->activation);
+  return product<true>("mii_moe_up", *a, stream);
+}
+
+extern "C" int32_t mii_moe_down(const MiiMoeLinear* a, void* stream) {
+  return mii::product<false>("mii_moe_down", *a, stream);
+}
+
+extern "C" int64_t mii_moe_workspace_bytes(const MiiMoeLinear*) {
+  using namespace mii;
+  return kMoeMostCtas * int64_t(sizeof(int)) + moe_partial_bytes();
+}
+
+extern "C" int32_t mii_moe_combine(const MiiMoeCombine* a, void* stream) {
+  using namespace mii;
+  MII_REQUIRE(a->width > 0 && a->width < INT32_MAX && a->tokens * a->width < (int64_t(1) << 38), MII_UNSUPPORTED,
+              "mii_moe_combine: %lld rows of %lld", static_cast<long long>(a->tokens), static_cast<long long>(a->width));
+  if (a->tokens == 0) return MII_OK;
+  return dispatch_dtype(a->dtype, [&](auto tag) {
+    using T = decltype(tag);
+    constexpr int kN = kPack<T>;
+    const bool packs = a->width % kN == 0 && a->out_stride % kN == 0 && a->shared_stride % kN == 0 && aligned(a->out, 16) &&
+                       aligned(a->parts, 16) && aligned(a->shared, 16);
+    return packs ? combine<T, kN>(*a, stream) : combine<T, 1>(*a, stream);
+  });
+}

@@ -1,0 +1,131 @@
+// What the experts' products share: their arguments, where rows come from and go to, and the simple kernel.
+//
+// Equations in mii/ops/moe.py, structs in abi.h (MiiMoeLinear). Every kernel takes its work from the list of tiles that
+// mii_moe_route left on the device; grids depend on nothing but the card and upper bounds.
+#pragma once
+#include "mii/abi.h"
+#include "mii/activation.cuh"
+#include "mii/attention_mma.cuh"
+
+namespace mii {
+
+template <typename T>
+struct MoeArgs {
+  T* out;
+  const T* x;
+  const T* weight;            // [experts][(Up ? 2 : 1) * n, k]
+  const float* pair_weights;  // down
+  const int32_t* pairs;
+  const int4* tiles;          // the first is (their number, ..), the others (expert, first row, rows, 0)
+  int* arrived;               // the stream's counters and partial sums
+  float4* partial;
+  int64_t x_stride, out_stride;
+  int n, k, top_k, activation;  // n: columns of out
+};
+
+// The row of x that a row of the list reads: its token's, or (down) itself.
+template <typename T, bool Up>
+MII_DEVICE int64_t source_row(const MoeArgs<T>& a, int row) {
+  return Up ? a.pairs[row] / a.top_k : row;
+}
+
+// act(x) for the kind that the arguments name; the same for every thread.
+template <typename T>
+MII_DEVICE float activate_any(float x, int kind) {
+  float value[1] = {x};
+  activate_pack<T>(value, kind);
+  return value[0];
+}
+
+// ---- the simple kernel --------------------------------------------------------------------------------------------
+// A warp computes one column of up to kSimpleRows rows of a tile, lanes along k. Takes every format, size and stride.
+constexpr int kSimpleThreads = 256;
+constexpr int kSimpleRows = 8;
+
+template <typename T, bool Up>
+MII_DEVICE void simple_column(const MoeArgs<T>& a, const int4 tile, int first, int column) {
+  const int lane = threadIdx.x % kWarp, rows = min(kSimpleRows, tile.z - first);
+  const T* gate = a.weight + (int64_t(tile.x) * (Up ? 2 : 1) * a.n + column) * a.k;
+  const T* up = gate + int64_t(a.n) * a.k;
+  const T* x[kSimpleRows];
+  float sums[kSimpleRows] = {}, ups[kSimpleRows] = {};
+#pragma unroll
+  for (int r = 0; r < kSimpleRows; ++r) {
+    x[r] = a.x + source_row<T, Up>(a, tile.y + first + min(r, rows - 1)) * a.x_stride;
+  }
+  for (int k = lane; k < a.k; k += kWarp) {
+    const float g = to_float(gate[k]), u = Up ? to_float(up[k]) : 0.0f;
+#pragma unroll
+    for (int r = 0; r < kSimpleRows; ++r) {
+      if (r >= rows) continue;
+      const float value = to_float(x[r][k]);
+      sums[r] += g * value;
+      if constexpr (Up) ups[r] += u * value;
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < kSimpleRows; ++r) {
+    const float sum = warp_sum(sums[r]), gated = Up ? warp_sum(ups[r]) : 0.0f;
+    if (lane != r || r >= rows) continue;
+    const int row = tile.y + first + r;
+    if constexpr (Up) {
+      a.out[row * a.out_stride + column] = from_float<T>(activate_any<T>(sum, a.activation) * gated);
+    } else {
+      const int pair = a.pairs[row];
+      a.out[pair * a.out_stride + column] = from_float<T>(sum * a.pair_weights[pair]);
+    }
+  }
+}
+
+template <typename T, bool Up>
+__global__ void __launch_bounds__(kSimpleThreads) moe_simple(const MoeArgs<T> a) {
+  wait_for_previous();
+  start_next();
+  const int64_t units = int64_t(a.tiles[0].x) * a.n, warps = int64_t(gridDim.x) * (kSimpleThreads / kWarp);
+  for (int64_t unit = int64_t(blockIdx.x) * (kSimpleThreads / kWarp) + threadIdx.x / kWarp; unit < units; unit += warps) {
+    const int4 tile = a.tiles[1 + unit / a.n];
+    for (int first = 0; first < tile.z; first += kSimpleRows) {
+      simple_column<T, Up>(a, tile, first, static_cast<int>(unit % a.n));
+    }
+  }
+}
+
+// ---- the sum of a token's choices -----------------------------------------------------------------------------------
+template <typename T>
+struct MoeCombineArgs {
+  T* out;
+  const T* parts;
+  const T* shared;       // or null
+  const T* shared_gate;  // or null
+  const int32_t* counts; // or null
+  int64_t out_stride, shared_stride;
+  int tokens, packs, top_k;  // packs of a row
+};
+
+template <typename T, int N>
+__global__ void __launch_bounds__(256) moe_combine(const MoeCombineArgs<T> a) {
+  wait_for_previous();
+  start_next();
+  const int64_t index = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int token = static_cast<int>(index / a.packs), column = static_cast<int>(index % a.packs) * N;
+  if (token >= a.tokens) return;
+  const int64_t width = int64_t(a.packs) * N;
+  float total[N] = {}, part[N];
+  const int live = a.counts == nullptr ? a.tokens : a.counts[MII_NUM_TOKENS];
+  if (token < live) {
+    for (int j = 0; j < a.top_k; ++j) {
+      unpack(part, load_pack<N>(a.parts + (int64_t(token) * a.top_k + j) * width + column));
+#pragma unroll
+      for (int i = 0; i < N; ++i) total[i] += part[i];
+    }
+    if (a.shared != nullptr) {
+      const float gate = a.shared_gate == nullptr ? 1.0f : 1.0f / (1.0f + expf(-to_float(a.shared_gate[token])));
+      unpack(part, load_pack<N>(a.shared + token * a.shared_stride + column));
+#pragma unroll
+      for (int i = 0; i < N; ++i) total[i] += gate * part[i];
+    }
+  }
+  store_pack(a.out + token * a.out_stride + column, make_pack<T>(total));
+}
+
+}  // namespace mii
