@@ -2,6 +2,7 @@
 #include "launch.cuh"
 #include "mii/moe_mma.cuh"
 #include "mii/moe_route.cuh"
+#include "mii/moe_wgmma.cuh"
 #include "shared_memory.cuh"
 
 namespace mii {
@@ -86,8 +87,17 @@ int32_t launch_mma(const MiiMoeLinear& a, void* stream) {
 }
 
 template <typename T, bool Up>
+int32_t launch_wgmma(const MiiMoeLinear& a, void* stream) {
+  constexpr int kShared = MoeWgmmaShape::kSharedBytes;
+  if (const int32_t status = grant_shared<moe_wgmma<T, Up>>("mii_moe", kShared); status != MII_OK) return status;
+  const Shape shape = {dim3(card().sms), dim3(MoeWgmmaShape::kThreads), kShared};
+  return launch("mii_moe (wgmma)", moe_wgmma<T, Up>, shape, stream, moe_args<T>(a));
+}
+
+template <typename T, bool Up>
 int32_t product_16_bit(const MiiMoeLinear& a, void* stream) {
   if (a.kernel == MII_MOE_MMA) return launch_mma<T, Up>(a, stream);
+  if (a.kernel == MII_MOE_WGMMA) return launch_wgmma<T, Up>(a, stream);
   switch (a.tile_rows) {
     case 8:
       return launch_stream<T, 8, Up>(a, stream);
@@ -103,7 +113,7 @@ int32_t product_16_bit(const MiiMoeLinear& a, void* stream) {
 }
 
 int32_t check_moe(const char* name, const MiiMoeLinear& a) {
-  MII_REQUIRE(a.kernel >= MII_MOE_SIMPLE && a.kernel <= MII_MOE_MMA, MII_UNSUPPORTED, "%s: kernel %d", name, a.kernel);
+  MII_REQUIRE(a.kernel >= MII_MOE_SIMPLE && a.kernel <= MII_MOE_WGMMA, MII_UNSUPPORTED, "%s: kernel %d", name, a.kernel);
   const int64_t pairs = a.tokens * a.top_k;
   MII_REQUIRE(pairs < (int64_t(1) << 31) && a.in_features < (int64_t(1) << 30) && a.out_features < (int64_t(1) << 30),
               MII_UNSUPPORTED, "%s: %lld pairs of %lld x %lld are too many", name, static_cast<long long>(pairs),
@@ -113,13 +123,15 @@ int32_t check_moe(const char* name, const MiiMoeLinear& a) {
   const bool steps = a.in_features % 8 == 0 && a.x_stride % 8 == 0 && a.in_features > 0;
   MII_REQUIRE(steps && aligned(a.x, 16) && aligned(a.weight, 16) && aligned(a.workspace, 16), MII_UNSUPPORTED,
               "%s: rows of x and weight must be whole chunks of 16 bytes", name);
-  MII_REQUIRE(a.kernel != MII_MOE_MMA || a.tile_rows == kMoeTileRows, MII_INVALID, "%s: tiles of %d rows; mma takes %d", name,
-              a.tile_rows, kMoeTileRows);
+  MII_REQUIRE(a.kernel == MII_MOE_STREAM || a.tile_rows == kMoeTileRows, MII_INVALID,
+              "%s: tiles of %d rows; kernel %d takes %d", name, a.tile_rows, a.kernel, kMoeTileRows);
+  MII_REQUIRE(a.kernel != MII_MOE_WGMMA || (card().major == 9 && card().minor == 0), MII_UNSUPPORTED,
+              "%s: warpgroup products are those of compute capability 9.0", name);
   return MII_OK;
 }
 
 template <bool Up>
-int32_t product(const char* name, const MiiMoeLinear& a, void* stream) {
+int32_t expert_product(const char* name, const MiiMoeLinear& a, void* stream) {
   if (a.tokens == 0 || a.out_features == 0) return MII_OK;
   if (const int32_t status = check_moe(name, a); status != MII_OK) return status;
   return dispatch_dtype(a.dtype, [&](auto tag) {
@@ -166,11 +178,11 @@ extern "C" int32_t mii_moe_up(const MiiMoeLinear* a, void* stream) {
   using namespace mii;
   MII_REQUIRE(a->activation >= MII_SILU && a->activation <= MII_RELU2, MII_INVALID, "mii_moe_up: activation %d",
               a->activation);
-  return product<true>("mii_moe_up", *a, stream);
+  return expert_product<true>("mii_moe_up", *a, stream);
 }
 
 extern "C" int32_t mii_moe_down(const MiiMoeLinear* a, void* stream) {
-  return mii::product<false>("mii_moe_down", *a, stream);
+  return mii::expert_product<false>("mii_moe_down", *a, stream);
 }
 
 extern "C" int64_t mii_moe_workspace_bytes(const MiiMoeLinear*) {

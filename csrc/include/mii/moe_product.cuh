@@ -33,7 +33,7 @@ MII_DEVICE int64_t source_row(const MoeArgs<T>& a, int row) {
 template <typename T>
 MII_DEVICE float activate_any(float x, int kind) {
   float value[1] = {x};
-  activate_pack<T>(value, kind);
+  activate_pack<T>(value, kind, 0.0f);
   return value[0];
 }
 

@@ -1,0 +1,148 @@
+"""Mixture of experts at the sizes of Mixtral 8x7B and Qwen3-30B-A3B: routing, each product by each kernel, a layer.
+
+Bytes count the weights of the experts that are hit, once; the routing is random, the same in every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.timing import Call, Case, run_cases
+from mii.ops import abi
+from mii.ops.moe import moe_combine, moe_down, moe_up, pack_experts
+from mii.ops.moe_routing import ExpertLists, ExpertRows, Routing, route
+
+KERNELS = {abi.MOE_STREAM: "stream", abi.MOE_MMA: "mma", abi.MOE_WGMMA: "wgmma", abi.MOE_SIMPLE: "simple"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One layer's sizes."""
+
+    name: str
+    hidden: int
+    width: int
+    routing: Routing
+
+    def logits(self, tokens: int) -> torch.Tensor:
+        return torch.randn(tokens, self.routing.experts, generator=torch.Generator().manual_seed(tokens)).bfloat16()
+
+    def hit(self, tokens: int) -> int:
+        """Experts that some token chooses."""
+        return len(self.logits(tokens).topk(self.routing.top_k).indices.unique())
+
+    def weight_bytes(self, tokens: int, matrices: int) -> int:
+        return 2 * matrices * self.hit(tokens) * self.hidden * self.width
+
+
+QWEN3 = Shape("qwen3-30b-a3b", 2048, 768, Routing(128, 8))
+MIXTRAL = Shape("mixtral-8x7b", 4096, 14336, Routing(8, 2))
+
+
+def run(device: torch.device) -> list[dict[str, Any]]:
+    """A row for each operation, shape, number of tokens and kernel; nothing on a CPU."""
+    return run_cases(_cases(torch.cuda.get_device_capability() == (9, 0)), device) if device.type == "cuda" else []
+
+
+def _cases(hopper: bool) -> Iterator[Case]:
+    for tokens in (16, 512, 8192):
+        yield _routing(QWEN3, tokens)
+    for shape, counts in ((QWEN3, (1, 4, 16, 64, 256, 512)), (MIXTRAL, (1, 4, 16, 64))):
+        for tokens in counts:
+            yield from _products(
+                shape, tokens, abi.MOE_STREAM, next(r for r in (8, 16, 32, 64) if tokens <= r or r == 64)
+            )
+    for kernel in (abi.MOE_MMA, *((abi.MOE_WGMMA,) if hopper else ())):
+        for shape in (QWEN3, MIXTRAL):
+            yield from _products(shape, 8192, kernel, 128)
+    yield from _products(QWEN3, 2048, abi.MOE_WGMMA if hopper else abi.MOE_MMA, 128)
+    yield from _products(QWEN3, 1, abi.MOE_SIMPLE, 8)
+    for shape in (QWEN3, MIXTRAL):
+        for tokens in (1, 16):
+            yield _layer(shape, tokens, abi.MOE_STREAM, 8 if tokens == 1 else 16)
+    for shape in (QWEN3, MIXTRAL):
+        yield _layer(shape, 8192, abi.MOE_WGMMA if hopper else abi.MOE_MMA, 128)
+
+
+@dataclass
+class Layer:
+    """The tensors of one layer and one step."""
+
+    shape: Shape
+    tokens: int
+    kernel: int
+    tile_rows: int
+    device: torch.device
+    parts: tuple[str, ...] = ("up", "down")
+
+    def __post_init__(self) -> None:
+        shape, pairs = self.shape, self.tokens * self.shape.routing.top_k
+
+        def random(*sizes: int) -> torch.Tensor:
+            return torch.empty(sizes, device=self.device, dtype=torch.bfloat16).normal_(std=0.02)
+
+        experts = shape.routing.experts
+        if "up" in self.parts:
+            self.up = pack_experts(random(experts, 2 * shape.width, shape.hidden), gated=True)
+        if "down" in self.parts:
+            self.down = pack_experts(random(experts, shape.hidden, shape.width), gated=False)
+        self.x, self.hidden = random(self.tokens, shape.hidden), random(pairs, shape.width)
+        self.sums, self.out = random(pairs, shape.hidden), random(self.tokens, shape.hidden)
+        self.logits = shape.logits(self.tokens).to(self.device)
+        lists = ExpertLists(shape.routing, self.tokens, self.device)
+        self.rows: ExpertRows = lists.rows(self.tokens, self.kernel, self.tile_rows)
+        self.route()
+
+    def route(self) -> None:
+        route(self.rows, self.logits, self.shape.routing)
+
+    def multiply_up(self) -> None:
+        moe_up(self.hidden, self.x, self.up, self.rows, self.shape.routing, "silu")
+
+    def multiply_down(self) -> None:
+        moe_down(self.sums, self.hidden, self.down, self.rows, self.shape.routing)
+
+    def all(self) -> None:
+        self.route()
+        self.multiply_up()
+        self.multiply_down()
+        moe_combine(self.out, self.sums, top_k=self.shape.routing.top_k)
+
+
+def _routing(shape: Shape, tokens: int) -> Case:
+    pairs = tokens * shape.routing.top_k
+    moved = 2 * tokens * shape.routing.experts + 12 * pairs
+    return Case("moe route", f"{shape.name}, {tokens} tokens", moved, _maker(shape, tokens, abi.MOE_STREAM, 64, ()))
+
+
+def _products(shape: Shape, tokens: int, kernel: int, tile_rows: int) -> Iterator[Case]:
+    pairs, text = tokens * shape.routing.top_k, f"{shape.name}, {tokens} tokens, {KERNELS[kernel]}"
+    for part, matrices, moved in (
+        ("up", 2, 2 * (tokens * shape.hidden + pairs * shape.width)),
+        ("down", 1, 2 * pairs * (shape.hidden + shape.width)),
+    ):
+        flops = 2 * pairs * matrices * shape.hidden * shape.width
+        total = shape.weight_bytes(tokens, matrices) + moved
+        yield Case(f"moe {part}", text, total, _maker(shape, tokens, kernel, tile_rows, (part,)), flops)
+
+
+def _layer(shape: Shape, tokens: int, kernel: int, tile_rows: int) -> Case:
+    flops = 6 * tokens * shape.routing.top_k * shape.hidden * shape.width
+    text = f"{shape.name}, {tokens} tokens, {KERNELS[kernel]}"
+    moved = shape.weight_bytes(tokens, 3) + 4 * tokens * shape.hidden
+    return Case("moe layer", text, moved, _maker(shape, tokens, kernel, tile_rows, ("up", "down")), flops)
+
+
+def _maker(
+    shape: Shape, tokens: int, kernel: int, tile_rows: int, parts: tuple[str, ...]
+) -> Callable[[torch.device], Call]:
+    def make(device: torch.device) -> Call:
+        layer = Layer(shape, tokens, kernel, tile_rows, device, parts)
+        calls = {(): layer.route, ("up",): layer.multiply_up, ("down",): layer.multiply_down}
+        return calls.get(parts, layer.all)
+
+    return make
