@@ -35,6 +35,8 @@ def write_checkpoint(
     shard_size: str = "5GB",
     generation: dict[str, Any] | None = None,
     tokenizer: bool = True,
+    stacked: bool = False,
+    plain_routing: bool = False,
     **config: Any,
 ) -> Path:
     """Writes a causal language model with random weights and returns its folder.
@@ -48,6 +50,8 @@ def write_checkpoint(
         shard_size: transformers' `max_shard_size`, to get several files.
         generation: Fields of generation_config.json, for example several ends of text.
         tokenizer: Write a byte-level tokenizer too.
+        stacked: Keep the experts of a layer in one tensor, as transformers has them in memory.
+        plain_routing: Make each token's choice of experts so clear that no rounding changes it (`_settle_routing`).
         config: Fields of config.json that override `DEFAULTS`.
     """
     import torch
@@ -58,10 +62,12 @@ def write_checkpoint(
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(fields, dtype=torch.float32)
         _randomise_vectors(model)
+        if plain_routing:
+            _settle_routing(model)
     model = model.to(getattr(torch, dtype))
     for name, value in (generation or {}).items():
         setattr(model.generation_config, name, value)
-    model.save_pretrained(folder, max_shard_size=shard_size)
+    model.save_pretrained(folder, max_shard_size=shard_size, **({"save_original_format": False} if stacked else {}))
     if tokenizer:
         byte_tokenizer().save_pretrained(folder)
     return folder
@@ -74,6 +80,31 @@ def _randomise_vectors(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, mean=0.0 if name.endswith("bias") else 1.0, std=0.1)
+
+
+def _settle_routing(model: Any) -> None:
+    """Lets the experts follow from the token alone, by a wide margin: its embedding has a number for each expert, which
+    no layer writes to and the routers read. In 16 bits a choice between two experts that are nearly alike would hang
+    on the last bit, and two right programs would go different ways.
+    """
+    import torch
+
+    routers = {name: parameter for name, parameter in model.named_parameters() if name.endswith(".gate.weight")}
+    experts, hidden = next(iter(routers.values())).shape
+    embedding = model.get_input_embeddings().weight
+    with torch.no_grad():
+        chosen = torch.rand(len(embedding), experts).argsort(dim=1) < model.config.num_experts_per_tok
+        numbers = torch.rand(len(embedding), experts)
+        embedding[:, :experts] = 0.3 * torch.where(chosen, 2 + numbers, numbers - 0.5)
+        for name, parameter in model.named_parameters():
+            if name in routers:
+                parameter.copy_(torch.eye(experts, hidden))
+            elif name.endswith("post_attention_layernorm.weight"):
+                parameter[:experts] = 1
+            elif name.endswith(("o_proj.weight", "o_proj.bias", "down_proj.weight")):
+                parameter[:experts] = 0
+            elif name.endswith("experts.down_proj"):
+                parameter[:, :experts] = 0
 
 
 def byte_tokenizer() -> Any:

@@ -1,6 +1,7 @@
 """The least time that requests can take on a machine, from the bytes they move and the products they need.
 
-Counted: every weight matrix read once a step, keys and values read once for each generated token, two FLOPs for each
+Counted: every weight matrix read once a step (of experts, as many as that many tokens hit on average when each chooses
+at random), keys and values read once for each generated token, two FLOPs for each
 weight and token, four for each query, key and channel of attention. Matrix products and attention come one after the
 other, as in any engine without kernels that overlap them; each takes the longer of its memory time and its arithmetic
 time at the rates of `MachineLimits`. Norms, rotations, sampling and the host count as nothing: nobody reaches 100 %.
@@ -27,6 +28,8 @@ class Roofline:
     Args:
         body: Weights of all matrices but the head: each works on every token.
         head: Weights of the head: it works on sampled tokens only.
+        experts: Weights of all experts of all layers: each works on the tokens that chose it.
+        chosen: Share of the experts that a token goes to.
         attention_width: Query heads times head size, over all layers.
         kv_bytes: Bytes of keys and values of one token, over all layers.
         element_size: Bytes of one weight.
@@ -38,11 +41,14 @@ class Roofline:
     attention_width: int
     kv_bytes: int
     element_size: int
+    experts: int = 0
+    chosen: float = 1.0
 
     @classmethod
     def of(cls, spec: ModelSpec, dtype: torch.dtype, limits: MachineLimits) -> Roofline:
         outline = Decoder(spec, Placement(torch.device("meta"), dtype)).parameters()
-        matrices = [p.tensor.numel() for path, p in outline if path.startswith("blocks.") and p.tensor.dim() == 2]
+        tensors = [p.tensor for path, p in outline if path.startswith("blocks.")]
+        matrices = [tensor.numel() for tensor in tensors if tensor.dim() == 2]
         return cls(
             limits=limits,
             body=sum(matrices),
@@ -50,12 +56,15 @@ class Roofline:
             attention_width=spec.num_layers * spec.q_size,
             kv_bytes=spec.kv_bytes_per_token(dtype.itemsize),
             element_size=dtype.itemsize,
+            experts=sum(tensor.numel() for tensor in tensors if tensor.dim() == 3),
+            chosen=1.0 if spec.experts is None else spec.experts.top_k / spec.experts.count,
         )
 
     def products(self, fed: int, sampled: int, steps: int) -> float:
         """Seconds of the matrix products for `fed` tokens, of which `sampled` reach the head, in `steps` steps."""
-        arithmetic = 2 * (self.body * fed + self.head * sampled) / self.limits.matmul
-        return max(arithmetic, steps * (self.body + self.head) * self.element_size / self.limits.bandwidth)
+        active, hit = self.chosen * self.experts, self.experts * (1 - (1 - self.chosen) ** (fed / steps))
+        arithmetic = 2 * ((self.body + active) * fed + self.head * sampled) / self.limits.matmul
+        return max(arithmetic, steps * (self.body + self.head + hit) * self.element_size / self.limits.bandwidth)
 
     def decode_step(self, batch: int, context: float) -> float:
         """Seconds of one step in which `batch` sequences of `context` tokens generate one token each."""

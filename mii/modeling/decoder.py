@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from mii.modeling.blocks import make_block
+from mii.modeling.experts import ExpertStack
 from mii.modeling.forward import Forward
 from mii.modeling.layers import Embedding, Norm, TiedHead
 from mii.modeling.parameters import Linear, Module, Placement
@@ -64,8 +65,9 @@ class Decoder(Module):
     def finish(self) -> None:
         """Called when every weight is there."""
         linears = [module for _, module in self.modules() if isinstance(module, Linear)]
-        for module in linears:
-            module.finish()
+        for _, module in self.modules():
+            if isinstance(module, Linear | ExpertStack):
+                module.finish()
         self.embedding.finish()
         products: list[Linear | TiedHead] = [*linears]
         if isinstance(self.head, TiedHead):

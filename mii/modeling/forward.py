@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mii.modeling.experts import ExpertBuffers, ExpertMemory
 from mii.modeling.parameters import Placement
 from mii.modeling.spec import ModelSpec
 from mii.ops.attention import AttentionBatch, AttentionPlan
@@ -16,7 +17,8 @@ from mii.ops.prepare import StepTensors
 class Activations:
     """The buffers of one forward, [tokens, width] each, and for the sampled rows [samples, width].
 
-    `joint` is `attention` and `activated` side by side, where a block multiplies both at once; else it has no width.
+    `experts` are those of a mixture of experts, where the model has one. `joint` is `attention` and `activated` side by
+    side, where a block multiplies both at once; else it has no width.
     """
 
     hidden: torch.Tensor
@@ -32,6 +34,7 @@ class Activations:
     last_normed: torch.Tensor
     last_projected: torch.Tensor
     logits: torch.Tensor
+    experts: ExpertBuffers | None = None
 
 
 class ActivationArena:
@@ -50,6 +53,7 @@ class ActivationArena:
         sampled = dict.fromkeys(("last", "last_residual", "last_normed"), spec.hidden_size)
         sampled |= {"last_projected": spec.embedding_size, "logits": spec.vocab_size}
         self._samples = {name: place.empty(max_samples, width) for name, width in sampled.items()}
+        self._experts = None if spec.experts is None else ExpertMemory(spec, place, max_tokens)
         self.max_samples = max_samples
         self._views: dict[tuple[int, int], Activations] = {}
         # Padding of a bucket reads what no step wrote: zeros, so that it stays finite.
@@ -62,17 +66,20 @@ class ActivationArena:
             if len(self._views) >= 1024:
                 self._views.clear()
             rows = {name: tensor[:tokens] for name, tensor in self._rows.items()}
-            self._views[key] = Activations(**rows, **{name: tensor[:samples] for name, tensor in self._samples.items()})
+            sampled = {name: tensor[:samples] for name, tensor in self._samples.items()}
+            experts = None if self._experts is None else self._experts.views(tokens)
+            self._views[key] = Activations(**rows, **sampled, experts=experts)
         return self._views[key]
 
     @property
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (*self._rows.values(), *self._samples.values()))
+        own = sum(t.numel() * t.element_size() for t in (*self._rows.values(), *self._samples.values()))
+        return own + (0 if self._experts is None else self._experts.num_bytes)
 
 
 def _joint(place: Placement, max_tokens: int, spec: ModelSpec) -> dict[str, torch.Tensor]:
     """What attention and the MLP write before their last products: side by side in parallel blocks."""
-    widths = {"attention": spec.q_size, "activated": spec.intermediate_size}
+    widths = {"attention": spec.q_size, "activated": spec.mlp_width}
     if not spec.parallel:
         return {name: place.empty(max_tokens, width) for name, width in (*widths.items(), ("joint", 0))}
     joint = place.empty(max_tokens, sum(widths.values()))

@@ -6,10 +6,13 @@ from typing import Protocol
 
 import torch
 
+from mii.modeling.experts import ExpertStack, routing_of
 from mii.modeling.forward import Forward
 from mii.modeling.parameters import Linear, Module, Placement
-from mii.modeling.spec import ModelSpec
+from mii.modeling.spec import ExpertsSpec, ModelSpec
 from mii.ops.activation import activation
+from mii.ops.moe import moe_combine, moe_down, moe_up
+from mii.ops.moe_routing import route
 
 
 class MLP(Protocol):
@@ -25,11 +28,13 @@ class MLP(Protocol):
 class DenseMLP(Module):
     """`down(act(up(x)))`, or gated `down(act(gate(x)) * up(x))`, with gate and up as one product.
 
-    Without the last product (`project=False`) the layer ends in `activate`, and its block goes on from there.
+    Without the last product (`project=False`) the layer ends in `activate`, and its block goes on from there. `size` is
+    its width where that is not the model's `intermediate_size`.
     """
 
-    def __init__(self, place: Placement, spec: ModelSpec, *, project: bool = True) -> None:
-        size, gated = spec.intermediate_size, spec.mlp == "gated"
+    def __init__(self, place: Placement, spec: ModelSpec, *, project: bool = True, size: int = 0) -> None:
+        gated = spec.mlp == "gated"
+        self.size = size = size or spec.intermediate_size
         self.up = Linear(place, spec.hidden_size, {"gate": size, "up": size} if gated else {"": size}, spec.mlp_bias)
         self.down = Linear(place, size, {"": spec.hidden_size}, spec.mlp_bias) if project else None
         self.kind, self.gated, self.up_width = spec.activation, gated, self.up.out_features
@@ -40,13 +45,48 @@ class DenseMLP(Module):
 
     def activate(self, forward: Forward, x: torch.Tensor) -> torch.Tensor:
         """What the last product is made of, in the step's buffer for it, [tokens, intermediate]."""
-        buffers = forward.buffers
+        up, activated = forward.buffers.up, forward.buffers.activated
+        if activated.shape[1] != self.size:  # the model has wider MLPs too
+            up, activated = up[:, : self.up_width], activated[:, : self.size]
         if self.gated:
-            return self.up.gated(buffers.activated, buffers.up, x, self.kind)
-        activation(buffers.activated, self.up(buffers.up, x), self.kind, gated=False)
-        return buffers.activated
+            return self.up.gated(activated, up, x, self.kind)
+        activation(activated, self.up(up, x), self.kind, gated=False)
+        return activated
+
+
+class ExpertsMLP(Module):
+    """`sum over the chosen experts of weight * down(act(gate(x)) * up(x))`, and a shared expert behind a sigmoid gate.
+
+    Mixtral (Jiang et al., arXiv 2401.04088) and Qwen's models with experts; DeepSeekMoE (Dai et al., arXiv 2401.06066)
+    for the shared expert.
+    """
+
+    def __init__(self, place: Placement, spec: ModelSpec, experts: ExpertsSpec) -> None:
+        hidden, size = spec.hidden_size, experts.intermediate_size
+        self.router = Linear(place, hidden, {"": experts.count})
+        self.shared = DenseMLP(place, spec, size=experts.shared_size) if experts.shared_size else None
+        self.shared_gate = Linear(place, hidden, {"": 1}) if experts.shared_size else None
+        self.up = ExpertStack(place, experts.count, hidden, {"gate": size, "up": size}, gated=True)
+        self.down = ExpertStack(place, experts.count, size, {"": hidden}, gated=False)
+        self.routing = routing_of(experts)
+        self.kind, self.up_width = spec.activation, 0 if self.shared is None else self.shared.up_width
+
+    def __call__(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        buffers, counts = forward.buffers.experts, forward.step.counts
+        assert buffers is not None
+        rows, routing, shared, gate = buffers.rows, self.routing, None, None
+        logits = self.router(buffers.logits, x)
+        if self.shared is not None and self.shared_gate is not None:
+            shared, gate = self.shared(forward, buffers.shared, x), self.shared_gate(buffers.shared_gate, x)
+        route(rows, logits, routing, counts=counts)
+        moe_up(buffers.hidden, x, self.up.weights, rows, routing, self.kind)
+        moe_down(buffers.parts, buffers.hidden, self.down.weights, rows, routing)
+        moe_combine(out, buffers.parts, top_k=routing.top_k, shared=shared, shared_gate=gate, counts=counts)
+        return out
 
 
 def make_mlp(place: Placement, spec: ModelSpec, layer: int) -> MLP:
-    """The MLP of one layer, by `spec.mlp`."""
+    """The MLP of one layer: experts where `spec.experts` has them, else by `spec.mlp`."""
+    if spec.experts is not None and spec.experts.layers[layer]:
+        return ExpertsMLP(place, spec, spec.experts)
     return DenseMLP(place, spec)

@@ -11,6 +11,7 @@ import torch
 from mii.errors import CheckpointError, UnsupportedModelError
 from mii.logging import logger
 from mii.modeling.decoder import Decoder
+from mii.modeling.experts import ExpertStack
 from mii.modeling.families import FAMILIES, Family, Target
 from mii.modeling.parameters import Linear, Parameter, Placement
 from mii.progress import progress_bar
@@ -52,16 +53,20 @@ def load_model(
     spec = family.read_spec(checkpoint.config)
     started = time.monotonic()
     model = Decoder(spec, Placement(device, dtype))
-    targets = family.weights(spec)
-    _fill(model, checkpoint, targets, _stored_names(checkpoint, family, targets), progress)
+    present = {family.canonical(name): name for name in checkpoint.names()}
+    targets = family.targets(spec, set(present))
+    _fill(model, checkpoint, targets, _stored_names(checkpoint, family, targets, present), progress)
     model.finish()
     logger.info("read %d tensors of %s in %.2f s", len(targets), checkpoint.path, time.monotonic() - started)
     return model
 
 
-def _stored_names(checkpoint: Checkpoint, family: Family, targets: Mapping[str, Target]) -> dict[str, str]:
-    """What the checkpoint calls each tensor. Reports what is missing and what nobody knows before a byte is read."""
-    present = {family.canonical(name): name for name in checkpoint.names()}
+def _stored_names(
+    checkpoint: Checkpoint, family: Family, targets: Mapping[str, Target], present: Mapping[str, str]
+) -> dict[str, str]:
+    """What the checkpoint calls each tensor. Reports what is missing and what nobody knows before a byte is read.
+    `present` has its names by their canonical ones.
+    """
     missing = sorted(set(targets) - set(present))
     if missing:
         raise CheckpointError(f"{checkpoint.path}: {len(missing)} weights are missing: {_some(missing)}.")
@@ -91,7 +96,7 @@ def _fill(
     # In the model's order, so that each matrix is complete, packed and its parts forgotten before the next one starts.
     order = {path: index for index, path in enumerate(parameters)}
     names = sorted(targets, key=lambda name: order[targets[name].path])
-    linears = {path: module for path, module in model.modules() if isinstance(module, Linear)}
+    owners = {path: module for path, module in model.modules() if isinstance(module, Linear | ExpertStack)}
     checkpoint.prefetch([stored[name] for name in names])
     total = sum(parameters[targets[name].path].view(targets[name].part).numel() for name in names)
     with progress_bar("weights", total * model.place.dtype.itemsize, unit="B", enabled=progress) as bar:
@@ -99,7 +104,7 @@ def _fill(
             target = targets[name]
             size = _read(checkpoint, stored[name], parameters[target.path], target, model.place.dtype)
             bar.update(size)
-            owner = linears.get(target.path.rpartition(".")[0])
+            owner = owners.get(target.path.rpartition(".")[0])
             if owner is not None and owner.complete:
                 owner.finish()
 

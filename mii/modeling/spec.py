@@ -23,6 +23,27 @@ class RopeSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsSpec:
+    """A mixture of experts in place of the MLP of some layers.
+
+    Args:
+        count: Experts of a layer. top_k: How many a token goes to.
+        intermediate_size: Width of one expert.
+        layers: For each layer whether it has experts; the others have a dense MLP of the model's `intermediate_size`.
+        scoring, renormalise: As in `mii.ops.moe_routing.Routing`.
+        shared_size: Width of an expert that every token goes to besides, behind a sigmoid gate; 0 for none.
+    """
+
+    count: int
+    top_k: int
+    intermediate_size: int
+    layers: tuple[bool, ...]
+    scoring: str = "softmax"
+    renormalise: bool = True
+    shared_size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """The shape and the wiring options of a decoder. Sizes count elements.
 
@@ -36,6 +57,7 @@ class ModelSpec:
         norm: Kind of the norms, a name of `mii.ops.abi.NORMS`; `norm_weight` and `norm_bias` say what they hold.
         block: How norms, attention and MLP are wired, a name of `mii.modeling.blocks.BLOCKS`.
         mlp: Kind of the MLP: "gated" or "plain".
+        experts: What some layers have in place of the MLP, None for none.
         embedding_size: Width of the token embeddings where they are projected to the hidden size and back; 0: as wide.
         learned_positions: Rows of the table of learned positions, 0 for none; a position's row is `position_offset` on.
         alibi_slopes: Slope of each query head, empty for none.
@@ -67,6 +89,7 @@ class ModelSpec:
     final_norm: bool = True
     block: str = "sequential"
     mlp: str = "gated"
+    experts: ExpertsSpec | None = None
     embedding_size: int = 0
     embedding_norm: bool = False
     learned_positions: int = 0
@@ -89,6 +112,14 @@ class ModelSpec:
     def parallel(self) -> bool:
         """Whether attention and MLP of a layer are added to the stream in one product."""
         return self.block.startswith("parallel")
+
+    @property
+    def mlp_width(self) -> int:
+        """What the widest dense MLP has between its products."""
+        experts = self.experts
+        if experts is None:
+            return self.intermediate_size
+        return max(experts.shared_size, 0 if all(experts.layers) else self.intermediate_size)
 
     @property
     def q_size(self) -> int:
@@ -154,6 +185,21 @@ class ConfigReader:
         if value not in choices:
             raise CheckpointError(f"config.json: '{name}' is {value!r}; supported are {', '.join(sorted(choices))}.")
         return choices[value]
+
+    def layers(self, name: str, count: int) -> tuple[int, ...]:
+        """Numbers of layers, below `count`; none where the field is missing."""
+        value = [] if self.config.get(name) is None else self.config[name]
+        if not isinstance(value, list) or not all(type(layer) is int and 0 <= layer < count for layer in value):
+            raise CheckpointError(f"config.json: '{name}' must list layers from 0 to {count - 1}, and it is {value!r}.")
+        return tuple(value)
+
+    def experts(self, experts: ExpertsSpec) -> ExpertsSpec:
+        """The argument, unless a token would go to more experts than there are."""
+        if experts.top_k > experts.count:
+            raise CheckpointError(
+                f"config.json: a token cannot go to {experts.top_k} experts ('num_experts_per_tok') of {experts.count}."
+            )
+        return experts
 
     def heads(self, *, grouped: bool = True) -> tuple[int, int, int]:
         """Query heads, key/value heads and head size; grouped heads must divide evenly.

@@ -86,50 +86,6 @@ class ExpertWeights:
         return torch.cat([half.reshape(-1, self.in_features)[: self.out_features] for half in halves])
 
 
-class ExpertPacker:
-    """Brings the experts of one weight into the layout of a device, one after the other, so that a checkpoint's experts
-    need not all be in memory at once beside it.
-    """
-
-    def __init__(
-        self,
-        experts: int,
-        out_features: int,
-        in_features: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        *,
-        gated: bool,
-    ) -> None:
-        self._shape, self._dtype, self._gated = (experts, out_features, in_features), dtype, gated
-        library, code = native.library(device), abi.DTYPE_CODES.get(dtype)
-        self._args = abi.MiiMoePack(None, None, in_features, out_features, in_features, gated, code or 0)
-        self._library = library if library is not None and code is not None and library.has("mii_moe_pack") else None
-        if self._library is not None:
-            self._bytes = self._library.bytes("mii_moe_packed_bytes", self._args)
-            self._data = huge_pages.empty(experts * self._bytes)
-        else:
-            rows = (2 if gated else 1) * out_features
-            self._data = torch.empty(experts, rows, in_features, dtype=dtype, device=device)
-
-    @property
-    def packs(self) -> bool:
-        """Whether this device's layout differs from the row-major one."""
-        return self._library is not None
-
-    def add(self, index: int, weight: torch.Tensor) -> None:
-        """Expert `index`, row-major [(2 *) out_features, in_features]."""
-        if self._library is None:
-            self._data[index].copy_(weight)
-            return
-        weight = weight.to(self._dtype).contiguous()
-        self._args.packed, self._args.weight = self._data.data_ptr() + index * self._bytes, weight.data_ptr()
-        self._library.call("mii_moe_pack", self._args)
-
-    def finish(self) -> ExpertWeights:
-        return ExpertWeights(self._data, *self._shape, self._dtype, self._gated, self.packs)
-
-
 def pack_experts(weight: torch.Tensor, *, gated: bool) -> ExpertWeights:
     """Prepares stacked weights for `moe_up` (gated) or `moe_down`.
 
@@ -146,12 +102,16 @@ def pack_experts(weight: torch.Tensor, *, gated: bool) -> ExpertWeights:
         )
     experts, rows, in_features = weight.shape
     out_features = rows // 2 if gated else rows
-    packer = ExpertPacker(experts, out_features, in_features, weight.dtype, weight.device, gated=gated)
-    if not packer.packs:
-        return ExpertWeights(weight, experts, out_features, in_features, weight.dtype, gated, False)
-    for index in range(experts):
-        packer.add(index, weight[index])
-    return packer.finish()
+    library, code = native.library(weight.device), abi.DTYPE_CODES.get(weight.dtype)
+    data, packed = weight, False
+    if library is not None and code is not None and library.has("mii_moe_pack") and weight.numel():
+        args = abi.MiiMoePack(None, None, in_features, out_features, in_features, gated, code)
+        size = library.bytes("mii_moe_packed_bytes", args)
+        data, packed = huge_pages.empty(experts * size), True
+        for index in range(experts):
+            args.packed, args.weight = data.data_ptr() + index * size, weight[index].data_ptr()
+            library.call("mii_moe_pack", args)
+    return ExpertWeights(data, experts, out_features, in_features, weight.dtype, gated, packed)
 
 
 def moe_up(

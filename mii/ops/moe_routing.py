@@ -84,6 +84,11 @@ class ExpertLists:
         self._weights, self._offsets = empty(pairs, dtype=torch.float32), empty(routing.experts + 1)
         self._tiles = empty(1 + most_tiles(routing, max_tokens, 8), 4)
 
+    @property
+    def num_bytes(self) -> int:
+        tensors = (self._chosen, self._weights, self._offsets, self._pairs, self._tiles)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
     def rows(self, tokens: int, kernel: int, tile_rows: int) -> ExpertRows:
         """The lists of a step of up to `tokens` tokens, whose products run on `kernel` by tiles of `tile_rows` rows."""
         pairs, tiles = tokens * self.routing.top_k, 1 + most_tiles(self.routing, tokens, tile_rows)

@@ -31,7 +31,7 @@ LENGTHS = [1, 5, 16, 17, 40, 33, 100]
 def test_logits_and_greedy_tokens_equal_transformers(
     variant: Variant, dtype: str, tmp_path: Path, families_table: FamiliesTable
 ) -> None:
-    folder = variant.make(tmp_path)
+    folder = variant.make(tmp_path, dtype)
     oracle = variant.oracle(folder, dtype, "cuda")
     engine = small_engine(folder, device="cuda", dtype=dtype, block_size=64)
     prompts = random_prompts(engine.vocab_size, LENGTHS)

@@ -28,6 +28,7 @@ class Variant:
         write: Writes the checkpoint into an empty folder, as `write_checkpoint` does.
         oracle: Opens a checkpoint as `Oracle` does; another one where transformers has no class for the family.
         gpu: False where a card runs nothing that another variant does not.
+        in_16_bits: More of `config` where numbers have 16 bits: what keeps rounding from deciding between experts.
     """
 
     family: str
@@ -37,12 +38,14 @@ class Variant:
     write: Callable[..., Path] = write_checkpoint
     oracle: Callable[..., Oracle] = Oracle
     gpu: bool = True
+    in_16_bits: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.family}-{self.option}".replace(" ", "_")
 
-    def make(self, folder: Path) -> Path:
-        return self.write(folder, self.model_type, **self.config)
+    def make(self, folder: Path, dtype: str = "fp32") -> Path:
+        more = {} if dtype == "fp32" else self.in_16_bits
+        return self.write(folder, self.model_type, **self.config, **more)
 
 
 def variants(

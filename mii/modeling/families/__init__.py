@@ -14,13 +14,16 @@ from mii.modeling.families import (
     gptj,
     llama,
     mistral,
+    mixtral,
     olmo2,
     opt,
     phi,
     phi3,
     qwen,
     qwen2,
+    qwen2_moe,
     qwen3,
+    qwen3_moe,
     smollm3,
 )
 from mii.modeling.families.base import Family, Target
@@ -37,13 +40,16 @@ _MODULES = (
     gptj,
     llama,
     mistral,
+    mixtral,
     olmo2,
     opt,
     phi,
     phi3,
     qwen,
     qwen2,
+    qwen2_moe,
     qwen3,
+    qwen3_moe,
     smollm3,
 )
 FAMILIES: dict[str, Family] = {

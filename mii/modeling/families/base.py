@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -48,6 +48,7 @@ class Family:
         ignored: Ends of tensor names that checkpoints may hold and nothing needs (tables that are computed).
         left_out: Beginnings of names of parts that are not served (a vision tower).
         canonical: The name in `weights` of a tensor that older or partial checkpoints call otherwise.
+        stacked: As `weights`, for checkpoints that keep all experts of a layer in one tensor.
     """
 
     name: str
@@ -57,3 +58,9 @@ class Family:
     ignored: tuple[str, ...] = (".rotary_emb.inv_freq",)
     left_out: tuple[str, ...] = ()
     canonical: Callable[[str], str] = str
+    stacked: Callable[[ModelSpec], dict[str, Target]] | None = None
+
+    def targets(self, spec: ModelSpec, names: Collection[str]) -> dict[str, Target]:
+        """`weights` or `stacked`: the one that misses fewer of a checkpoint's canonical names."""
+        layouts = [self.weights(spec), *([] if self.stacked is None else [self.stacked(spec)])]
+        return min(layouts, key=lambda targets: len(targets.keys() - names))

@@ -51,7 +51,8 @@ def weights(spec: ModelSpec) -> dict[str, Target]:
         source, target = f"model.layers.{layer}", f"blocks.{layer}"
         for name, path in _norms(spec, layer).items():
             targets[f"{source}.{name}.weight"] = Target(path)
-        for name, path, part, biased in _PROJECTIONS:
+        has_experts = spec.experts is not None and spec.experts.layers[layer]
+        for name, path, part, biased in _PROJECTIONS[:_ATTENTION] if has_experts else _PROJECTIONS:
             targets[f"{source}.{name}.weight"] = Target(f"{target}.{path}.weight", part)
             if getattr(spec, biased):
                 targets[f"{source}.{name}.bias"] = Target(f"{target}.{path}.bias", part)
@@ -86,6 +87,8 @@ _PROJECTIONS = (
     ("mlp.up_proj", "mlp.up", "up", "mlp_bias"),
     ("mlp.down_proj", "mlp.down", "", "mlp_bias"),
 )
+
+_ATTENTION = 4  # of them
 
 
 def windows(config: Mapping[str, Any], layers: int, sliding: tuple[bool, ...] = ()) -> tuple[int, ...]:
