@@ -5,7 +5,8 @@ sequences) serves every step that fits in it. All graphs share one memory pool.
 
 With `MII_CAPTURE_AT_START=1` they are captured when the engine starts (`mii.engine.capture`), those of decode first, as
 many as `CAPTURE_SECONDS` allow. A bucket that is left runs eagerly the first time (kernels load, cuBLAS picks its
-algorithms), is captured the second time and replayed from then on.
+algorithms), is captured the second time and replayed from then on. Where an operation had no kernel for the model and
+torch served, nothing is captured.
 
 Steps of many tokens keep the device busy for longer than their launches take, so they are launched one kernel at a time
 and lose nothing: a layer's dozen launches take some 100 us of the host, hidden behind the step before, which takes
@@ -18,6 +19,8 @@ import os
 from collections.abc import Callable
 
 import torch
+
+from mii.ops import native
 
 Bucket = tuple[int, int]
 AT_START = os.environ.get("MII_CAPTURE_AT_START", "") not in ("", "0")
@@ -84,9 +87,12 @@ class StepGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
         self._graphs: dict[Bucket, torch.cuda.CUDAGraph | None] = {}
+        self._fallbacks = native.fallbacks
 
     def capture(self, bucket: Bucket, body: Callable[[], None]) -> None:
-        """Captures a bucket that has run before, unless it is there."""
+        """Captures a bucket that has run before, unless it is there or torch has had to serve since the start."""
+        if native.fallbacks != self._fallbacks:
+            return
         if self._graphs.get(bucket) is None and len(self._graphs) < self._most:
             self._graphs[bucket] = self._capture(body)
 
@@ -96,9 +102,10 @@ class StepGraphs:
     def run(self, bucket: Bucket, body: Callable[[], None]) -> None:
         """Runs a step of this bucket on the current stream; `body` launches it on whatever stream is current."""
         if bucket not in self._graphs:
-            if len(self._graphs) < self._most:
-                self._graphs[bucket] = None
+            before = native.fallbacks
             body()
+            if len(self._graphs) < self._most and native.fallbacks == before:
+                self._graphs[bucket] = None
             return
         graph = self._graphs[bucket]
         if graph is None:

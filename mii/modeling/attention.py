@@ -30,6 +30,8 @@ class Attention(Module):
         if spec.head_norm or spec.row_norm:
             self.q_norm = Norm(place, spec, spec.q_size if spec.row_norm else spec.head_dim)
             self.k_norm = Norm(place, spec, spec.kv_size if spec.row_norm else spec.head_dim)
+        # The rotation's kernel norms heads by their root mean square; whole rows, and heads by LayerNorm, come before.
+        self._norms_apart = spec.row_norm or (spec.head_norm and spec.norm == "layer")
         rope = spec.ropes[layer]
         self._rotary_dim = rope.rotary_dim if rope else 0
         self._interleaved = bool(rope and rope.interleaved)
@@ -47,11 +49,8 @@ class Attention(Module):
         spec, buffers = self.spec, forward.buffers
         k_cache, v_cache = forward.caches[self.layer]
         qkv = self.qkv(buffers.qkv, x)
-        queries = qkv[:, : spec.q_size]
-        if spec.row_norm and self.q_norm is not None and self.k_norm is not None:
-            keys = qkv[:, spec.q_size : spec.q_size + spec.kv_size]
-            self.q_norm(queries, queries)
-            self.k_norm(keys, keys)
+        if self._norms_apart:
+            self._norm_slices(qkv)
         rope_kv(
             qkv,
             k_cache,
@@ -69,7 +68,7 @@ class Attention(Module):
         plan = forward.plans[self.window]
         attention(
             buffers.attention,
-            queries,
+            qkv[:, : spec.q_size],
             k_cache,
             v_cache,
             forward.batch,
@@ -80,9 +79,19 @@ class Attention(Module):
         )
         return buffers.attention
 
+    def _norm_slices(self, qkv: torch.Tensor) -> None:
+        """Norms all queries and all keys of each row, or head by head."""
+        spec, keys_end = self.spec, self.spec.q_size + self.spec.kv_size
+        for norm, start, end in ((self.q_norm, 0, spec.q_size), (self.k_norm, spec.q_size, keys_end)):
+            width = end - start if spec.row_norm else spec.head_dim
+            for first in range(start, end, width):
+                part = qkv[:, first : first + width]
+                if norm is not None:
+                    norm(part, part)
+
     def _head_norms(self) -> dict[str, Any]:
         """What the rotation does with each head before it turns it."""
         q, k = self.q_norm, self.k_norm
-        if not self.spec.head_norm or q is None or k is None or q.weight is None or k.weight is None:
+        if self._norms_apart or q is None or k is None or q.weight is None or k.weight is None:
             return {}
         return {"q_norm": q.weight.tensor, "k_norm": k.weight.tensor, "norm_eps": q.eps, "norm_kind": q.kind}

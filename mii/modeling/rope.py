@@ -17,26 +17,39 @@ from typing import Any
 import torch
 
 from mii.errors import CheckpointError
-from mii.modeling.spec import RopeSpec
+from mii.modeling.spec import ConfigReader, RopeSpec
 
 
 def read_rope(config: Mapping[str, Any], head_dim: int, *, default_theta: float = 10000.0) -> RopeSpec:
     """Reads rotary settings in both forms that configs come in: `rope_theta` + `rope_scaling`, or `rope_parameters`."""
-    scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = scaling.get("rope_theta") or config.get("rope_theta") or default_theta
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, Mapping):
+        raise CheckpointError(f"config.json: 'rope_scaling' must be null or an object, and it is {given!r}.")
+    scaling = dict(given)
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
-    if isinstance(kind, str):
-        kind = _OLD_NAMES.get(kind, kind)
+    kind = _OLD_NAMES.get(kind, kind) if isinstance(kind, str) else repr(kind)
     if kind not in _FREQUENCIES:
         raise CheckpointError(f"config.json: rope type {kind!r} is not known; supported are {', '.join(_FREQUENCIES)}.")
-    partial = scaling.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    read = ConfigReader({**config, **{name: value for name, value in scaling.items() if value is not None}})
+    theta = read.number("rope_theta", default_theta)
     scaling.setdefault("max_position_embeddings", config.get("max_position_embeddings"))
     # Phi-3 keeps the trained length beside the other settings, and there it counts.
     if config.get("original_max_position_embeddings"):
         scaling["original_max_position_embeddings"] = config["original_max_position_embeddings"]
-    rope = RopeSpec(theta=float(theta), rotary_dim=int(head_dim * float(partial)), kind=kind, scaling=scaling)
+    rotary_dim = _rotary_dim(read.number("partial_rotary_factor", 1.0), head_dim)
+    rope = RopeSpec(theta=theta, rotary_dim=rotary_dim, kind=kind, scaling=scaling)
     _FREQUENCIES[kind](rope)  # what the kind needs and the config lacks is named now
     return rope
+
+
+def _rotary_dim(partial: float, head_dim: int) -> int:
+    rotary_dim = int(head_dim * partial)
+    if rotary_dim < 2 or rotary_dim > head_dim or rotary_dim % 2:
+        raise CheckpointError(
+            f"config.json: 'partial_rotary_factor' {partial} of a head of {head_dim} is {rotary_dim} dimensions; it "
+            f"must be an even number from 2 to {head_dim}."
+        )
+    return rotary_dim
 
 
 def context_length(rope: RopeSpec | None, max_positions: int) -> int:

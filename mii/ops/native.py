@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
+from mii.logging import logger
 from mii.ops import abi
 
 _FOLDER = Path(__file__).resolve().parent.parent / "_lib"
@@ -29,6 +30,12 @@ class Recorder(Protocol):
 
 
 recorder: Recorder | None = None
+fallbacks = 0  # how often a plain torch body has served because there was no kernel for the arguments
+# Operations of every step. Their torch bodies are far slower, and may read the device's memory, so that a step with one
+# of them cannot be captured. Others have kernels for special cases only, which are asked for and refused silently.
+_WARNED_ABOUT = frozenset(
+    f"mii_{name}" for name in ("prepare", "embedding", "norm", "rope_kv", "attention", "activation", "sample")
+)
 
 
 class NativeError(RuntimeError):
@@ -46,6 +53,7 @@ class Library:
         self._dll.mii_struct_size.restype = ctypes.c_int64
         self._dll.mii_struct_size.argtypes = [ctypes.c_char_p]
         self.functions: dict[str, Any] = {}
+        self._warned: set[str] = set()
         for name, struct in abi.FUNCTIONS.items():
             self._bind(name, struct)
 
@@ -79,6 +87,16 @@ class Library:
         """The result of one of the `..._bytes` functions."""
         return int(self.functions[name](ctypes.addressof(args)))
 
+    def _warn(self, name: str, args: ctypes.Structure) -> None:
+        """Says once for each operation that torch serves in its place, and counts each time."""
+        global fallbacks
+        fallbacks += 1
+        if name not in self._warned:
+            self._warned.add(name)
+            numbers = [field for field, kind, *_ in args._fields_ if kind is not ctypes.c_void_p]
+            shape = ", ".join(f"{field} {getattr(args, field)}" for field in numbers)
+            logger.warning("no kernel for %s with %s: plain torch serves, which is right but slow", name, shape)
+
     def call(self, name: str, args: ctypes.Structure, stream: int = 0) -> bool:
         """Runs an operation. False: this library has no kernel for these arguments (the caller uses the reference)."""
         code = self.functions[name](ctypes.addressof(args), stream)
@@ -87,6 +105,8 @@ class Library:
                 recorder.add(self, name, args)
             return True
         if code == abi.UNSUPPORTED:
+            if name in _WARNED_ABOUT:
+                self._warn(name, args)
             return False
         raise NativeError(f"{name}: {self._dll.mii_last_error().decode()}")
 

@@ -6,6 +6,7 @@ That they are transformers' tokens is tested for every family in test_families.p
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 
 from mii.batching.data_classes import EngineRequest, SamplingParams
 from mii.engine import Engine
+from mii.ops import native
 from tests.oracle import Oracle, assert_greedy_but_for_ties, generate, random_prompts, small_engine
 
 LENGTHS = [1, 5, 16, 17, 40, 33, 100]
@@ -76,6 +78,21 @@ def test_an_answer_that_stops_early_leaves_no_surplus_token(tiny_llama: Path) ->
     for answer, whole in zip(answers, free, strict=True):
         end = whole.index(stop) + 1 if stop in whole else len(whole)
         assert answer == whole[:end]
+
+
+def test_heads_that_no_kernel_takes_are_computed_by_torch_without_graphs(
+    make_checkpoint: Callable[..., Path],
+) -> None:
+    folder = make_checkpoint(head_dim=544, num_attention_heads=2, num_key_value_heads=1)
+    engine, oracle = card_engine(folder, "bf16"), Oracle(folder, "bf16", "cuda")
+    before = native.fallbacks
+    prompts = random_prompts(engine.vocab_size, [5, 40])
+    for _ in range(3):
+        for prompt, answer in zip(prompts, generate(engine, prompts, 12), strict=True):
+            assert_greedy_but_for_ties(oracle, prompt, answer, "bf16")
+    assert native.fallbacks > before
+    assert engine.runner is not None
+    assert not engine.runner.graphs
 
 
 def test_destroy_gives_the_memory_back(tiny_llama: Path) -> None:

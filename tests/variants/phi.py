@@ -15,6 +15,7 @@ VARIANTS = variants(
     {
         "two fifths rotated, heads of 80": {"hidden_size": 160, "num_attention_heads": 2, **rope(0.4)},
         "grouped heads": {"num_key_value_heads": 1, **rope(0.5)},
+        "LayerNorms of queries and keys": {"qk_layernorm": True, "num_key_value_heads": 1, **rope(0.5)},
         "tied, relu": {"tie_word_embeddings": True, "hidden_act": "relu", "num_key_value_heads": None, **rope(0.5)},
     },
 )

@@ -16,7 +16,7 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     read = ConfigReader(config, ALIASES)
     q_heads, kv_heads, head_dim = read.heads(grouped=False)
     hidden, layers = read.required_integer("hidden_size"), read.required_integer("num_hidden_layers")
-    rotary_dim = read.integer("rotary_dim", 64)
+    rotary_dim = read.required_integer("rotary_dim") if "rotary_dim" in config else 64
     if rotary_dim > head_dim or rotary_dim % 2:
         raise CheckpointError(
             f"config.json: 'rotary_dim' is {rotary_dim}; it must be even and at most the head size of {head_dim}."

@@ -24,8 +24,8 @@ def targets_by_role(
         spec: Says what is left out: biases, weights of norms, the head where it is the embedding.
         outer: Names around the layers, without ".weight" and ".bias", by role: "embedding", "positions",
             "embedding norm", "projection in", "norm", "projection out", "head".
-        layer: Names in a layer, with "{layer}" for its number, by role: "attention norm", "mlp norm", "q", "k" and "v"
-            or "qkv", "attention output", "up", "down".
+        layer: Names in a layer, with "{layer}" for its number, by role: "attention norm", "mlp norm", "q norm" and
+            "k norm", "q", "k" and "v" or "qkv", "attention output", "up", "down".
         qkv_rows: The stored row of each row of "qkv", where they are not all queries, all keys, all values.
         transposed: The matrices of the layers are stored as [in, out].
     """
@@ -56,8 +56,8 @@ def _outer_paths(spec: ModelSpec, role: str) -> dict[str, str]:
 
 def _layer_path(spec: ModelSpec, role: str) -> tuple[str, str, tuple[str, ...]]:
     """Path below the block and part of a role in a layer, and whether it has a weight and a bias."""
-    if role in ("attention norm", "mlp norm"):
-        return role.replace(" ", "_"), "", _norm_kinds(spec)
+    if role in _NORMS:
+        return _NORMS[role], "", _norm_kinds(spec)
     path, part, biased = _LAYER[role]
     if spec.parallel and role in _JOINT:
         path, part = "output", _JOINT[role]
@@ -82,6 +82,12 @@ _LAYER = {
     "attention output": ("attention.output", "", "output_bias"),
     "up": ("mlp.up", "", "mlp_bias"),
     "down": ("mlp.down", "", "mlp_bias"),
+}
+_NORMS = {
+    "attention norm": "attention_norm",
+    "mlp norm": "mlp_norm",
+    "q norm": "attention.q_norm",
+    "k norm": "attention.k_norm",
 }
 _JOINT = {"attention output": "attention", "down": "mlp"}  # parts of a parallel block's one output matrix
 

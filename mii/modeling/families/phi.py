@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mii.errors import CheckpointError
 from mii.modeling.families.base import Family, Target
 from mii.modeling.families.names import targets_by_role
 from mii.modeling.rope import context_length, read_rope
@@ -14,8 +13,6 @@ from mii.modeling.spec import ACTIVATIONS, ConfigReader, ModelSpec
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     read = ConfigReader(config)
-    if read.flag("qk_layernorm"):
-        raise CheckpointError("config.json: 'qk_layernorm' is true; LayerNorms of queries and keys are not supported.")
     q_heads, kv_heads, head_dim = read.heads()
     layers = read.required_integer("num_hidden_layers")
     rope = read_rope({"partial_rotary_factor": 0.5, **config}, head_dim)
@@ -43,11 +40,12 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
         norm_bias=True,
         block="parallel",
         mlp="plain",
+        head_norm=read.flag("qk_layernorm"),
     )
 
 
 def weights(spec: ModelSpec) -> dict[str, Target]:
-    return targets_by_role(spec, _OUTER, _LAYER)
+    return targets_by_role(spec, _OUTER, _LAYER | (_HEAD_NORMS if spec.head_norm else {}))
 
 
 _OUTER = {"embedding": "model.embed_tokens", "norm": "model.final_layernorm", "head": "lm_head"}
@@ -61,5 +59,6 @@ _LAYER = {
     "up": _BLOCK + "mlp.fc1",
     "down": _BLOCK + "mlp.fc2",
 }
+_HEAD_NORMS = {"q norm": _BLOCK + "self_attn.q_layernorm", "k norm": _BLOCK + "self_attn.k_layernorm"}
 
 FAMILY = Family("phi", ("PhiForCausalLM",), read_spec, weights)
