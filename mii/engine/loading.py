@@ -20,6 +20,7 @@ from mii.engine.startup import StartReport
 from mii.errors import CheckpointError, OutOfMemoryError
 from mii.logging import logger
 from mii.modeling.checkpoint import Checkpoint, open_checkpoint
+from mii.modeling.checkpoint.read_ahead import ReadAhead, reads_ahead
 from mii.modeling.decoder import Decoder
 from mii.modeling.models import find_family, load_model, stop_ids
 from mii.modeling.parameters import Placement
@@ -68,7 +69,12 @@ def build_engine(config: ModelConfig, checkpoint: Checkpoint, progress: bool | N
     _check_weights_fit(spec, device, dtype, free)
     try:
         with start.phase("weights"):
-            model = load_model(checkpoint, device, dtype, progress=config.progress if progress is None else progress)
+            show = config.progress if progress is None else progress
+            if reads_ahead(checkpoint, device):
+                with ReadAhead(checkpoint, device) as ahead:
+                    model = load_model(ahead, device, dtype, progress=show)
+            else:
+                model = load_model(checkpoint, device, dtype, progress=show)
         ends = stop_ids(checkpoint.config, checkpoint.generation_config)
         with start.phase("buffers"):
             runner = Runner(model, limits, ends)

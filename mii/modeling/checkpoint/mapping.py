@@ -6,6 +6,7 @@ import mmap
 import os
 import threading
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,22 @@ class MappedFile:
             raw = raw.clone()
         return raw.view(dtype).view(shape)
 
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fills a buffer from byte `offset` on, by reading and not through the map; threads can do so at once.
+
+        Raises:
+            CheckpointError: the file ends before the buffer does, is closed, or cannot be read.
+        """
+        done = 0
+        try:
+            while done < len(buffer):
+                count = os.preadv(self._fd, [buffer[done:]], offset + done)
+                if not count:
+                    raise CheckpointError(f"{self.path} became shorter while it was read. Copy or download it again.")
+                done += count
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}.") from error
+
     def read_ahead(self, ranges: Iterable[Range]) -> None:
         """Asks the system to fetch byte ranges (start, end) in the background. A hint: it never fails."""
         if self._fd < 0 or not hasattr(os, "posix_fadvise"):
@@ -105,6 +122,17 @@ class MappedFile:
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
             os.close(self._fd)
+
+
+@dataclass(frozen=True, slots=True)
+class FileRange:
+    """Where a tensor lies: bytes `start` to `end` of its file."""
+
+    file: MappedFile
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    end: int
 
 
 def _merge(ranges: Iterable[Range]) -> list[Range]:

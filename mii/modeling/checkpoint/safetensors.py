@@ -10,7 +10,6 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from mii.errors import CheckpointError
 from mii.modeling.checkpoint.base import Closing, no_such_tensor
 from mii.modeling.checkpoint.folder import Weights
-from mii.modeling.checkpoint.mapping import MappedFile, Range, converted, describe
+from mii.modeling.checkpoint.mapping import FileRange, MappedFile, Range, converted, describe
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -41,18 +40,7 @@ _DTYPES = {
 _HEADER_LIMIT = 100_000_000  # the format's own
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """Where a tensor lies: bytes `start` to `end` of its file."""
-
-    file: MappedFile
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
-def read_header(file: MappedFile) -> dict[str, Entry]:
+def read_header(file: MappedFile) -> dict[str, FileRange]:
     """The tensors of one file.
 
     Raises:
@@ -99,7 +87,7 @@ def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _entry(file: MappedFile, data_start: int, name: str, value: Any) -> Entry:
+def _entry(file: MappedFile, data_start: int, name: str, value: Any) -> FileRange:
     try:
         kind, shape, (start, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
         sizes_are_whole = all(type(size) is int and size >= 0 for size in (*shape, start, end))
@@ -121,7 +109,7 @@ def _entry(file: MappedFile, data_start: int, name: str, value: Any) -> Entry:
             f"{file.path} is truncated: tensor {name} ends at byte {data_start + end} and the file has {file.size}. "
             "Copy or download it again."
         )
-    return Entry(file, dtype, shape, data_start + start, data_start + end)
+    return FileRange(file, dtype, shape, data_start + start, data_start + end)
 
 
 class SafetensorsCheckpoint(Closing):
@@ -140,8 +128,8 @@ class SafetensorsCheckpoint(Closing):
             self.close()
             raise
 
-    def _open(self, weights: Weights) -> dict[str, Entry]:
-        found: dict[str, Entry] = {}
+    def _open(self, weights: Weights) -> dict[str, FileRange]:
+        found: dict[str, FileRange] = {}
         for path in weights.files:
             file = MappedFile(path)
             self._files.append(file)
@@ -163,6 +151,10 @@ class SafetensorsCheckpoint(Closing):
         entry = self._entry(name)
         return entry.end - entry.start
 
+    def location(self, name: str) -> FileRange:
+        """Where the bytes of a tensor lie."""
+        return self._entry(name)
+
     def get(self, name: str, dtype: torch.dtype | None = None, index: tuple[slice, ...] | None = None) -> torch.Tensor:
         entry = self._entry(name)
         return converted(entry.file.tensor(entry.start, entry.dtype, entry.shape), dtype, index)
@@ -181,14 +173,14 @@ class SafetensorsCheckpoint(Closing):
         self._files = []
         self._entries = {}
 
-    def _entry(self, name: str) -> Entry:
+    def _entry(self, name: str) -> FileRange:
         try:
             return self._entries[name]
         except KeyError:
             raise no_such_tensor(self.path, name, self._entries) from None
 
 
-def _listed(path: Path, entries: dict[str, Entry], weight_map: Mapping[str, Path]) -> dict[str, Entry]:
+def _listed(path: Path, entries: dict[str, FileRange], weight_map: Mapping[str, Path]) -> dict[str, FileRange]:
     wanted = [name for name, file in weight_map.items() if file == path]
     for name in wanted:
         if name not in entries:
