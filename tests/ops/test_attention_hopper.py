@@ -1,0 +1,132 @@
+"""The Hopper kernel of prompts, run on the host: its device code against the stand-ins of tests/ops/device.
+
+What this cannot show is whether the hardware reads descriptors and fragments as the PTX ISA says.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from mii.ops import abi
+from tests.ops.attention_cases import Case, Shape, make_case
+from tests.ops.test_attention import VARIANTS
+
+HERE = Path(__file__).resolve().parent
+ROWS, KEYS, ALONE = 128, 64, 16  # packed rows of an item, keys of its unit, packed rows that are no prompt
+SHAPE = Shape(q_heads=4, kv_heads=1, head_dim=128, block_size=64, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    nvcc, compiler = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc"), shutil.which("g++")
+    headers = [path for path in _header_folders(nvcc) if (path / "cuda_bf16.h").exists()]
+    if compiler is None or not headers:
+        pytest.skip("no g++, or no headers of CUDA")
+    target = tmp_path_factory.mktemp("hopper") / "hopper.so"
+    includes = [f"-I{folder}" for folder in (HERE / "device", HERE.parents[1] / "csrc" / "include", headers[0])]
+    flags = ["-std=c++17", "-O1", "-w", "-Wno-psabi", "-shared", "-fPIC", *includes]
+    subprocess.run([compiler, *flags, HERE / "device" / "attention_hopper.cpp", "-o", target], check=True)
+    loaded = ctypes.CDLL(str(target))
+    loaded.hopper_on_host.restype = ctypes.c_char_p
+    return loaded
+
+
+def _header_folders(nvcc: str | None) -> list[Path]:
+    """Beside nvcc, which may be a script that calls the one of a toolkit, and where toolkits are."""
+    beside = [Path(nvcc).resolve().parent.parent / "include"] if nvcc else []
+    return [*beside, *Path("/usr/local").glob("cuda*/include")]
+
+
+def items_of(case: Case, parts: int) -> torch.Tensor:
+    """[items, 8] prefill items, those of each sequence cut into up to `parts` parts along the keys."""
+    shape = case.shape
+    group = shape.q_heads // shape.kv_heads
+    items, slot = [], 0
+    for seq, (q_len, kv_len) in enumerate(case.lengths):
+        if q_len * group <= ALONE:
+            continue
+        for row in range((q_len * group - 1) // ROWS * ROWS, -1, -ROWS):
+            first = kv_len - q_len
+            last = first + (min(row + ROWS, q_len * group) - 1) // group
+            begin = max(0, first + row // group - shape.window + 1) // KEYS if shape.window else 0
+            end = last // KEYS + 1
+            count = min(parts, end - begin)
+            cuts = [begin + (end - begin) * part // count for part in range(count + 1)]
+            items += [[seq, row, cuts[part], cuts[part + 1], part, count, slot, 0] for part in range(count)]
+            slot += count * shape.kv_heads if count > 1 else 0
+    return torch.tensor(items, dtype=torch.int32).reshape(-1, 8)
+
+
+def run(library: ctypes.CDLL, case: Case, *, parts: int = 1, boxes: bool = False, turns: bool = True) -> torch.Tensor:
+    """The kernel's answer; rows of sequences that are no prompts keep what they held."""
+    shape, batch, out = case.shape, case.batch, case.new_out()
+    items = items_of(case, parts)
+    counters = torch.zeros(32 + 8 * len(items) * shape.kv_heads, dtype=torch.int32)
+    partial = torch.full((4 * len(items) * shape.kv_heads, ROWS * (shape.head_dim + 2)), torch.nan)
+    args = abi.MiiAttention(
+        out=out.data_ptr(), q=case.q.data_ptr(), k_cache=case.k_cache.data_ptr(), v_cache=case.v_cache.data_ptr(),
+        counts=batch.counts.data_ptr(), seq_slot=batch.seq_slot.data_ptr(), q_start=batch.q_start.data_ptr(),
+        kv_len=batch.kv_len.data_ptr(), block_table=batch.block_table.data_ptr(),
+        alibi_slopes=case.alibi_slopes.data_ptr() if case.alibi_slopes is not None else None,
+        max_seqs=batch.max_seqs, max_tokens=batch.max_tokens, max_blocks=batch.block_table.shape[1],
+        num_blocks=case.k_cache.shape[0], q_stride=case.q.stride(0), out_stride=out.stride(0), q_heads=shape.q_heads,
+        kv_heads=shape.kv_heads, head_dim=shape.head_dim, block_size=shape.block_size, window=shape.window,
+        scale=case.scale, softcap=shape.softcap, dtype=abi.DTYPE_CODES[shape.dtype],
+    )  # fmt: skip
+    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (items, counters, partial)]
+    box_rows = min(64, shape.block_size) if boxes else 0
+    failure = library.hopper_on_host(
+        ctypes.byref(args), pointers[0], len(items), *pointers[1:], box_rows, ctypes.c_bool(turns), 2
+    )
+    assert failure is None, failure.decode()
+    assert not bool(counters.any()), "counters are not zero again"
+    return out
+
+
+def check(library: ctypes.CDLL, case: Case, **options: int) -> None:
+    """Prompts against the reference; all else must be untouched, so it is put in only then."""
+    out = run(library, case, **options)
+    expected, group, start = case.reference(), case.shape.q_heads // case.shape.kv_heads, 0
+    for q_len, _ in case.lengths:
+        if 0 < q_len * group <= ALONE:
+            rows = slice(start, start + q_len)
+            assert bool((out[rows] == case.new_out()[rows]).all()), f"rows {rows} are no prompt's"
+            out[rows] = expected[rows].to(out.dtype)
+        start += q_len
+    case.check(out)
+
+
+@pytest.mark.parametrize("boxes", [False, True])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ragged_chunks_and_prompts(library: ctypes.CDLL, variant: str, boxes: bool) -> None:
+    lengths = [(5, 5), (33, 150), (1, 77), (0, 0), (64, 64), (17, 300)]
+    check(library, make_case(lengths, SHAPE.with_(**VARIANTS[variant])), boxes=boxes)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("block_size", [16, 32, 128])
+def test_heads_blocks_and_dtypes(library: ctypes.CDLL, block_size: int, head_dim: int, dtype: torch.dtype) -> None:
+    shape = SHAPE.with_(q_heads=2, kv_heads=2, head_dim=head_dim, block_size=block_size, dtype=dtype)
+    check(library, make_case([(40, 333), (129, 129)], shape), boxes=True)
+
+
+@pytest.mark.parametrize("window", [0, 200])
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_tiles_whose_keys_are_shared(library: ctypes.CDLL, parts: int, window: int) -> None:
+    check(library, make_case([(20, 700), (40, 150)], SHAPE.with_(window=window)), parts=parts, boxes=parts == 3)
+
+
+def test_warpgroups_that_take_no_turns(library: ctypes.CDLL) -> None:
+    check(library, make_case([(70, 400)], SHAPE), turns=False)
+
+
+@pytest.mark.parametrize("q_len", [31, 32, 33, 64, 65])
+def test_lengths_around_a_tile(library: ctypes.CDLL, q_len: int) -> None:
+    check(library, make_case([(q_len, q_len), (q_len, 128), (q_len, 2 * 128 + 1)], SHAPE))
