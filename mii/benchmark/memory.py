@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from mii.engine import Engine
-from mii.modeling.decoder import Decoder
-from mii.modeling.parameters import Placement
+from mii.engine.costs import count_weights
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -24,20 +23,35 @@ def reset_peak(device: torch.device) -> None:
 
 
 def memory_ledger(engine: Engine) -> dict[str, int]:
-    """Bytes of the weights and of the KV cache as reserved, and the most that was in use since `reset_peak`.
+    """Bytes by use: a partition of "used", which on a GPU is all that the driver has given away, to others too.
 
-    In use is what torch allocated on a GPU, where the ledger also says what was neither weights nor cache. On a CPU it
-    is the resident memory of the process, in which pages of the cache that nothing was written to do not count.
+    On a GPU: weights; kv_cache; graphs (those that were captured at the start; others are in `driver`); activations,
+    the buffers of a step; tensors, the most that torch held beside these since `reset_peak`; unused, what torch keeps
+    for later; driver, what is none of torch's: context, kernels, libraries. On a CPU what is none of the first four is
+    not told apart, and "used" is the most that was resident: pages that nothing was written to, of the cache and of the
+    buffers, do not count.
     """
     runner = engine.runner
     assert runner is not None
-    outline = Decoder(runner.spec, Placement(torch.device("meta"), runner.dtype)).parameters()
-    weights = sum(parameter.tensor.numel() for _, parameter in outline) * runner.dtype.itemsize
-    cache = engine.num_blocks * engine.block_size * runner.spec.kv_bytes_per_token(runner.dtype.itemsize)
+    ledger = {
+        "weights": count_weights(runner.spec) * runner.dtype.itemsize,
+        "kv_cache": engine.num_blocks * runner.block_bytes,
+        "graphs": runner.graph_bytes,
+        "activations": runner.arena.num_bytes,
+    }
     if runner.device.type != "cuda":
-        return {"weights": weights, "kv_cache": cache, "peak": _resident_peak()}
-    peak = torch.cuda.max_memory_allocated(runner.device)
-    return {"weights": weights, "kv_cache": cache, "other": peak - weights - cache, "peak": peak}
+        return ledger | {"used": _resident_peak()}
+    free, total = torch.cuda.mem_get_info(runner.device)
+    most, kept = torch.cuda.max_memory_allocated(runner.device), torch.cuda.memory_reserved(runner.device)
+    known = ledger["weights"] + ledger["kv_cache"] + ledger["activations"]
+    used = total - free
+    outside = used - kept - ledger["graphs"]
+    return ledger | {"tensors": most - known, "unused": max(0, kept - most), "driver": outside, "used": used}
+
+
+def beside_the_model(ledger: dict[str, int]) -> int:
+    """Bytes of a GPU that are neither weights nor cache nor graphs."""
+    return ledger["used"] - ledger["weights"] - ledger["kv_cache"] - ledger["graphs"]
 
 
 def _resident_peak() -> int:

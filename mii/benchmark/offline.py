@@ -19,10 +19,11 @@ from mii.cli_options import add_config_option
 from mii.errors import CheckpointNotFoundError
 
 if TYPE_CHECKING:
+    from mii.benchmark.rows import Row
     from mii.engine import Engine
     from mii.modeling.checkpoint import Checkpoint
 
-ROW_NAMES = ("decode-1", "decode-8", "decode-64", "prompt-512", "batch-16", *MIXES, "host-256", "first-token")
+ROW_NAMES = ("decode-1", "decode-8", "decode-64", "prompt-512", "batch-16", *MIXES, "host-256", "first-token", "start")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +113,8 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
         engine.destroy()
     if "first-token" in names:
         rows.append(first_token_row(str(_model_file(args.shape)), device.type))
+    if "start" in names:
+        rows.append(_start_row(args))
     model = {
         "name": args.shape,
         "layers": spec.num_layers,
@@ -137,10 +140,7 @@ def _open(args: argparse.Namespace, device: str) -> Checkpoint:
         from mii.benchmark.random_checkpoint import RandomCheckpoint
         from mii.engine.devices import choose_device
 
-        shape = dict(SHAPES[args.shape])
-        if args.layers is not None:
-            shape["num_hidden_layers"] = args.layers
-        return RandomCheckpoint(shape, choose_device(device), args.shape)
+        return RandomCheckpoint(_config(args), choose_device(device), args.shape)
     if args.layers is not None:
         raise CheckpointNotFoundError("--layers cuts a named shape; a model from files has the layers that it has.")
     if not Path(args.shape).exists():
@@ -150,6 +150,21 @@ def _open(args: argparse.Namespace, device: str) -> Checkpoint:
     from mii.modeling.checkpoint import open_checkpoint
 
     return open_checkpoint(args.shape)
+
+
+def _start_row(args: argparse.Namespace) -> Row:
+    from mii.benchmark.start import start_row
+
+    if args.shape not in SHAPES:
+        raise CheckpointNotFoundError("start is timed on a named shape, whose weights it writes; see first-token.")
+    options = {"device": args.device, "dtype": args.dtype, **dict(args.option)}
+    return start_row(_config(args), options, args.repeats)
+
+
+def _config(args: argparse.Namespace) -> dict[str, Any]:
+    """config.json of the named shape, with as many layers as asked for."""
+    config = dict(SHAPES[args.shape])
+    return config | ({"num_hidden_layers": args.layers} if args.layers is not None else {})
 
 
 def _row_names(args: argparse.Namespace, device_type: str) -> list[str]:

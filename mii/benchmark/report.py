@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from mii.benchmark.limits import MachineLimits
     from mii.benchmark.rows import Row
 
@@ -81,7 +83,7 @@ def print_report(report: Mapping[str, Any]) -> None:
         f"limits: {limits['bandwidth_bytes_per_s'] / 1e9:,.1f} GB/s, {limits['matmul_flop_per_s'] / 1e12:,.2f} TFLOP/s "
         f"({limits['how']})"
     )
-    console.print("memory: " + ", ".join(f"{use} {size / 1e9:.2f} GB" for use, size in report["memory_bytes"].items()))
+    _print_memory(console, report["memory_bytes"])
     table = Table("figure", "unit")
     for title in ("measured", "limit", "share"):
         table.add_column(title, justify="right")
@@ -90,6 +92,15 @@ def print_report(report: Mapping[str, Any]) -> None:
         shown = ("", "") if limit is None else (_number(limit), f"{share:.0%}")
         table.add_row(row["name"], row["unit"], _number(row["value"]), *shown)
     console.print(table)
+
+
+def _print_memory(console: Console, ledger: dict[str, int]) -> None:
+    """The ledger, and on a GPU what is neither weights nor cache nor graphs."""
+    from mii.benchmark.memory import beside_the_model
+
+    console.print("memory: " + ", ".join(f"{use} {size / 1e9:.2f} GB" for use, size in ledger.items()))
+    if "driver" in ledger:
+        console.print(f"        beside weights, cache and graphs {beside_the_model(ledger) / 1e9:.2f} GB")
 
 
 def _number(value: float) -> str:

@@ -113,7 +113,9 @@ def _make_cache(config: ModelConfig, runner: Runner, free_at_start: int, start: 
         runner.make_cache(_num_blocks(config, runner, free_at_start, reserved))
     if captures:
         with start.phase("graphs"):
+            before = free_memory(runner.device)
             captured = capture_steps(runner, CAPTURE_SECONDS)
+            runner.graph_bytes = max(0, before - free_memory(runner.device))
             start.note(f"{captured.graphs} of {captured.planned}; the others when they are used")
 
 

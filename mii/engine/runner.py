@@ -120,6 +120,7 @@ class Runner:
         self._suppressing = bool(stop_ids) and self.device.type == "cuda"  # a graph always reads the flags
         self._extras: Extras | None = None
         self.timeline: Timeline | None = None
+        self.graph_bytes = 0  # of the graphs that were captured at the start
         self.graphs = StepGraphs(self.device) if self.device.type == "cuda" else None
         self.most_captured = most_captured_tokens(count_weights(self.spec), limits.max_tokens)
         self._recorded = RecordedSteps()

@@ -7,12 +7,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from mii.batching.data_classes import EngineRequest
-from mii.benchmark import offline
-from mii.benchmark.shapes import Job, make_batch
+from mii.benchmark import offline, start
+from mii.benchmark.memory import memory_ledger
+from mii.benchmark.random_checkpoint import RandomCheckpoint
+from mii.benchmark.shapes import SHAPES, Job, make_batch
+from mii.benchmark.start import start_row
 from mii.benchmark.workload import run_jobs
 from mii.errors import CheckpointNotFoundError
+from mii.modeling.checkpoint import open_checkpoint
 
 
 def parse(*arguments: str) -> argparse.Namespace:
@@ -35,7 +40,9 @@ def test_the_command_prints_and_writes_its_figures(
     assert all(row["limit"] > 0 and row["share"] is not None for row in (decode, batch))
     assert report["model"]["layers"] == 2
     assert report["limits"]["bandwidth_bytes_per_s"] > 0
-    assert report["memory_bytes"]["peak"] > report["memory_bytes"]["weights"] > 0
+    memory = report["memory_bytes"]
+    assert memory["used"] > memory["weights"] > 0
+    assert memory["kv_cache"] > 0 < memory["activations"]
     assert {"date", "command", "machine", "versions"} <= report.keys()
     assert decode["samples"] == [decode["value"]]
     assert decode["details"]["tokens_per_s"] == pytest.approx(1e3 / decode["value"])
@@ -43,6 +50,33 @@ def test_the_command_prints_and_writes_its_figures(
     assert batch["value"] == pytest.approx(16 * 64 / batch["details"]["seconds"])
     printed = capsys.readouterr().out
     assert all(name in printed for name in rows)
+
+
+def test_the_weights_of_the_ledger_are_those_of_the_files(tiny_llama: Path) -> None:
+    engine = offline.load(parse("--shape", str(tiny_llama), "--dtype", "fp32"))
+    with open_checkpoint(tiny_llama) as checkpoint:
+        stored = sum(checkpoint.stored_bytes(name) for name in checkpoint.names())
+    assert memory_ledger(engine)["weights"] == stored
+    engine.destroy()
+
+
+def test_a_start_is_timed_on_a_checkpoint_that_is_written_for_it() -> None:
+    config = dict(SHAPES["smollm2-135m"]) | {"num_hidden_layers": 1, "vocab_size": 1000}
+    row = start_row(config, {"device": "cpu", "memory_fraction": 0.02}, runs=1)
+    phases = row.details["phases_of_the_last"]
+    assert row.value == row.samples[0] > phases["weights"] > 0
+    assert row.details["bytes"] == 2 * (1000 * 576 + 576 + 576 * (2 * 576 + 2 * 192 + 3 * 1536) + 2 * 576)
+
+
+def test_a_checkpoint_in_shards_is_read_as_it_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(start, "_SHARD", 500_000)
+    config = dict(SHAPES["smollm2-135m"]) | {"num_hidden_layers": 2, "vocab_size": 300}
+    made = RandomCheckpoint(config, torch.device("cpu"))
+    start.write_checkpoint(tmp_path, made)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    with open_checkpoint(tmp_path) as read:
+        assert set(read.names()) == set(made.names())
+        assert all(torch.equal(read.get(name), made.get(name)) for name in made.names())
 
 
 def test_a_run_counts_what_came_back() -> None:

@@ -67,3 +67,16 @@ def test_what_graphs_take_is_no_more_than_was_set_aside(tiny_llama: Path) -> Non
     assert captured.graphs == captured.planned
     assert before - free_memory(runner.device) <= reserved + (64 << 20)
     engine.destroy()
+
+
+def test_the_ledger_accounts_for_all_memory(tiny_llama: Path) -> None:
+    from mii.benchmark.memory import memory_ledger, reset_peak
+
+    engine = card_engine(tiny_llama, "bf16", max_tokens=128, max_sequences=16)
+    assert engine.runner is not None
+    reset_peak(engine.runner.device)
+    generate(engine, [[5, 6, 7]], 8)
+    ledger = memory_ledger(engine)
+    assert sum(size for use, size in ledger.items() if use != "used") == ledger["used"]
+    assert all(size >= 0 for use, size in ledger.items() if use != "driver"), ledger
+    engine.destroy()
