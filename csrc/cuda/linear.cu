@@ -1,8 +1,7 @@
 // Launcher of the matrix product for few rows. More rows, and formats it does not take, belong to cuBLASLt.
-#include <atomic>
-
 #include "launch.cuh"
 #include "mii/linear_stream.cuh"
+#include "shared_memory.cuh"
 
 namespace mii {
 namespace {
@@ -12,27 +11,12 @@ constexpr int kMaxPartials = 4096;  // float4 of a tile, or of all tiles at work
 
 int64_t partial_bytes(int sms) { return int64_t(sms) * 2 * kMaxPartials * sizeof(float4); }
 
-// Lets a kernel have its shared memory; once for each device.
-template <auto kernel>
-int32_t grant_shared(int bytes) {
-  static std::atomic<uint64_t> granted{0};
-  MII_REQUIRE(bytes <= card().shared_per_block, MII_UNSUPPORTED, "mii_linear_streamed: %d bytes of shared memory", bytes);
-  int device = 0;
-  cudaGetDevice(&device);
-  if (granted.load() >> device & 1) return MII_OK;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  MII_REQUIRE(error == cudaSuccess, MII_UNSUPPORTED, "mii_linear_streamed: %d bytes of shared memory: %s", bytes,
-              cudaGetErrorString(error));
-  granted.fetch_or(uint64_t(1) << device);
-  return MII_OK;
-}
-
 // `PerSm` CTAs to a multiprocessor, which share its memory.
 template <typename T, typename S, int PerSm = 1>
 int32_t launch_stream(const LinearStreamArgs<T>& args, void* stream) {
   static_assert(PerSm * S::kPartials * S::kConsumers <= kMaxPartials);
   static_assert(PerSm * S::kSharedBytes <= 216 << 10, "leaves no room for the light kernels beside it");
-  if (const int32_t status = grant_shared<linear_stream<T, S>>(S::kSharedBytes); status != MII_OK) return status;
+  if (const int32_t status = grant_shared<linear_stream<T, S>>("mii_linear_streamed", S::kSharedBytes); status != MII_OK) return status;
   const int64_t units = int64_t(ceil_div(args.n, S::kTileRows)) * ceil_div(args.k, S::kDepth);
   const int64_t places = int64_t(PerSm) * card().sms;
   const int ctas = static_cast<int>(units < places ? units : places);

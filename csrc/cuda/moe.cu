@@ -1,5 +1,6 @@
 // Launchers of the mixture of experts.
 #include "launch.cuh"
+#include "mii/moe_combine.cuh"
 #include "mii/moe_mma.cuh"
 #include "mii/moe_route.cuh"
 #include "mii/moe_wgmma.cuh"

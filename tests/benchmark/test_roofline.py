@@ -46,6 +46,20 @@ def test_more_work_never_takes_less_time(llama: Roofline) -> None:
     assert times == sorted(times)
 
 
+def test_only_the_experts_that_are_hit_are_read() -> None:
+    config = SHAPES["qwen3-30b-a3b"]
+    spec = find_family(config).read_spec(config)
+    roof = Roofline.of(spec, torch.bfloat16, MachineLimits(3e12, 800e12, "given"))
+    expert = 48 * 3 * 2048 * 768  # one in every layer
+    assert roof.experts == 128 * expert
+    dense = roof.body + roof.head
+    assert roof.products(1, 1, 1) == pytest.approx(2 * (dense + 8 * expert) / 3e12)
+    # two tokens share 8 * 8 / 128 experts on average
+    assert roof.products(2, 2, 1) == pytest.approx(2 * (dense + 15.5 * expert) / 3e12)
+    # each token's arithmetic is that of its own experts
+    assert roof.products(10**6, 0, 1) == pytest.approx(2e6 * (roof.body + 8 * expert) / 800e12)
+
+
 def test_limits_of_this_machine_are_measured() -> None:
     limits = measure_limits(torch.device("cpu"), torch.float32)
     assert limits.bandwidth > 1e8

@@ -65,6 +65,7 @@ def experts(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_expert_used_count(config["num_experts_per_tok"])
     if "moe_intermediate_size" in config:
         writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    if "shared_expert_intermediate_size" in config:
         writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
 
 
@@ -103,6 +104,18 @@ CASES: dict[str, tuple[str, str, Callable[[gguf.GGUFWriter, Mapping[str, Any]], 
     "qwen2": ("qwen2", "qwen2", rms, {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}),
     "qwen2moe": ("qwen2_moe", "qwen2moe", experts, MOE),
     "qwen3": ("qwen3", "qwen3", rms, {"head_dim": 16}),
+    "qwen3moe": (
+        "qwen3_moe",
+        "qwen3moe",
+        experts,
+        {
+            "head_dim": 16,
+            "num_experts": 6,
+            "moe_intermediate_size": 24,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+        },
+    ),
     "phi3": ("phi3", "phi3", window, {"sliding_window": 16}),
     "phi2": ("phi", "phi2", layer_norm, {}),
     "gemma": ("gemma", "gemma", rms, {"head_dim": 16}),

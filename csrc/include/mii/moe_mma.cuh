@@ -151,8 +151,7 @@ MII_DEVICE void store_moe_sums(const MoeArgs<T>& a, const float (&sums)[2][8][4]
 template <typename T, bool Up>
 __global__ void __launch_bounds__(MoeMmaShape::kThreads, 2) moe_mma(const MoeArgs<T> a) {
   using Shape = MoeMmaShape;
-  extern __shared__ __align__(128) unsigned char stages[];
-  const uint32_t shared = shared_address(stages);
+  const uint32_t shared = shared_address(dynamic_shared());
   wait_for_previous();
   start_next();
   const int steps = (a.k + kUnitDepth - 1) / kUnitDepth;

@@ -212,8 +212,7 @@ MII_DEVICE void store_moe_tile(const MoeArgs<T>& a, const float (&sums)[Tokens /
 template <typename T, int Tokens, bool Up>
 __global__ void __launch_bounds__(kMoeThreads, 1) moe_stream(const MoeArgs<T> a) {
   using Shape = MoeStreamShape<Tokens>;
-  extern __shared__ __align__(128) unsigned char stages[];
-  const uint32_t shared = shared_address(stages);
+  const uint32_t shared = shared_address(dynamic_shared());
   if constexpr (Up) {
     wait_for_previous();
     start_next();

@@ -129,8 +129,7 @@ __global__ void __launch_bounds__(MoeWgmmaShape::kThreads, 1) moe_wgmma(const Mo
 #if defined(MII_HOPPER)
   using Shape = MoeWgmmaShape;
   using Loader = MoeWideLoader<T, Up>;
-  extern __shared__ __align__(128) unsigned char stages[];
-  const uint32_t shared = (shared_address(stages) + Shape::kAlignment - 1) / Shape::kAlignment * Shape::kAlignment;
+  const uint32_t shared = (shared_address(dynamic_shared()) + Shape::kAlignment - 1) / Shape::kAlignment * Shape::kAlignment;
   wait_for_previous();
   start_next();
   const int steps = (a.k + kUnitDepth - 1) / kUnitDepth, group = threadIdx.x / kWarpgroup;

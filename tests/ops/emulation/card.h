@@ -28,7 +28,7 @@ using std::min;
 #define __shared__
 #define __device__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __align__(bytes)
 #define MII_DEVICE inline
 
@@ -170,6 +170,14 @@ inline void run_cta(int count, std::function<void()> kernel) {
 struct float4 {
   float x, y, z, w;
 };
+struct int2 {
+  int x, y;
+};
+struct int4 {
+  int x, y, z, w;
+};
+inline int2 make_int2(int x, int y) { return {x, y}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline void __syncwarp() {
   card::warps[card::warp()](32, [] {});
@@ -180,7 +188,61 @@ inline void __syncthreads() {
 inline void __threadfence() { card::yield(); }
 inline void __stcg(float4* address, float4 value) { card::must_have_waited(), *address = value; }
 inline float4 __ldcg(const float4* address) { return card::must_have_waited(), *address; }
+inline int __ldcg(const int* address) { return card::must_have_waited(), *address; }
 inline int atomicAdd(int* address, int value) {
   card::must_have_waited();
   return std::exchange(*address, *address + value);
+}
+
+// ---- what the lanes of a warp tell one another ------------------------------------------------------------------------
+namespace card {
+template <typename T>
+struct Words {
+  T of[32];
+};
+template <typename T>
+Words<T> tell(T mine) {
+  static T told[32][32];
+  T(&words)[32] = told[warp()];
+  words[lane()] = mine;
+  Words<T> all;
+  warps[warp()](32, [] {});
+  std::memcpy(all.of, words, sizeof words);
+  warps[warp()](32, [] {});  // all have read before anyone goes on
+  return all;
+}
+}  // namespace card
+
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return card::tell(value).of[lane & 31];
+}
+template <typename T>
+T __shfl_up_sync(unsigned, T value, int by) {
+  return card::tell(value).of[max(card::lane() - by, 0)];
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int by) {
+  return card::tell(value).of[card::lane() ^ by];
+}
+inline unsigned __reduce_max_sync(unsigned, unsigned value) {
+  const auto all = card::tell(value);
+  return *std::max_element(all.of, all.of + 32);
+}
+inline int __reduce_min_sync(unsigned, int value) {
+  const auto all = card::tell(value);
+  return *std::min_element(all.of, all.of + 32);
+}
+inline unsigned __match_any_sync(unsigned, int value) {
+  const auto all = card::tell(value);
+  unsigned same = 0;
+  for (int lane = 0; lane < 32; ++lane) same |= unsigned(all.of[lane] == value) << lane;
+  return same;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
+inline unsigned __float_as_uint(float value) {
+  unsigned bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
 }

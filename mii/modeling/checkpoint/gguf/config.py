@@ -246,7 +246,7 @@ def _long_rope(metadata: Metadata) -> dict[str, Any]:
 def _specific(architecture: Architecture, metadata: Metadata, config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that only some architectures have."""
     kind = architecture.model_type
-    if kind in ("mixtral", "qwen2_moe"):
+    if kind in ("mixtral", "qwen2_moe", "qwen3_moe"):
         return _experts(kind, metadata)
     if kind in ("gemma", "gemma2", "gemma3_text"):
         return _gemma(kind, metadata, config)
@@ -291,7 +291,8 @@ def _experts(kind: str, metadata: Metadata) -> dict[str, Any]:
     widths = {"moe_intermediate_size": "expert_feed_forward_length"}
     widths["shared_expert_intermediate_size"] = "expert_shared_feed_forward_length"
     stored = {name: metadata.integer(key) for name, key in widths.items() if metadata.get(key) is not None}
-    return fields | stored | {"num_experts": metadata.integer("expert_count")}
+    # The files do not say whether a token's weights add up to one; those of Qwen3's models do, those of Qwen2's do not.
+    return fields | stored | {"num_experts": metadata.integer("expert_count"), "norm_topk_prob": kind == "qwen3_moe"}
 
 
 def _qwen(config: Mapping[str, Any]) -> dict[str, Any]:

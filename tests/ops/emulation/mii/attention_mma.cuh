@@ -81,4 +81,64 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   std::memcpy(c, mine.c, sizeof mine.c);
 }
 
+// ---- copies by the threads themselves ------------------------------------------------------------------------------
+// A copy lands at once or when its thread waits for it, as chance has it; what never lands is missed by the result.
+struct Copies {
+  struct Copy {
+    uint32_t target;
+    const void* source;  // null: zeros
+  };
+  std::vector<Copy> open;
+  std::vector<std::vector<Copy>> groups;
+};
+inline std::map<int, Copies> copies;  // by thread; empty again when a CTA has ended
+
+inline void land(const Copies::Copy& copy) {
+  if (copy.source == nullptr) std::memset(card::shared + copy.target, 0, 16);
+  else std::memcpy(card::shared + copy.target, copy.source, 16);
+}
+inline void copy_async(uint32_t target, const void* source, bool valid) {
+  if (target % 16 || reinterpret_cast<uintptr_t>(source) % 16) card::refuse("a copy is not aligned to 16 bytes");
+  if (target + 16 > card::kSharedBytes) card::refuse("a copy leaves shared memory");
+  const Copies::Copy copy = {target, valid ? source : nullptr};
+  if (card::chance() % 2) land(copy);
+  else copies[card::current].open.push_back(copy);
+}
+inline void copy_async_commit() {
+  Copies& mine = copies[card::current];
+  mine.groups.push_back(std::exchange(mine.open, {}));
+}
+template <int N>
+void copy_async_wait() {
+  auto& groups = copies[card::current].groups;
+  for (; static_cast<int>(groups.size()) > N; groups.erase(groups.begin())) {
+    for (const Copies::Copy& copy : groups.front()) land(copy);
+  }
+}
+
+// ---- the rest of attention_mma.cuh and common.cuh that kernels here use -------------------------------------------------
+constexpr unsigned kFullMask = 0xffffffffu;
+
+inline float warp_sum(float value) {
+  for (int by = 16; by > 0; by /= 2) value += __shfl_xor_sync(kFullMask, value, by);
+  return value;
+}
+inline float warp_max(float value) {
+  for (int by = 16; by > 0; by /= 2) value = std::fmax(value, __shfl_xor_sync(kFullMask, value, by));
+  return value;
+}
+template <typename T>
+uint32_t pack_pair(float low, float high) {
+  return from_float<T>(low).bits | uint32_t(from_float<T>(high).bits) << 16;
+}
+template <int D>
+struct HeadRows {
+  static_assert(D % 64 == 0);
+  static uint32_t offset(int row, int chunk) { return row * D * 2 + 16 * (chunk ^ (row & 7)); }
+  static uint32_t lane_offset(int row, int right) { return offset(row, right); }
+  static uint32_t at(uint32_t address, int step, int rows) {
+    return (address ^ (32 * (step % 4))) + 128 * (step / 4) + rows * D * 2;
+  }
+};
+
 }  // namespace mii

@@ -1,0 +1,214 @@
+// Runs the kernels of the mixture of experts on the host against plain loops: routing, then both products by one kernel,
+// each twice: counters and partial sums have to be left so that the second run gives the same bits.
+#include "mii/attention_mma.cuh"
+
+#undef __shared__
+#define __shared__ static  // the threads of a CTA share it, and one CTA runs at a time
+
+namespace mii {
+alignas(1024) unsigned char memory[card::kSharedBytes];
+}
+
+#include "mii/moe_route.cuh"
+#include "mii/moe_wgmma.cuh"
+
+namespace {
+
+using mii::Half;
+
+enum Kernel { kSimple, kStream8, kStream16, kStream32, kStream64, kMma, kWgmma };
+constexpr int kTileRows[] = {8, 8, 16, 32, 64, 128, 128};
+const char* const kNames[] = {"simple", "stream 8", "stream 16", "stream 32", "stream 64", "mma", "wgmma"};
+
+struct Case {
+  Kernel kernel;
+  int tokens, live, experts, top_k, hidden, width, ctas;
+  bool crowded;
+
+  int pairs() const { return tokens * top_k; }
+  int routed() const { return live * top_k; }
+};
+
+std::vector<Half> random_halves(size_t count, float scale) {
+  std::vector<Half> values(count);
+  for (Half& value : values) value = mii::from_float<Half>(static_cast<int>(card::chance() % 2001 - 1000) / 500.0f * scale);
+  return values;
+}
+
+void run_grid(int ctas, int threads, const std::function<void()>& kernel) {
+  std::vector<int> order(ctas);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), card::chance);
+  card::grid.x = ctas;
+  for (const int cta : order) {
+    card::block.x = cta;
+    card::run_cta(threads, kernel);
+  }
+}
+
+struct Tensors {
+  std::vector<Half> logits, x, up, down, hidden, parts;
+  std::vector<int> chosen, offsets, pairs, arrived = std::vector<int>(mii::kMoeMostCtas), counts = std::vector<int>(MII_COUNTS);
+  std::vector<int4> tiles;
+  std::vector<float> weights;
+  std::vector<float4> partial;
+
+  explicit Tensors(const Case& c)
+      : logits(random_halves(size_t(c.tokens) * c.experts, 1)),
+        x(random_halves(size_t(c.tokens) * c.hidden, 1)),
+        up(random_halves(size_t(c.experts) * 2 * c.width * c.hidden, 1 / std::sqrt(float(c.hidden)))),
+        down(random_halves(size_t(c.experts) * c.width * c.hidden, 1 / std::sqrt(float(c.width)))),
+        hidden(size_t(c.pairs()) * c.width, Half{0x7fff}),
+        parts(size_t(c.pairs()) * c.hidden, Half{0x7fff}),
+        chosen(c.pairs(), -1),
+        offsets(c.experts + 1, -1),
+        pairs(c.pairs(), -1),
+        tiles(1 + min(c.experts, c.pairs()) + c.pairs() / kTileRows[c.kernel]),
+        weights(c.pairs(), NAN),
+        partial(size_t(c.ctas) * 2 * 8 * mii::kMoeThreads, make_float4(NAN, NAN, NAN, NAN)) {
+    counts[MII_NUM_TOKENS] = c.live;
+    for (int t = 0; c.crowded && t < c.tokens; ++t) logits[t * c.experts + c.experts / 2] = mii::from_float<Half>(9);
+  }
+};
+
+void wrong(const char* what) {
+  std::printf("wrong: %s\n", what);
+  std::exit(1);
+}
+
+void check_routing(const Case& c, const Tensors& t) {
+  std::vector<std::vector<int>> rows(c.experts);
+  for (int token = 0; token < c.live; ++token) {
+    std::vector<int> order(c.experts);
+    std::iota(order.begin(), order.end(), 0);
+    const auto logit = [&](int e) { return mii::to_float(t.logits[token * c.experts + e]); };
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return logit(a) > logit(b); });
+    double total = 0;
+    for (int j = 0; j < c.top_k; ++j) total += std::exp(logit(order[j]));
+    for (int j = 0; j < c.top_k; ++j) {
+      const int pair = token * c.top_k + j;
+      if (t.chosen[pair] != order[j]) wrong("choice");
+      if (!(std::fabs(t.weights[pair] - 1.5 * std::exp(logit(order[j])) / total) < 1e-5)) wrong("weight");
+      rows[order[j]].push_back(pair);
+    }
+  }
+  int row = 0, tile = 0;
+  for (int e = 0; e < c.experts; ++e) {
+    if (t.offsets[e] != row) wrong("offset");
+    const int count = static_cast<int>(rows[e].size()), most = kTileRows[c.kernel];
+    for (int first = 0; first < count; first += most) {
+      const int4 got = t.tiles[++tile];
+      if (got.x != e || got.y != row + first || got.z != min(most, count - first)) wrong("tile");
+    }
+    for (const int pair : rows[e]) {
+      if (t.pairs[row++] != pair) wrong("order of the pairs");
+    }
+  }
+  if (t.offsets[c.experts] != row || t.tiles[0].x != tile) wrong("totals");
+}
+
+bool near(Half got, double expected) { return std::fabs(mii::to_float(got) - expected) <= 0.01 * (1 + std::fabs(expected)); }
+
+void check_up(const Case& c, const Tensors& t) {
+  for (size_t i = size_t(c.routed()) * c.width; i < t.hidden.size(); ++i) {
+    if (t.hidden[i].bits != 0x7fff) wrong("wrote past the last row");
+  }
+  for (int row = 0; row < c.routed(); ++row) {
+    const int token = t.pairs[row] / c.top_k, expert = t.chosen[t.pairs[row]];
+    for (int n = 0; n < c.width; ++n) {
+      double gate = 0, up = 0;
+      const Half* weight = t.up.data() + (size_t(expert) * 2 * c.width + n) * c.hidden;
+      for (int k = 0; k < c.hidden; ++k) {
+        const double x = mii::to_float(t.x[token * c.hidden + k]);
+        gate += x * mii::to_float(weight[k]);
+        up += x * mii::to_float(weight[size_t(c.width) * c.hidden + k]);
+      }
+      if (!near(t.hidden[size_t(row) * c.width + n], gate / (1 + std::exp(-gate)) * up)) wrong("moe_up");
+    }
+  }
+}
+
+void check_down(const Case& c, const Tensors& t) {
+  for (int row = 0; row < c.routed(); ++row) {
+    const int pair = t.pairs[row], expert = t.chosen[pair];
+    for (int n = 0; n < c.hidden; ++n) {
+      double sum = 0;
+      for (int k = 0; k < c.width; ++k) {
+        const double x = mii::to_float(t.hidden[size_t(row) * c.width + k]);
+        sum += x * mii::to_float(t.down[(size_t(expert) * c.hidden + n) * c.width + k]);
+      }
+      if (!near(t.parts[size_t(pair) * c.hidden + n], t.weights[pair] * sum)) wrong("moe_down");
+    }
+  }
+}
+
+template <bool Up>
+void run_product(const Case& c, const mii::MoeArgs<Half>& args) {
+  const auto run = [&](auto kernel, int threads) { run_grid(c.ctas, threads, [&] { kernel(args); }); };
+  switch (c.kernel) {
+    case kSimple:
+      return run(mii::moe_simple<Half, Up>, mii::kSimpleThreads);
+    case kStream8:
+      return run(mii::moe_stream<Half, 8, Up>, mii::kMoeThreads);
+    case kStream16:
+      return run(mii::moe_stream<Half, 16, Up>, mii::kMoeThreads);
+    case kStream32:
+      return run(mii::moe_stream<Half, 32, Up>, mii::kMoeThreads);
+    case kStream64:
+      return run(mii::moe_stream<Half, 64, Up>, mii::kMoeThreads);
+    case kMma:
+      return run(mii::moe_mma<Half, Up>, mii::MoeMmaShape::kThreads);
+    case kWgmma:
+      return run(mii::moe_wgmma<Half, Up>, mii::MoeWgmmaShape::kThreads);
+  }
+}
+
+template <bool Up>
+void multiply(const Case& c, Tensors& t) {
+  std::vector<Half>& out = Up ? t.hidden : t.parts;
+  const int n = Up ? c.width : c.hidden, k = Up ? c.hidden : c.width;
+  const mii::MoeArgs<Half> args = {out.data(), Up ? t.x.data() : t.hidden.data(), Up ? t.up.data() : t.down.data(), t.weights.data(), t.pairs.data(),
+                                   t.tiles.data(), t.arrived.data(), t.partial.data(), k, n, n, k, c.top_k, MII_SILU};
+  run_product<Up>(c, args);
+  const auto bits = [](const std::vector<Half>& values) { return std::string(reinterpret_cast<const char*>(values.data()), 2 * values.size()); };
+  const std::string first = bits(out);
+  run_product<Up>(c, args);
+  if (bits(out) != first) wrong("a second run gives other bits");
+  for (const int counter : t.arrived) {
+    if (counter != 0) wrong("a counter was left");
+  }
+}
+
+void run_case(const Case& c) {
+  Tensors t(c);
+  const mii::MoeRouteArgs<Half> route = {t.chosen.data(), t.weights.data(), t.offsets.data(), t.pairs.data(), t.tiles.data(), t.logits.data(), nullptr,
+                                         t.counts.data(), t.arrived.data(), c.experts, c.tokens, c.experts, c.top_k, MII_MOE_SOFTMAX, 1,
+                                         kTileRows[c.kernel], 1.5f};
+  run_grid((c.tokens + mii::kRouteWarps - 1) / mii::kRouteWarps, mii::kRouteThreads, [&] {
+    c.experts <= 32 ? mii::moe_route<Half, 1>(route) : mii::moe_route<Half, 4>(route);
+  });
+  check_routing(c, t);
+  multiply<true>(c, t);
+  check_up(c, t);
+  multiply<false>(c, t);
+  check_down(c, t);
+  std::printf("%s, %d of %d tokens, %d of %d experts, %d x %d, %d CTAs: right\n", kNames[c.kernel], c.live, c.tokens, c.top_k,
+              c.experts, c.hidden, c.width, c.ctas);
+}
+
+}  // namespace
+
+int main() {
+  card::shared = mii::memory;
+  const Case cases[] = {
+      {kSimple, 9, 7, 5, 3, 17, 9, 3, true},      {kStream8, 1, 1, 16, 4, 192, 128, 5, false},
+      {kStream8, 7, 5, 40, 2, 136, 72, 3, false}, {kStream8, 3, 0, 8, 2, 64, 64, 4, false},
+      {kStream8, 2, 2, 3, 1, 64, 8, 9, false},    {kStream16, 16, 16, 8, 2, 200, 136, 7, true},
+      {kStream32, 30, 30, 4, 2, 136, 72, 4, false}, {kStream64, 100, 90, 3, 2, 72, 64, 2, true},
+      {kMma, 150, 140, 3, 2, 136, 72, 3, true},   
+      {kMma, 5, 0, 20, 2, 64, 200, 5, false},     {kWgmma, 150, 140, 3, 2, 136, 72, 3, true},
+      {kWgmma, 5, 0, 20, 2, 64, 200, 5, false},
+      {kWgmma, 90, 90, 2, 1, 200, 264, 2, true},
+  };
+  for (const Case& c : cases) run_case(c);
+}
