@@ -1,9 +1,9 @@
-"""Compares the results of `mii bench offline --json` with the least that is accepted (minimum.json).
+"""Compares results with the least that is accepted (minimum.json): of whole mixes and of single kernels.
 
-    python benchmarks/check.py results.json ...
+    python benchmarks/check.py results.json kernels.json ...
 
-Exits with 1 when a figure falls short, or when no entry of minimum.json belongs to a result: a check of nothing would
-pass for ever.
+The files are those of `mii bench offline --json` and of `run_kernels.py --json`. Exits with 1 when a figure falls
+short, or when no entry of minimum.json belongs to a result: a check of nothing would pass for ever.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +19,47 @@ MINIMUM = Path(__file__).with_name("minimum.json")
 
 
 def matches(entry: dict[str, Any], report: dict[str, Any]) -> bool:
-    """Whether an entry is about this machine, model and number format, with all layers and default options."""
+    """Whether an entry is about this machine and, but for kernels, this model and number format with all layers."""
     device = report["machine"].get("gpu", "cpu")
+    if not any(name in device for name in entry["devices"]):
+        return False
+    if report["benchmark"] == "kernels" or "cases" in entry:
+        return report["benchmark"] == "kernels" and "cases" in entry
     model = report["model"]
-    return (
-        any(name in device for name in entry["devices"])
-        and entry["shape"] == model["name"]
-        and entry["dtype"] == model["dtype"]
-        and entry["layers"] == model["layers"]
+    return bool(
+        entry["shape"] == model["name"] and entry["dtype"] == model["dtype"] and entry["layers"] == model["layers"]
     )
 
 
 def compare(entry: dict[str, Any], report: dict[str, Any]) -> list[tuple[str, str, bool]]:
     """(figure, what was measured against what is accepted, good enough) for each figure that both have."""
     lines = []
-    for row in report["rows"]:
-        accepted = entry["rows"].get(row["name"])
+    for name, figures in figures_of(report):
+        accepted = (entry.get("rows") or entry["cases"]).get(name)
         if accepted is None:
             continue
-        measured = {"value": row["value"], "share": row["share"], **row["details"]}[accepted["of"]]
+        measured = figures[accepted["of"]]
         bound, higher = accepted["accepted"], accepted["higher_is_better"]
         good = measured >= bound if higher else measured <= bound
         what = f"{accepted['of']} {measured:,.4g}, accepted {'at least' if higher else 'at most'} {bound:,.4g}"
-        lines.append((row["name"], what, good))
+        lines.append((name, what, good))
     return lines
+
+
+def figures_of(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every row or case of a result under its name in minimum.json, with all figures it has."""
+    for row in report.get("rows", []):
+        yield row["name"], {"value": row["value"], "share": row["share"], **row["details"]}
+    for case in report.get("cases", []):
+        yield f"{case['kernel']} | {case['case']}", case
 
 
 def check(path: Path, entries: list[dict[str, Any]]) -> bool:
     """Prints the comparison of one result; True when everything is good enough."""
     report = json.loads(path.read_text())
     lines = [line for entry in entries if matches(entry, report) for line in compare(entry, report)]
-    print(f"{path}: {report['machine'].get('gpu', report['machine']['cpu'])}, {report['model']['name']}")
+    about = report["model"]["name"] if "model" in report else report["benchmark"]
+    print(f"{path}: {report['machine'].get('gpu', report['machine']['cpu'])}, {about}")
     for name, what, good in lines:
         print(f"  {'ok   ' if good else 'SHORT'} {name}: {what}")
     if not lines:
@@ -58,7 +69,7 @@ def check(path: Path, entries: list[dict[str, Any]]) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compares benchmark results with the least that is accepted.")
-    parser.add_argument("results", nargs="+", type=Path, help="files that `mii bench offline --json` wrote")
+    parser.add_argument("results", nargs="+", type=Path, help="files that the benchmarks wrote")
     parser.add_argument("--minimum", type=Path, default=MINIMUM)
     args = parser.parse_args(arguments)
     entries = json.loads(args.minimum.read_text())

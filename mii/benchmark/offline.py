@@ -38,9 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mix",
         dest="rows",
         nargs="+",
-        choices=ROW_NAMES,
+        choices=(*ROW_NAMES, "all"),
         metavar="ROW",
-        help=f"what to measure, of {', '.join(ROW_NAMES)} (default: what suits the device)",
+        help=f"what to measure, of {', '.join(ROW_NAMES)}; all: every one for GPUs (default: what suits the device)",
     )
     parser.add_argument("--layers", type=_positive, help="use only this many layers of the shape")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -170,6 +170,8 @@ def _config(args: argparse.Namespace) -> dict[str, Any]:
 def _row_names(args: argparse.Namespace, device_type: str) -> list[str]:
     from mii.benchmark.rows import CPU_ROWS, GPU_ROWS
 
+    if args.rows == ["all"]:
+        return list(dict.fromkeys((*GPU_ROWS, *MIXES, "start")))
     if args.rows:
         return list(dict.fromkeys(args.rows))
     rows = list(GPU_ROWS if device_type == "cuda" else CPU_ROWS)

@@ -127,6 +127,9 @@ _COUNTED: dict[str, tuple[Callable[[Run], int], str]] = {
     "fastgen-2600-60": (_all_tokens, "tokens/s"),
     "chat": (_answer_tokens, "answer tokens/s"),
     "decode-128-512": (_answer_tokens, "answer tokens/s"),
+    "even-1024-1024": (_all_tokens, "tokens/s"),
+    "long-7900-256": (_all_tokens, "tokens/s"),
+    "answers-256": (_answer_tokens, "answer tokens/s"),
 }
 
 
@@ -170,7 +173,8 @@ ROWS: dict[str, Callable[[Bench], Row]] = {
     **{name: _mix_row(name) for name in MIXES},
     "host-256": lambda bench: host_row(bench, 256, bench.timeline_file),
 }
-GPU_ROWS = ("decode-1", "decode-8", "decode-64", *MIXES, "host-256")
+_DECODES = ("decode-1", "decode-8", "decode-64")
+GPU_ROWS = (*_DECODES, "prefill-2048", "fastgen-2600-60", "chat", "decode-128-512", "host-256")
 CPU_ROWS = ("decode-1", "prompt-512", "batch-16")
 
 _FIRST_TOKEN = """

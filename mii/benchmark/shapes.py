@@ -164,6 +164,9 @@ MIXES = {
     "fastgen-2600-60": Mix(192, lambda rng: (_normal(rng, 2600, high=3800), _normal(rng, 60))),
     "chat": Mix(768, lambda rng: (_long_tailed(rng, 230, 1.0), _long_tailed(rng, 200, 0.8))),
     "decode-128-512": Mix(384, lambda rng: (128, 512)),
+    "even-1024-1024": Mix(128, lambda rng: (1024, 1024)),
+    "long-7900-256": Mix(48, lambda rng: (7900, 256)),  # as long as a context of 8192 takes
+    "answers-256": Mix(256, lambda rng: (128, 512)),  # of a small model it shows the host's cost
 }
 
 

@@ -69,7 +69,7 @@ def all_buckets(max_sequences: int, max_tokens: int) -> list[Bucket]:
     buckets = dict.fromkeys((size, size) for size in sorted(decode))
     for tokens in sorted({token_bucket(count, max_tokens) for count in range(2, max_tokens + 1)}):
         most = sample_bucket(min(tokens - 1, max_sequences), max_sequences)
-        sizes = {sample_bucket(count, max_sequences) for count in range(1, most + 1)}
+        sizes = {sample_bucket(count, max_sequences) for count in (1, 65, 129, 257, 513) if count <= most}
         buckets |= dict.fromkeys((tokens, size) for size in sorted(sizes))
     return list(buckets)
 

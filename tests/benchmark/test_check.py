@@ -24,6 +24,7 @@ def check() -> ModuleType:
 
 def result(tmp_path: Path, **rows: float) -> str:
     report: dict[str, Any] = {
+        "benchmark": "offline",
         "machine": {"gpu": "NVIDIA H100 80GB HBM3", "cpu": "a cpu"},
         "model": {"name": "llama3-8b", "layers": 32, "dtype": "bfloat16"},
         "rows": [
@@ -47,3 +48,35 @@ def test_one_figure_that_falls_short_fails(check: ModuleType, tmp_path: Path, ro
 
 def test_a_result_that_nothing_is_known_about_fails(check: ModuleType, tmp_path: Path) -> None:
     assert check.main([result(tmp_path, some_new_row=1.0)]) == 1
+
+
+def kernels(tmp_path: Path, gpu: str, share: float, seconds: float) -> str:
+    report = {
+        "benchmark": "kernels",
+        "machine": {"gpu": gpu, "cpu": "a cpu"},
+        "cases": [
+            {"kernel": "attention", "case": "decode 64 x 2048", "share": share, "seconds": 1e-4},
+            {"kernel": "sampler", "case": "greedy, 128 rows", "share": 0.1, "seconds": seconds},
+            {"kernel": "new", "case": "that nobody knows", "share": 0.0, "seconds": 1.0},
+        ],
+    }
+    path = tmp_path / "kernels.json"
+    path.write_text(json.dumps(report))
+    return str(path)
+
+
+@pytest.mark.parametrize("gpu", ["NVIDIA H100 80GB HBM3", "NVIDIA H200"])
+@pytest.mark.parametrize(("share", "seconds", "code"), [(0.95, 3e-5, 0), (0.5, 3e-5, 1), (0.95, 3e-4, 1)])
+def test_kernels_are_compared_by_share_or_by_time(
+    check: ModuleType, tmp_path: Path, gpu: str, share: float, seconds: float, code: int
+) -> None:
+    assert check.main([kernels(tmp_path, gpu, share, seconds)]) == code
+
+
+def test_kernels_of_an_unknown_machine_fail(check: ModuleType, tmp_path: Path) -> None:
+    assert check.main([kernels(tmp_path, "NVIDIA A100", 1.0, 1e-6)]) == 1
+
+
+@pytest.mark.parametrize("name", ["h200-llama3-8b.json", "h200-llama3-8b-kernels.json"])
+def test_the_results_that_are_kept_pass(check: ModuleType, name: str) -> None:
+    assert check.main([str(PATH.parent / "results" / name)]) == 0

@@ -16,6 +16,9 @@ from mii.benchmark.shapes import MIXES, SHAPES, make_batch, make_mix, with_fresh
         ("fastgen-2600-60", 192, 490712, 11658, "37ec8c0582558af6"),
         ("chat", 768, 170245, 146236, "b3ce86796a3b9022"),
         ("decode-128-512", 384, 49152, 196608, "01fda20cf8ac5486"),
+        ("even-1024-1024", 128, 131072, 131072, "3b6ebf57263a8314"),
+        ("long-7900-256", 48, 379200, 12288, "84378b3b8f70cc7b"),
+        ("answers-256", 256, 32768, 131072, "69d047480b08136b"),
     ],
 )
 def test_mixes_are_the_measured_ones(name: str, count: int, prompt_tokens: int, new_tokens: int, digest: str) -> None:
