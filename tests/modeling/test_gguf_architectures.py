@@ -338,6 +338,8 @@ def with_tokens(kinds: dict[str, int], **ids: int) -> Callable[[gguf.GGUFWriter,
         ({"<|end_of_text|>": 3, "a": 1, "<|eot_id|>": 3}, {"eos": 0}, [0, 2]),
         ({"<|endoftext|>": 3, "<|im_start|>": 3, "<|im_end|>": 3}, {"eos": 2, "unknown": 0}, 2),
         ({"<|endoftext|>": 3, "<|im_start|>": 3, "<|im_end|>": 3}, {"eos": 2, "bos": 0}, [2, 0]),
+        ({"<bos>": 3, "<eos>": 3, "<end_of_turn>": 3}, {"bos": 0, "eos": 1}, [1, 2]),
+        ({"[BOS]": 3, "[|endofturn|]": 3}, {"bos": 0}, 1),
         ({"<|im_end|>": 1}, {}, None),  # ordinary text that looks like it
         ({"a": 1}, {"eos": 4_000_000_000}, None),
     ],

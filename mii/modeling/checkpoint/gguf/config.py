@@ -28,6 +28,7 @@ _END_NAMES = frozenset(
         "<|eot|>",
         "<|return|>",
         "<|endofturn|>",
+        "[|endofturn|]",
         "<EOT>",
     }
 )

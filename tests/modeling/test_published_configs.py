@@ -1,0 +1,264 @@
+"""Configs of published models are read as they are meant, and values that cannot be served are refused by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from mii.errors import CheckpointError
+from mii.modeling.families import FAMILIES
+from mii.modeling.rope import switch_length
+from mii.modeling.spec import ModelSpec
+
+
+def read(config: Mapping[str, Any]) -> ModelSpec:
+    return FAMILIES[config["architectures"][0]].read_spec(config)
+
+
+def sizes(layers: int, hidden: int, up: int, heads: int, kv_heads: int, vocab: int) -> dict[str, Any]:
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": up,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "vocab_size": vocab,
+    }
+
+
+YI_34B = {
+    "architectures": ["LlamaForCausalLM"],
+    **sizes(60, 7168, 20480, 56, 8, 64000),
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 5000000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+VICUNA_16K = {
+    "architectures": ["LlamaForCausalLM"],
+    **sizes(32, 4096, 11008, 32, 32, 32000),
+    "max_position_embeddings": 4096,
+    "max_sequence_length": 16384,
+    "rope_scaling": {"factor": 4.0, "type": "linear"},
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
+NEMO = {
+    "architectures": ["MistralForCausalLM"],
+    **sizes(40, 5120, 14336, 32, 8, 131072),
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rope_theta": 1000000.0,
+    "sliding_window": None,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
+QWEN25_7B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    **sizes(28, 3584, 18944, 28, 4, 152064),
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "sliding_window": 131072,
+    "use_sliding_window": False,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+}
+QWEN3_4B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    **sizes(36, 2560, 9728, 32, 8, 151936),
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "attention_bias": False,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "tie_word_embeddings": True,
+}
+PHI3_128K = {
+    "architectures": ["Phi3ForCausalLM"],
+    **sizes(32, 3072, 8192, 32, 32, 32064),
+    "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096,
+    "rope_scaling": {"long_factor": [1.5] * 48, "short_factor": [1.0] * 48, "type": "longrope"},
+    "sliding_window": 262144,
+    "attention_bias": False,
+}
+PHI4_MINI = {
+    "architectures": ["Phi3ForCausalLM"],
+    **sizes(32, 3072, 8192, 24, 8, 200064),
+    "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096,
+    "partial_rotary_factor": 0.75,
+    "rope_scaling": {"long_factor": [1.5] * 48, "short_factor": [1.0] * 48, "type": "longrope"},
+    "sliding_window": 262144,
+    "tie_word_embeddings": True,
+}
+GEMMA_2B = {
+    "architectures": ["GemmaForCausalLM"],
+    **sizes(18, 2048, 16384, 8, 1, 256000),
+    "head_dim": 256,
+    "hidden_act": "gelu",
+    "hidden_activation": None,
+    "max_position_embeddings": 8192,
+}
+GEMMA2_27B = {
+    "architectures": ["Gemma2ForCausalLM"],
+    **sizes(46, 4608, 36864, 32, 16, 256000),
+    "head_dim": 128,
+    "query_pre_attn_scalar": 144,
+    "sliding_window": 4096,
+    "hidden_activation": "gelu_pytorch_tanh",
+}
+GEMMA3_4B = {  # as it is: whatever is the default of the library's class is left out
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "model_type": "gemma3",
+    "text_config": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "vision_config": {"hidden_size": 1152},
+}
+OLMO2_7B = {
+    "architectures": ["Olmo2ForCausalLM"],
+    **sizes(32, 4096, 11008, 32, 32, 100352),
+    "max_position_embeddings": 4096,
+    "rope_theta": 500000,
+    "rms_norm_eps": 1e-6,
+    "attention_bias": False,
+}
+SMOLLM3_3B = {
+    "architectures": ["SmolLM3ForCausalLM"],
+    **sizes(36, 2048, 11008, 16, 4, 128256),
+    "max_position_embeddings": 65536,
+    "no_rope_layers": [1, 1, 1, 0] * 9,
+    "no_rope_layer_interval": 4,
+    "rope_theta": 5000000.0,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "layer_types": ["full_attention"] * 36,
+}
+EXAONE4_32B = {
+    "architectures": ["Exaone4ForCausalLM"],
+    **sizes(64, 5120, 27392, 40, 8, 102400),
+    "head_dim": 128,
+    "max_position_embeddings": 131072,
+    "rope_theta": 1000000,
+    "sliding_window": 4096,
+    "sliding_window_pattern": "LLLG",
+}
+QWEN_7B = {
+    "architectures": ["QWenLMHeadModel"],
+    "model_type": "qwen",
+    "hidden_size": 4096,
+    "intermediate_size": 22016,
+    "kv_channels": 128,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "vocab_size": 151936,
+    "seq_length": 8192,
+    "max_position_embeddings": 32768,
+    "use_dynamic_ntk": True,
+    "use_logn_attn": True,
+    "no_bias": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (YI_34B, {"head_dim": 128, "q_heads": 56, "kv_heads": 8, "max_positions": 4096, "norm_eps": 1e-5}),
+        (VICUNA_16K, {"head_dim": 128, "max_positions": 16384}),
+        (NEMO, {"head_dim": 128, "q_size": 4096, "max_positions": 131072, "windows": (0,) * 40}),
+        (QWEN25_7B, {"qkv_bias": True, "output_bias": False, "windows": (0,) * 28, "norm_eps": 1e-6}),
+        (QWEN3_4B, {"qkv_bias": False, "head_norm": True, "tied_embeddings": True, "q_size": 4096}),
+        (PHI3_128K, {"head_dim": 96, "max_positions": 131072, "windows": (262144,) * 32, "norm_eps": 1e-5}),
+        (PHI4_MINI, {"head_dim": 128, "kv_heads": 8, "tied_embeddings": True}),
+        (GEMMA_2B, {"activation": "gelu_tanh", "norm": "rms_plus1", "tied_embeddings": True, "block": "sequential"}),
+        (
+            GEMMA2_27B,
+            {"attention_scale": 1 / 12, "attention_softcap": 50.0, "logit_softcap": 30.0, "windows": (4096, 0) * 23},
+        ),
+        (
+            GEMMA3_4B,
+            {"q_heads": 8, "kv_heads": 4, "head_dim": 256, "vocab_size": 262208, "max_positions": 131072,
+             "attention_scale": 1 / 16, "logit_softcap": 0.0, "tied_embeddings": True, "embedding_scale": 2560**0.5},
+        ),
+        (OLMO2_7B, {"row_norm": True, "block": "normed_branch", "norm_eps": 1e-6, "tied_embeddings": False}),
+        (SMOLLM3_3B, {"windows": (0,) * 36, "tied_embeddings": True, "max_positions": 65536}),
+        (EXAONE4_32B, {"windows": (4096, 4096, 4096, 0) * 16, "head_norm": True, "norm_eps": 1e-5}),
+        (QWEN_7B, {"intermediate_size": 11008, "max_positions": 8192, "qkv_bias": True, "mlp_bias": False}),
+    ],
+    ids=lambda value: value["architectures"][0] if "architectures" in value else "",
+)  # fmt: skip
+def test_a_published_config_is_read_as_it_is_meant(config: dict[str, Any], expected: dict[str, Any]) -> None:
+    spec = read(config)
+    for name, value in expected.items():
+        assert getattr(spec, name) == (pytest.approx(value) if isinstance(value, float) else value), name
+
+
+def test_rotations_of_published_models() -> None:
+    for config in (PHI3_128K, PHI4_MINI):
+        rope = read(config).rope
+        assert rope is not None
+        assert (rope.rotary_dim, switch_length(rope)) == (96, 4096)
+    full, local = read(GEMMA3_4B).ropes[5], read(GEMMA3_4B).ropes[4]
+    assert full is not None
+    assert local is not None
+    assert (full.theta, full.kind, full.scaling["factor"], local.theta, local.kind) == (
+        1e6,
+        "linear",
+        8.0,
+        1e4,
+        "default",
+    )
+    assert [rope is not None for rope in read(SMOLLM3_3B).ropes[:8]] == [True, True, True, False] * 2
+    assert [rope is not None for rope in read(EXAONE4_32B).ropes[:8]] == [True, True, True, False] * 2
+    assert all(rope is not None for rope in read({**EXAONE4_32B, "sliding_window": None}).ropes)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "message"),
+    [
+        (QWEN25_7B, {"use_sliding_window": "no"}, "'use_sliding_window' must be true or false"),
+        (QWEN25_7B, {"use_sliding_window": True, "sliding_window": 0}, "'sliding_window' must be null or a positive"),
+        (
+            QWEN25_7B,
+            {"use_sliding_window": True, "layer_types": ["full_attention", "linear_attention"] * 14},
+            "'layer_types' must name one of 'sliding_attention' and 'full_attention' for each of the 28 layers",
+        ),
+        (QWEN25_7B, {"use_sliding_window": True, "layer_types": ["full_attention"]}, "for each of the 28 layers"),
+        (PHI3_128K, {"rope_scaling": {**PHI3_128K["rope_scaling"], "long_factor": [1.0]}}, "'long_factor' with 48"),
+        (PHI3_128K, {"hidden_act": "tanh"}, "'hidden_act' is 'tanh'; supported are"),
+        (GEMMA_2B, {"use_bidirectional_attention": True}, "only causal models can generate"),
+        (GEMMA2_27B, {"attn_logit_softcapping": -1}, "'attn_logit_softcapping' must be a number above 0"),
+        (GEMMA2_27B, {"query_pre_attn_scalar": "x"}, "'query_pre_attn_scalar' must be a number above 0"),
+        (
+            GEMMA3_4B,
+            {"text_config": {**GEMMA3_4B["text_config"], "attn_logit_softcapping": 50.0}},
+            "'attn_logit_softcapping' must be null",
+        ),
+        (
+            GEMMA3_4B,
+            {"text_config": {**GEMMA3_4B["text_config"], "rope_scaling": {"rope_type": "cubic"}}},
+            "rope type 'cubic' is not known",
+        ),
+        (OLMO2_7B, {"clip_qkv": 8.0}, "'clip_qkv' must be null for OLMo-2, and it is 8.0"),
+        (SMOLLM3_3B, {"no_rope_layers": [1, 0]}, "'no_rope_layers' must have a 1 (rotated) or 0 for each of the 36"),
+        (SMOLLM3_3B, {"no_rope_layers": [2] * 36}, "'no_rope_layers' must have a 1"),
+        (EXAONE4_32B, {"sliding_window_pattern": "LLX"}, "must be a positive whole number or letters L and G"),
+        (QWEN_7B, {"intermediate_size": 7}, "'intermediate_size' counts gate and up, so 7 must be even"),
+        (QWEN_7B, {"scale_attn_weights": False}, "'scale_attn_weights' is false"),
+    ],
+)
+def test_a_value_that_cannot_be_served_is_refused_by_name(
+    config: dict[str, Any], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        read({**config, **change})
