@@ -12,13 +12,14 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 
 
-def run(name: str, folder: Path) -> str:
-    """Compiles and runs tests/ops/emulation/<name>.cpp; what it prints."""
+def run(name: str, folder: Path, *headers: Path) -> str:
+    """Compiles and runs tests/ops/emulation/<name>.cpp, with further folders of headers; what it prints."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
     program = folder / name
-    folders = [f"-I{HERE / 'emulation'}", f"-I{ROOT / 'csrc' / 'include'}"]  # the emulation's headers come first
+    emulated = (*headers, HERE / "emulation")  # come before the kernels' own
+    folders = [f"-I{folder}" for folder in (*emulated, ROOT / "csrc" / "include")]
     source = str(HERE / "emulation" / f"{name}.cpp")
     subprocess.run([compiler, "-std=c++17", "-O1", "-w", *folders, source, "-o", str(program)], check=True, timeout=120)
     result = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
@@ -32,3 +33,7 @@ def test_the_streamed_product_is_right_in_any_order_of_threads_and_copies(tmp_pa
 
 def test_the_experts_products_are_right_in_any_order_of_threads_and_copies(tmp_path: Path) -> None:
     assert run("moe", tmp_path).count("right") == 13
+
+
+def test_norms_of_branches_are_right_in_each_way_that_a_row_is_held(tmp_path: Path) -> None:
+    assert run("norm", tmp_path, HERE / "emulation" / "cuda").count("right") >= 100
