@@ -71,7 +71,7 @@ def start_row(config: Mapping[str, Any], options: Mapping[str, Any], runs: int =
         runs: Processes, one after the other.
     """
     checkpoint = RandomCheckpoint(config, torch.device("cpu"))
-    with tempfile.TemporaryDirectory(prefix="mii-start-", dir=_place_for(checkpoint)) as name:
+    with tempfile.TemporaryDirectory(prefix="mii-start-", dir=place_for(checkpoint)) as name:
         size = write_checkpoint(Path(name), checkpoint)
         samples, phases = [], {}
         for _ in range(runs):
@@ -84,7 +84,7 @@ def start_row(config: Mapping[str, Any], options: Mapping[str, Any], runs: int =
     return Row("start", median(samples), "s", False, None, samples, {"bytes": size, "phases_of_the_last": phases})
 
 
-def _place_for(checkpoint: RandomCheckpoint) -> str | None:
+def place_for(checkpoint: RandomCheckpoint) -> str | None:
     """Shared memory, if twice the checkpoint fits into it; else where temporary files go."""
     needed = 2 * sum(checkpoint.stored_bytes(name) for name in checkpoint.names())
     there = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > needed
