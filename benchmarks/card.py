@@ -16,10 +16,11 @@ The parts, each with a time limit of its own and each selected by `--parts`:
     sanitizer   compute-sanitizer memcheck over GPU tests of norms, activations, products, experts and the engine
     offline     `mii bench offline`, for each of `--shapes`
     kernels     benchmarks/run_kernels.py
+    check       benchmarks/check.py over the figures of the two before
 
 The sanitizer looks at this project's kernels alone. That its filter matches them is proven each time: a kernel is made
 to read out of bounds and has to be reported. A part in which nothing ran fails. What the parts print goes to
-`<out>/<part>.txt`, figures to `<out>/*.json`, the outcome of all to `<out>/card.json` and, as a table, to the terminal.
+`<out>/card.txt`, figures to `<out>/*.json`, the outcome of all to `<out>/card.json` and, as a table, to the terminal.
 Exits with 1 when a part fails.
 """
 
@@ -43,7 +44,7 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMITS = {"install": 60, "tests": 240, "sanitizer": 200, "offline": 200, "kernels": 90}
+LIMITS = {"install": 60, "tests": 240, "sanitizer": 200, "offline": 200, "kernels": 90, "check": 20}
 EACH_SANITIZED = 60  # seconds of one group under the sanitizer
 OURS = "kns=3mii"  # names of our kernels start with _ZN3mii
 QUIET = ["--report-api-errors", "no"]  # torch tries calls that may fail
@@ -116,6 +117,10 @@ class Card:
     @property
     def site(self) -> Path:
         return self.work / "site"
+
+    @property
+    def log(self) -> Path:
+        return self.out / "card.txt"
 
     def left(self, limit: float) -> float:
         """Seconds that something may take: its own limit, and what is left of all."""
@@ -193,7 +198,7 @@ def working_filter(card: Card, log: IO[str], memcheck: list[str], limit: float) 
     """The narrowest options under which the planted error is reported; None where it is under none."""
     for options in FILTERS:
         command = [*memcheck, *options, sys.executable, "-c", READ_OUT_OF_BOUNDS]
-        start = log.tell()
+        start = size_of(log)
         card.run(command, log, limit / 4, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         if errors_reported(log, start):
             return options
@@ -202,10 +207,7 @@ def working_filter(card: Card, log: IO[str], memcheck: list[str], limit: float) 
 
 def errors_reported(log: IO[str], start: int) -> int | None:
     """What the sanitizer's last line since `start` says; None where it did not come to its end."""
-    log.seek(0, os.SEEK_END)
-    with open(log.name, errors="replace") as lines:
-        lines.seek(start)
-        found = re.findall(r"ERROR SUMMARY: (\d+) error", lines.read())
+    found = re.findall(r"ERROR SUMMARY: (\d+) error", read_from(Path(log.name), start))
     return int(found[-1]) if found else None
 
 
@@ -217,7 +219,7 @@ def sanitize(card: Card, log: IO[str], memcheck: list[str], name: str, wanted: s
     command = [*memcheck, *pytest_on(f"tests/gpu/{name}", report), *(["-k", wanted] if wanted else [])]
     # Each tensor an allocation of its own, so that a read past one is noticed. Not for what is captured in graphs.
     uncached = {} if name == "test_engine.py" else {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    begin, start = time.monotonic(), log.tell()
+    begin, start = time.monotonic(), size_of(log)
     code = card.run(command, log, limit, **uncached)
     counts, errors, seconds = read_report(report), errors_reported(log, start), time.monotonic() - begin
     if code == 124:
@@ -234,7 +236,9 @@ def offline(card: Card, log: IO[str], limit: float, shapes: Sequence[str], optio
     end = time.monotonic() + limit
     for shape in shapes:
         target = card.out / f"offline-{shape}.json"
-        command = [sys.executable, "-m", "mii", "bench", "offline", "--shape", shape, "--json", str(target), *options]
+        timeline = card.out / f"timeline-{shape}.json"
+        files = ["--json", str(target), "--timeline", str(timeline)]
+        command = [sys.executable, "-m", "mii", "bench", "offline", "--shape", shape, *files, *options]
         code = card.run(command, log, end - time.monotonic())
         figures[shape] = f"{len(read_json(target).get('rows', []))} rows" if code == 0 else f"exit code {code}"
     return Outcome("offline", all(text.endswith("rows") for text in figures.values()), figures=figures)
@@ -247,7 +251,27 @@ def kernels(card: Card, log: IO[str], limit: float) -> Outcome:
     return Outcome("kernels", code == 0 and bool(cases), figures={"cases": len(cases), "exit code": code})
 
 
+def check(card: Card, log: IO[str], limit: float) -> Outcome:
+    results = [*card.out.glob("offline-*.json"), *card.out.glob("kernels.json")]
+    start = size_of(log)
+    code = card.run([sys.executable, "benchmarks/check.py", *map(str, sorted(results))], log, limit)
+    short = [line.strip() for line in read_from(Path(log.name), start).splitlines() if "SHORT" in line]
+    return Outcome("check", code == 0, figures={"files": len(results), "short": len(short), "failures": short})
+
+
 # -- what they share --------------------------------------------------------------------------------------------------
+
+
+def size_of(log: IO[str]) -> int:
+    """Bytes that were written until now, by us and by commands."""
+    log.flush()
+    return os.fstat(log.fileno()).st_size
+
+
+def read_from(path: Path, start: int) -> str:
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read().decode(errors="replace")
 
 
 def pytest_on(path: str, report: Path) -> list[str]:
@@ -284,7 +308,7 @@ def run_part(part: str, run: Callable[[IO[str], float], Outcome], card: Card, li
     begin = time.monotonic()
     if card.deadline - begin < 5:
         return Outcome(part, False, figures={"not run": "no time left"})
-    with open(card.out / f"{part}.txt", "w") as log:
+    with open(card.log, "a") as log:
         try:
             outcome = run(log, card.left(limit))
         except Exception as error:
@@ -330,21 +354,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "sanitizer": lambda log, limit: sanitizer(card, log, limit),
             "offline": lambda log, limit: offline(card, log, limit, args.shapes, args.offline.split()),
             "kernels": lambda log, limit: kernels(card, log, limit),
+            "check": lambda log, limit: check(card, log, limit),
         }
+        card.log.write_text("")
         outcomes: list[Outcome] = []
         for part in args.parts:
+            start = card.log.stat().st_size
             outcomes.append(run_part(part, runs[part], card, args.limits[part]))
             write(outcomes, card)
-            print_part(outcomes[-1], card)
+            print_part(outcomes[-1], read_from(card.log, start))
             if part == "install" and not outcomes[-1].good:
                 break
     print_table(outcomes)
     return 0 if all(outcome.good for outcome in outcomes) else 1
 
 
-def print_part(outcome: Outcome, card: Card) -> None:
+def print_part(outcome: Outcome, text: str) -> None:
     """The end of the log: of a benchmark its table, of a part that failed what went wrong."""
-    lines = (card.out / f"{outcome.part}.txt").read_text(errors="replace").splitlines() if outcome.seconds else []
+    lines = text.splitlines()
     print(f"== {outcome.part}", flush=True)
     wanted = {"offline": 40, "kernels": 80}.get(outcome.part, 5 if outcome.good else 40)
     print("\n".join(lines[-wanted:]), flush=True)

@@ -112,6 +112,7 @@ def test_a_folder_without_our_wheel_stops_everything(
     (tmp_path / "wheels").mkdir()
     assert card.main(["--wheels", str(tmp_path / "wheels"), "--out", str(tmp_path / "out")]) == 1
     outcomes = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert (tmp_path / "out" / "card.txt").exists()
     assert [(outcome["part"], outcome["good"]) for outcome in outcomes] == [("install", False)]
     assert "FAILED" in capsys.readouterr().out
 
