@@ -7,7 +7,8 @@ from tests.variants import variants
 HEADS = {"head_dim": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
 # The scale of the embeddings and the norms' 1 + weight make the logits large: smaller matrices, as in the others.
 SMALL = {"std": 0.05}
-GEMMA3 = {**SMALL, **HEADS, "num_hidden_layers": 4, "sliding_window": 20, "query_pre_attn_scalar": 200}
+# Queries and keys of random norms by 1 + weight are four times as long: a smaller scale keeps several keys in sight.
+GEMMA3 = {**SMALL, **HEADS, "num_hidden_layers": 4, "sliding_window": 20, "query_pre_attn_scalar": 2000}
 VARIANTS = (
     *variants(
         "Gemma",
