@@ -14,15 +14,15 @@ from mii.errors import (
     CheckpointNotFoundError,
     LauncherError,
     UnknownArgument,
-    UnsupportedFeatureError,
 )
 from mii.validation import suggest
 
 if TYPE_CHECKING:
     from mii.backend import MIIClient
     from mii.batching import MIIAsyncPipeline, MIIPipeline
-    from mii.engine import Engine
+    from mii.batching.driver import TokenEngine
     from mii.modeling.tokenizers import MIITokenizerWrapper
+    from mii.parallel.ranks import Ranks
 
 __all__ = ["async_pipeline", "client", "pipeline", "serve"]
 
@@ -61,7 +61,7 @@ def pipeline(
         _refuse("mii.pipeline", unknown, [*ModelConfig.option_names(), "all_rank_output"])
     from mii.batching import MIIPipeline
 
-    engine, tokenizer = _load(config)
+    engine, tokenizer = _load(config, all_rank_output)
     try:
         return MIIPipeline(
             inference_engine=engine, tokenizer=tokenizer, model_config=config, all_rank_output=all_rank_output
@@ -121,7 +121,7 @@ def serve(
         DeploymentExistsError: a deployment of this name is running.
         PortTakenError: a port that was asked for is taken.
         PlacementError, HostfileError: replicas, devices, hosts or ports do not fit together.
-        UnsupportedFeatureError: a tokenizer that is an object; or several devices for one replica.
+        UnsupportedFeatureError: a tokenizer that is an object.
         LauncherError: this program runs in several processes, or what starts them on other hosts is missing.
         DeploymentError: a process did not start. Nothing of the deployment is left.
 
@@ -145,7 +145,6 @@ def serve_config(
     """The config that `serve` starts, from the same arguments; raises what `serve` says of them."""
     config = _parse_kwargs_to_mii_config(model_name_or_path, model_config, mii_config, **kwargs)
     _check_model_path(config.model_conf.model_name_or_path)
-    _check_tensor_parallel(config.model_conf.tensor_parallel)
     return config
 
 
@@ -169,9 +168,24 @@ def client(model_or_deployment_name: str) -> MIIClient:
     return MIIClient(config)
 
 
-def _load(config: ModelConfig) -> tuple[Engine, MIITokenizerWrapper]:
-    """The tokenizer comes first: a model without one is found out before its weights are read."""
+def _load(config: ModelConfig, all_rank_output: bool = False) -> tuple[TokenEngine, MIITokenizerWrapper]:
+    """All of a model, or this process's part of it."""
     _check_processes(config)
+    if config.tensor_parallel == 1:
+        return _read_model(config)
+    from mii.parallel.engines import OtherEngine
+    from mii.parallel.script import join
+
+    ranks = join(config, keeps=all_rank_output)
+    with ranks.loading():
+        engine, tokenizer = _read_model(config, ranks)
+    if isinstance(engine, OtherEngine):
+        engine.start()
+    return engine, tokenizer
+
+
+def _read_model(config: ModelConfig, ranks: Ranks | None = None) -> tuple[TokenEngine, MIITokenizerWrapper]:
+    """The tokenizer comes first: a model without one is found out before its weights are read."""
     from mii.engine import build_engine
     from mii.modeling.checkpoint import open_checkpoint
     from mii.modeling.tokenizers import load_tokenizer
@@ -182,7 +196,7 @@ def _load(config: ModelConfig) -> tuple[Engine, MIITokenizerWrapper]:
             tokenizer = load_tokenizer(model, checkpoint=checkpoint, revision=revision, trust_remote_code=trust)
         else:  # the revision is the model's
             tokenizer = load_tokenizer(config.tokenizer, trust_remote_code=trust)
-        return build_engine(config, checkpoint, config.progress), tokenizer
+        return build_engine(config, checkpoint, config.progress, ranks), tokenizer
 
 
 def _check_model_path(model: str) -> None:
@@ -195,22 +209,23 @@ def _check_model_path(model: str) -> None:
 def _check_processes(config: ModelConfig) -> None:
     processes = world_size()
     wanted = config.tensor_parallel
+    if wanted == processes:
+        return
+    from mii.parallel.environment import told_by_first
+
     if wanted > processes:
-        raise LauncherError(
-            f"tensor_parallel={wanted} needs {wanted} processes and there are {processes}; start the script with "
-            f"deepspeed --num_gpus {wanted} script.py"
+        raise told_by_first(
+            LauncherError(
+                f"tensor_parallel={wanted} needs {wanted} processes and there are {processes}; start the script with "
+                f"deepspeed --num_gpus {wanted} script.py or torchrun --nproc_per_node {wanted} script.py"
+            )
         )
-    if wanted < processes:
-        raise LauncherError(
+    raise told_by_first(
+        LauncherError(
             f"tensor_parallel={wanted} and {processes} processes were started (WORLD_SIZE); leave tensor_parallel out, "
             f"or start {wanted}"
         )
-    _check_tensor_parallel(wanted)
-
-
-def _check_tensor_parallel(wanted: int) -> None:
-    if wanted > 1:
-        raise UnsupportedFeatureError(f"tensor_parallel={wanted}: this version runs a model on one device only; use 1")
+    )
 
 
 def _parse_kwargs_to_model_config(

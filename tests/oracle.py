@@ -58,6 +58,11 @@ class Oracle:
 
 def small_engine(folder: Path, **options: Any) -> Engine:
     """An engine with little memory and small steps, so that short tests cross chunks and blocks."""
+    return load_engine(small_config(folder, **options))
+
+
+def small_config(folder: Path, **options: Any) -> ModelConfig:
+    """The config of `small_engine`."""
     manager = {
         "max_ragged_batch_size": options.pop("max_tokens", 32),
         "max_ragged_sequence_count": options.pop("max_sequences", 16),
@@ -65,8 +70,7 @@ def small_engine(folder: Path, **options: Any) -> Engine:
         "memory_config": {"mode": "allocate", "size": options.pop("blocks", 96)},
     }
     settings = {"device": "cpu", "dtype": "fp32", "block_size": 16, "progress": False, **options}
-    config = ModelConfig(model_name_or_path=str(folder), inference_engine_config={"state_manager": manager}, **settings)
-    return load_engine(config)
+    return ModelConfig(model_name_or_path=str(folder), inference_engine_config={"state_manager": manager}, **settings)
 
 
 def generate(engine: Engine, prompts: list[list[int]], new_tokens: int, **request: Any) -> list[list[int]]:

@@ -26,7 +26,6 @@ from mii.errors import (
     LauncherError,
     TokenizerError,
     UnknownArgument,
-    UnsupportedFeatureError,
 )
 
 MODEL = "org/model"
@@ -179,8 +178,6 @@ def test_serve_checks_its_options_before_it_starts_anything(tmp_path: Path, monk
         mii.serve(MODEL, replica_num=0)
     with pytest.raises(ValidationError, match="mii makes no Azure ML deployments"):
         mii.serve(MODEL, deployment_type="aml")
-    with pytest.raises(UnsupportedFeatureError, match="tensor_parallel=2: this version"):
-        mii.serve(MODEL, tensor_parallel=2)
     with pytest.raises(CheckpointNotFoundError, match="there is no folder or file /nowhere/model; give one"):
         mii.serve("/nowhere/model")
     assert not list(tmp_path.iterdir())

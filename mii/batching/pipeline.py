@@ -57,18 +57,18 @@ class MIIPipeline(PipelineBase):
             PipelineDestroyedError: The pipeline was destroyed.
         """
         prepared = self._read(prompts, generate_kwargs)
+        if not self._shown:
+            return []
         answers = _Answers(prepared)
-        shown = self.is_rank_0 or self.all_rank_output
         with self._bar(len(prepared), progress, streaming_fn is not None) as bar, closing(self._run(prepared)) as steps:
             for events in steps:
                 bar.update(answers.add(events))
                 if not bar.disable:
                     bar.set_postfix_str(answers.speed(), refresh=False)
-                if streaming_fn is not None and shown:
+                if streaming_fn is not None:
                     for piece in _pieces(events):
                         streaming_fn([piece])
-        responses = answers.responses()
-        return responses if shown else []
+        return answers.responses()
 
     def stream(self, prompts: Any, **generate_kwargs: Any) -> Iterator[list[StreamedResponse]]:
         """The answers as they come: for each step a list of the pieces of text that it gave.
@@ -91,13 +91,19 @@ class MIIPipeline(PipelineBase):
         return self._stream(self._read(prompts, generate_kwargs))
 
     def _stream(self, prepared: list[PreparedRequest]) -> Iterator[list[StreamedResponse]]:
+        if not self._shown:
+            return
         answers = _Answers(prepared)
         with closing(self._run(prepared)) as steps:
             for events in steps:
                 answers.add(events)
-                if self.is_rank_0 or self.all_rank_output:
-                    yield _pieces(events)
+                yield _pieces(events)
         answers.responses()
+
+    @property
+    def _shown(self) -> bool:
+        """Whether this process gets answers. One that does not computes its part of them in the background."""
+        return self.is_rank_0 or self.all_rank_output
 
     def _read(self, prompts: Any, options: dict[str, Any]) -> list[PreparedRequest]:
         self._driver.check_usable()

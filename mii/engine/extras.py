@@ -10,11 +10,11 @@ import torch
 
 from mii.batching.scheduler import Chunk, Plan
 from mii.engine.logits_processing import EditedRow, LogitsProcessor, holds_slot
+from mii.engine.sampling import Sampler
 from mii.engine.scoring import LaunchedScores, ScoredPrompt, Scorer
 from mii.engine.sequence import Sequence
 from mii.modeling.decoder import Decoder
 from mii.modeling.forward import ActivationArena, Forward
-from mii.ops.sampler import SamplingTable
 
 _FEW = 16
 
@@ -25,11 +25,11 @@ class Extras:
     Args:
         model: The model.
         arena: The steps' buffers.
-        sampling: Sampling parameters of the slots.
+        sampler: Draws the tokens.
     """
 
-    def __init__(self, model: Decoder, arena: ActivationArena, sampling: SamplingTable) -> None:
-        self._processor = LogitsProcessor(sampling, model.spec.vocab_size, model.place.device)
+    def __init__(self, model: Decoder, arena: ActivationArena, sampler: Sampler) -> None:
+        self._processor = LogitsProcessor(sampler, model.place.device)
         self._scorer = Scorer(model, arena)
         self._live: list[tuple[Sequence, object]] = []
         self._next_look = _FEW

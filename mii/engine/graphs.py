@@ -16,7 +16,7 @@ longer than that from some hundred tokens on. How many tokens that are is a matt
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 import torch
 
@@ -86,10 +86,10 @@ class StepGraphs:
         self._most = most
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
-        self._graphs: dict[Bucket, torch.cuda.CUDAGraph | None] = {}
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph | None] = {}
         self._fallbacks = native.fallbacks
 
-    def capture(self, bucket: Bucket, body: Callable[[], None]) -> None:
+    def capture(self, bucket: Hashable, body: Callable[[], None]) -> None:
         """Captures a bucket that has run before, unless it is there or torch has had to serve since the start."""
         if native.fallbacks != self._fallbacks:
             return
@@ -99,7 +99,7 @@ class StepGraphs:
     def __len__(self) -> int:
         return sum(graph is not None for graph in self._graphs.values())
 
-    def run(self, bucket: Bucket, body: Callable[[], None]) -> None:
+    def run(self, bucket: Hashable, body: Callable[[], None]) -> None:
         """Runs a step of this bucket on the current stream; `body` launches it on whatever stream is current."""
         if bucket not in self._graphs:
             before = native.fallbacks

@@ -5,6 +5,7 @@ It runs between two steps, so what hundreds of sequences have is written by colu
 
 from __future__ import annotations
 
+import zlib
 from array import array
 from collections.abc import Iterable
 
@@ -53,6 +54,15 @@ def _fill_prompts(host: HostStep, prompts: list[Chunk], first: int) -> int:
             host.sample_seq[samples] = row
             samples += 1
     return samples
+
+
+def digest(host: HostStep) -> int:
+    """A number that differs where two ranks would compute different steps: from other tokens, places or lengths."""
+    sequences, tokens = int(host.counts[abi.NUM_SEQS]), int(host.counts[abi.NUM_TOKENS])
+    value = zlib.crc32(host.counts.data)
+    for used in (host.seq_slot[:sequences], host.kv_len[:sequences], host.host_ids[:tokens]):
+        value = zlib.crc32(used.data, value)
+    return zlib.crc32(host.table_updates[: host.counts[abi.NUM_UPDATES]].data, value)
 
 
 def _ints(values: Iterable[int]) -> np.ndarray[tuple[int], np.dtype[np.int32]]:

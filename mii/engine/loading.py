@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, overload
 
 import torch
 
@@ -26,6 +27,11 @@ from mii.modeling.models import find_family, load_model, stop_ids
 from mii.modeling.parameters import Placement
 from mii.modeling.spec import ModelSpec
 from mii.ops import native
+from mii.ops.all_reduce import Group
+
+if TYPE_CHECKING:
+    from mii.parallel.engines import FirstEngine, OtherEngine
+    from mii.parallel.ranks import Ranks
 
 _GIB = 1 << 30
 
@@ -58,28 +64,43 @@ def load_engine(config: ModelConfig, progress: bool | None = None) -> Engine:
         return build_engine(config, checkpoint, progress)
 
 
-def build_engine(config: ModelConfig, checkpoint: Checkpoint, progress: bool | None = None) -> Engine:
-    """The engine of an opened checkpoint."""
-    start = StartReport()
+@overload
+def build_engine(
+    config: ModelConfig, checkpoint: Checkpoint, progress: bool | None = ..., ranks: None = ...
+) -> Engine: ...
+@overload
+def build_engine(
+    config: ModelConfig, checkpoint: Checkpoint, progress: bool | None, ranks: Ranks | None
+) -> Engine | FirstEngine | OtherEngine: ...
+def build_engine(
+    config: ModelConfig, checkpoint: Checkpoint, progress: bool | None = None, ranks: Ranks | None = None
+) -> Engine | FirstEngine | OtherEngine:
+    """The engine of an opened checkpoint; with `ranks`, what this one has of it (within `ranks.loading`)."""
+    start, group = StartReport(), None if ranks is None else ranks.group
     device = choose_device(config.device, config.local_device)
     dtype = choose_dtype(config.dtype, checkpoint.config, device)
     spec = find_family(checkpoint.config).read_spec(checkpoint.config)
     limits = _limits(config, spec, device)
     free = free_memory(device)
-    _check_weights_fit(spec, device, dtype, free)
+    _check_weights_fit(spec, device, dtype, free, group)
     try:
         with start.phase("weights"):
             show = config.progress if progress is None else progress
-            if reads_ahead(checkpoint, device):
+            if group is None and reads_ahead(checkpoint, device):
                 with ReadAhead(checkpoint, device) as ahead:
                     model = load_model(ahead, device, dtype, progress=show)
             else:
-                model = load_model(checkpoint, device, dtype, progress=show)
+                model = load_model(checkpoint, device, dtype, progress=show, group=group)
         ends = stop_ids(checkpoint.config, checkpoint.generation_config)
         with start.phase("buffers"):
             runner = Runner(model, limits, ends)
-        _make_cache(config, runner, free, start)
-        pace = _pace(config, runner, start)
+        if ranks is None:
+            _make_cache(config, runner, free, start)
+            pace = _pace(config, runner, start)
+        else:  # ranks could not agree on what each of them has timed
+            options = f"{dtype}, {limits}, prefix_caching={config.prefix_caching}"
+            runner.make_cache(ranks.settle(checkpoint, options, _num_blocks(config, runner, free, group=group)))
+            pace = None
     except torch.OutOfMemoryError as error:
         gc.collect()
         torch.cuda.empty_cache()
@@ -96,10 +117,11 @@ def build_engine(config: ModelConfig, checkpoint: Checkpoint, progress: bool | N
         pace=pace,
         profile=StepProfile(device, average=config.profile_model_time, synchronise=config.sync_debug),
     )
-    _report(runner)
-    start.log()
+    if ranks is None or ranks.rank == 0:
+        _report(runner)
+        start.log()
     engine.start = start
-    return engine
+    return engine if ranks is None else ranks.engine(engine)
 
 
 def _make_cache(config: ModelConfig, runner: Runner, free_at_start: int, start: StartReport) -> None:
@@ -165,9 +187,17 @@ def _max_length(config: ModelConfig, manager: DSStateManagerConfig, spec: ModelS
     return min(longest, config.max_length)
 
 
-def _check_weights_fit(spec: ModelSpec, device: torch.device, dtype: torch.dtype, free: int) -> None:
-    outline = Decoder(spec, Placement(torch.device("meta"), dtype))
-    needed = sum(p.tensor.numel() for _, p in outline.parameters()) * dtype.itemsize
+def _sharing(device: torch.device, group: Group | None) -> int:
+    """How many ranks take their memory from the same device."""
+    return group.size if group is not None and group.is_local and device.type == "cpu" else 1
+
+
+def _check_weights_fit(
+    spec: ModelSpec, device: torch.device, dtype: torch.dtype, free: int, group: Group | None = None
+) -> None:
+    mine = spec if group is None else spec.sharded(group.rank, group.size)
+    outline = Decoder(mine, Placement(torch.device("meta"), dtype))
+    needed = sum(p.tensor.numel() for _, p in outline.parameters()) * dtype.itemsize * _sharing(device, group)
     if needed > free:
         raise OutOfMemoryError(
             f"The weights take {needed / _GIB:.1f} GiB in {str(dtype).removeprefix('torch.')} and {free / _GIB:.1f} "
@@ -176,8 +206,11 @@ def _check_weights_fit(spec: ModelSpec, device: torch.device, dtype: torch.dtype
         )
 
 
-def _num_blocks(config: ModelConfig, runner: Runner, free_at_start: int, reserved: int = 0) -> int:
-    """How many KV blocks memory allows, or the config says. `reserved`: bytes that will be taken later.
+def _num_blocks(
+    config: ModelConfig, runner: Runner, free_at_start: int, reserved: int = 0, group: Group | None = None
+) -> int:
+    """How many KV blocks memory allows, or the config says. `reserved`: bytes that will be taken later. Ranks on one
+    CPU share what there is.
 
     Raises:
         OutOfMemoryError: Not even one sequence of one block fits.
@@ -192,7 +225,7 @@ def _num_blocks(config: ModelConfig, runner: Runner, free_at_start: int, reserve
     budget = int(fraction * free_at_start) - (free_at_start - free)
     if "memory_config" in manager.model_fields_set or runner.device.type == "cuda":
         budget = min(budget, free - memory.size)
-    blocks = budget // runner.block_bytes
+    blocks = budget // _sharing(runner.device, group) // runner.block_bytes
     if blocks < 1:
         raise OutOfMemoryError(
             f"After the weights {free / _GIB:.2f} GiB are free on {runner.device}. memory_fraction={fraction} allows "

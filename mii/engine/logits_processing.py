@@ -14,10 +14,12 @@ from typing import NamedTuple
 
 import torch
 
+from mii.engine.sampling import Sampler
 from mii.engine.sequence import Sequence
+from mii.modeling.sharding import Span
 from mii.ops.logits import Bias, PenaltyTable, apply_penalties, upload
 from mii.ops.prepare import StepTensors
-from mii.ops.sampler import SamplingTable, sample, sample_workspace
+from mii.ops.shard_sampler import Draws
 
 # Logits that are changed together: bounds the memory for the copies, some 30 bytes for each.
 _BLOCK = 1 << 22
@@ -39,8 +41,9 @@ class PenaltyRows:
     counts then are all tokens that the host knows and, from there on, what the device drew.
     """
 
-    def __init__(self, vocab: int, device: torch.device) -> None:
-        self.table = PenaltyTable.allocate(_FEWEST_PENALTIES, vocab, device)
+    def __init__(self, vocab: Span, device: torch.device) -> None:
+        self._vocab = vocab
+        self.table = PenaltyTable.allocate(_FEWEST_PENALTIES, vocab.size, device)
         self._owners: list[tuple[Sequence, object] | None] = [None] * (_FEWEST_PENALTIES - 1)
         self._row_of: dict[object, int] = {}
 
@@ -54,7 +57,8 @@ class PenaltyRows:
         self._owners[row - 1] = (sequence, sequence.ticket)
         self._row_of[sequence.ticket] = row
         length = sequence.prompt_length
-        self.table.assign(row, sequence.sampling, sequence.tokens[:length], sequence.tokens[length:])
+        prompt, answer = (self._vocab.local(ids) for ids in (sequence.tokens[:length], sequence.tokens[length:]))
+        self.table.assign(row, sequence.sampling, prompt, answer)
         return row
 
     def _free_row(self) -> int:
@@ -87,22 +91,22 @@ class _Batch:
     penalties: torch.Tensor | None  # int32 [n]
     bias: Bias | None
     allowed: torch.Tensor | None  # bool [n, vocab]
+    draws: Draws | None
 
 
 class LogitsProcessor:
     """Draws again what must not come from the model's own logits.
 
     Args:
-        sampling: Parameters of the slots.
-        vocab: Columns of the logits.
+        sampler: Draws the tokens; its part of the vocabulary is what the logits have columns for.
         device: Where the logits are.
     """
 
-    def __init__(self, sampling: SamplingTable, vocab: int, device: torch.device) -> None:
-        self._sampling, self._vocab, self._device = sampling, vocab, device
-        self._at_once = max(1, _BLOCK // vocab)
-        self._changed = torch.empty(self._at_once, vocab, device=device)
-        self._workspace = sample_workspace(self._at_once, vocab, torch.float32, device)
+    def __init__(self, sampler: Sampler, device: torch.device) -> None:
+        self._sampler, self._vocab, self._device = sampler, sampler.vocab, device
+        self._at_once = max(1, _BLOCK // self._vocab.whole)
+        self._changed = torch.empty(self._at_once, self._vocab.size, device=device)
+        self._workspace = sampler.workspace(self._at_once, torch.float32, device)
         self._penalties: PenaltyRows | None = None
         self._key: list[tuple[int, object, bool]] = []
         self._batches: list[_Batch] = []
@@ -134,13 +138,13 @@ class LogitsProcessor:
         apply_penalties(changed, own, rows, table=table, bias=batch.bias, allowed=batch.allowed)
         drawn = torch.empty_like(batch.slots)
         positions = step.sample_positions.index_select(0, batch.rows)
-        sample(
-            drawn, changed, self._sampling, batch.slots, positions,
-            last_token=step.last_token, workspace=self._workspace,
+        self._sampler.sample(
+            drawn, changed, batch.slots, positions,
+            draws=batch.draws, last_token=step.last_token, workspace=self._workspace,
         )  # fmt: skip
         tokens.index_copy_(0, batch.rows, drawn)
         if table is not None:
-            table.record(rows, drawn)
+            table.record(rows, drawn - self._vocab.start)
 
     def _batch(self, edited: SequenceOf[EditedRow]) -> _Batch:
         penalties = [self._penalty_row(each.sequence) for each in edited]
@@ -149,8 +153,9 @@ class LogitsProcessor:
             rows=upload([each.row for each in edited], torch.int64, self._device),
             slots=upload([each.sequence.slot for each in edited], torch.int32, self._device),
             penalties=upload(penalties, torch.int32, self._device) if max(penalties) > 0 else None,
-            bias=Bias.of(biases, self._vocab, self._device) if any(biases) else None,
+            bias=Bias.of(biases, self._vocab.size, self._device) if any(biases) else None,
             allowed=self._allowed([each.sequence.sampling.allowed_ids for each in edited]),
+            draws=self._sampler.plan(each.sequence.sampling for each in edited),
         )
 
     def _penalty_row(self, sequence: Sequence) -> int:
@@ -164,15 +169,16 @@ class LogitsProcessor:
         """The mask of what each row may yield; a row without a list may yield all."""
         if not any(rows):
             return None
-        mask = upload([not ids for ids in rows], torch.bool, self._device).unsqueeze(1).repeat(1, self._vocab)
-        places = [row * self._vocab + token for row, ids in enumerate(rows) for token in ids]
+        vocab = self._vocab
+        mask = upload([not ids for ids in rows], torch.bool, self._device).unsqueeze(1).repeat(1, vocab.size)
+        places = [row * vocab.size + token for row, ids in enumerate(rows) for token in vocab.local(ids)]
         mask.view(-1).index_fill_(0, upload(places, torch.int64, self._device), True)
         return mask
 
 
-def _biases(edited: EditedRow, vocab: int) -> dict[int, float]:
+def _biases(edited: EditedRow, vocab: Span) -> dict[int, float]:
     """What is added to a row's logits: the request's biases, and -inf to the tokens that would end it too early."""
     bias = edited.sequence.sampling.logit_bias
-    if not edited.held:
-        return bias
-    return {**bias, **{token: float("-inf") for token in edited.sequence.request.stop_ids if 0 <= token < vocab}}
+    if edited.held:
+        bias = {**bias, **dict.fromkeys(edited.sequence.request.stop_ids, float("-inf"))}
+    return {token - vocab.start: value for token, value in bias.items() if vocab.start <= token < vocab.stop}

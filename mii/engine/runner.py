@@ -10,6 +10,7 @@ What few requests ask for beyond that (`mii.engine.extras`) follows a step befor
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,9 @@ from mii.batching.scheduler import Plan
 from mii.engine.costs import count_weights
 from mii.engine.extras import Extras
 from mii.engine.graphs import Bucket, StepGraphs, decode_bucket, most_captured_tokens, sample_bucket, token_bucket
-from mii.engine.inputs import SentBlocks, TableUpdate, fill_step
+from mii.engine.inputs import SentBlocks, TableUpdate, digest, fill_step
 from mii.engine.rotation import Rotation
+from mii.engine.sampling import Sampler
 from mii.engine.scoring import LaunchedScores
 from mii.engine.sequence import Sequence
 from mii.engine.timeline import Timeline
@@ -30,7 +32,8 @@ from mii.ops.attention import AttentionBatch, AttentionPlan
 from mii.ops.logits import upload
 from mii.ops.prepare import StepTensors, prepare
 from mii.ops.recording import RecordedSteps
-from mii.ops.sampler import SamplingTable, sample, sample_workspace
+from mii.ops.sampler import SamplingTable
+from mii.ops.shard_sampler import Draws
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,8 @@ class Runner:
         )
         self.arena = ActivationArena(self.spec, model.place, limits.max_tokens, limits.max_sequences, model.up_width)
         self.sampling = SamplingTable.allocate(limits.max_slots, self.device)
-        self._sample_workspace = sample_workspace(limits.max_sequences, self.spec.vocab_size, self.dtype, self.device)
+        self.sampler = Sampler(self.sampling, self.spec.vocab_span, model.place.group)
+        self._sample_workspace = self.sampler.workspace(limits.max_sequences, self.dtype, self.device)
         self.sampled = SampledTokens(limits.max_sequences, self.device)
         self._suppress = torch.zeros(limits.max_sequences, dtype=torch.int32, device=self.device)
         self._suppress_ids = torch.tensor(stop_ids, dtype=torch.int32, device=self.device)
@@ -166,20 +170,26 @@ class Runner:
     # -- one step -----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def launch(self, plan: Plan) -> LaunchedStep:
-        """Starts a planned step and returns at once (on a GPU)."""
-        forward, samples = self._begin(plan)
+    def launch(self, plan: Plan, agree: Callable[[int], None] | None = None) -> LaunchedStep:
+        """Starts a planned step and returns at once (on a GPU).
+
+        Args:
+            plan: The step.
+            agree: Called before it starts, with a digest of all that it takes from the host.
+        """
+        forward, samples = self._begin(plan, agree)
         tokens = self.sampled.on_device
+        draws = self.sampler.plan(sequence.sampling for sequence in plan.sampled)
         if self.graphs is None and forward.cos_sin is self.rotation.tables:
-            key = (plan.num_tokens, plan.num_sequences, samples, self._suppressing)
-            self._recorded.run(key, lambda: self._execute(forward, tokens[:samples]))
+            key = (plan.num_tokens, plan.num_sequences, samples, self._suppressing, draws)
+            self._recorded.run(key, lambda: self._execute(forward, tokens[:samples], draws))
         elif self.graphs is None:
-            self._execute(forward, tokens[:samples])
+            self._execute(forward, tokens[:samples], draws)
         elif forward.cos_sin is not self.rotation.tables or forward.positions.shape[0] > self.most_captured:
-            self._execute(forward, tokens[: len(forward.sample_rows)])
+            self._execute(forward, tokens[: len(forward.sample_rows)], draws)
         else:
             bucket = (forward.positions.shape[0], len(forward.sample_rows))
-            self.graphs.run(bucket, lambda: self._execute(forward, tokens[: bucket[1]]))
+            self.graphs.run((*bucket, draws), lambda: self._execute(forward, tokens[: bucket[1]], draws))
         scores = None
         if self._extras is not None:
             scores = self._extras.follow(plan, forward, tokens)
@@ -203,20 +213,24 @@ class Runner:
         forward.step.upload()
         forward.cos_sin, forward.rope_rows = self.rotation.tables, forward.step.rope_rows
         if capture and self.graphs is not None:
-            self.graphs.capture(bucket, lambda: self._execute(forward, tokens[: bucket[1]]))
+            self.graphs.capture((*bucket, None), lambda: self._execute(forward, tokens[: bucket[1]]))
         else:
             self._execute(forward, tokens[: bucket[1]])
 
     @torch.inference_mode()
     def logits(self, plan: Plan) -> torch.Tensor:
-        """Runs a planned step without drawing: the logits [samples, vocab] of its chunks that reach their end."""
+        """Runs a planned step without drawing: the logits [samples, vocab] of its chunks that reach their end; of a
+        part of the vocabulary on each rank of a group.
+        """
         forward, samples = self._begin(plan)
         self._compute(forward)
         return forward.buffers.logits[:samples].clone()
 
-    def _begin(self, plan: Plan) -> tuple[Forward, int]:
+    def _begin(self, plan: Plan, agree: Callable[[int], None] | None = None) -> tuple[Forward, int]:
         """Sends the plan to the device; the views that its step works on, and how many chunks sample."""
         samples = self._fill(plan)
+        if agree is not None:
+            agree(digest(self.step.host()))
         forward = self._forward(plan.num_tokens, plan.num_sequences, samples)
         if self.timeline is not None:
             self.timeline.launches(plan.num_tokens, plan.num_sequences)
@@ -227,7 +241,7 @@ class Runner:
             forward.cos_sin, forward.rope_rows = self.rotation.own_tables(plan, forward.positions.shape[0])
         return forward, samples
 
-    def _execute(self, forward: Forward, tokens: torch.Tensor) -> None:
+    def _execute(self, forward: Forward, tokens: torch.Tensor, draws: Draws | None = None) -> None:
         """Everything that a step does on the device, from the uploaded plan to the sampled tokens."""
         self._compute(forward)
         rows = tokens.shape[0]
@@ -235,12 +249,12 @@ class Runner:
             return
         step = forward.step
         suppress = self._suppress[:rows] if self._suppressing else None
-        sample(
+        self.sampler.sample(
             tokens,
             forward.buffers.logits[:rows],
-            self.sampling,
             step.sample_slots[:rows],
             step.sample_positions[:rows],
+            draws=draws,
             counts=step.counts,
             last_token=step.last_token,
             suppress=suppress,
@@ -347,7 +361,7 @@ class Runner:
             self.sampling.assign([s.slot for s in started], [s.sampling for s in started])
         for sequence in started:
             if sequence.special:
-                self._extras = self._extras or Extras(self.model, self.arena, self.sampling)
+                self._extras = self._extras or Extras(self.model, self.arena, self.sampler)
                 self._extras.add(sequence)
         return updates
 

@@ -19,6 +19,7 @@ from mii.engine.sequence import Sequence
 from mii.modeling.decoder import Decoder
 from mii.modeling.forward import ActivationArena, Forward
 from mii.ops.logits import Scores, score, upload
+from mii.ops.shard_scores import score_shards
 
 
 class ScoredPrompt(NamedTuple):
@@ -128,7 +129,7 @@ class Scorer:
 
     def _of_answers(self, rows: dict[int, int], logits: torch.Tensor, tokens: torch.Tensor) -> Scores:
         index = upload(list(rows), torch.int64, logits.device)
-        return score(logits.index_select(0, index), tokens.index_select(0, index), self._k(rows.values()))
+        return self._score(logits.index_select(0, index), tokens.index_select(0, index), self._k(rows.values()))
 
     def _of_prompts(self, prompts: SequenceOf[ScoredPrompt], forward: Forward) -> list[Scores]:
         """Scores of as many rows at a time as the buffers have room for."""
@@ -140,8 +141,14 @@ class Scorer:
         for some, their in zip(rows.split(at_once), tokens.split(at_once), strict=True):
             buffers = self._arena.views(forward.ids.shape[0], len(some))
             logits = self._model.project(replace(forward, sample_rows=some, buffers=buffers))
-            parts.append(score(logits, their, k))
+            parts.append(self._score(logits, their, k))
         return parts
+
+    def _score(self, logits: torch.Tensor, tokens: torch.Tensor, k: int) -> Scores:
+        group, span = self._model.place.group, self._model.spec.vocab_span
+        if group is None or span.is_whole:
+            return score(logits, tokens, k)
+        return score_shards(logits, tokens, k, span, group)
 
     def _k(self, alternatives: Iterable[int]) -> int:
         return min(max(alternatives), self._model.spec.vocab_size)

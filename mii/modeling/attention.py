@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from mii.modeling.forward import Forward
-from mii.modeling.layers import Norm
+from mii.modeling.layers import Norm, RowNorm
 from mii.modeling.parameters import Linear, Module, Placement
 from mii.modeling.spec import ModelSpec
 from mii.ops.attention import attention
@@ -22,14 +22,17 @@ class Attention(Module):
     """
 
     def __init__(self, place: Placement, spec: ModelSpec, layer: int, *, project: bool = True) -> None:
-        parts = {"q": spec.q_size, "k": spec.kv_size, "v": spec.kv_size}
+        parts = {"q": spec.q_span, "k": spec.kv_span, "v": spec.kv_span}
         self.qkv = Linear(place, spec.hidden_size, parts, bias=spec.qkv_bias)
-        self.output = Linear(place, spec.q_size, {"": spec.hidden_size}, bias=spec.output_bias) if project else None
+        self.output = Linear(place, spec.q_span, {"": spec.hidden_size}, bias=spec.output_bias) if project else None
         self.spec, self.layer, self.window = spec, layer, spec.windows[layer]
-        self.q_norm = self.k_norm = None
-        if spec.head_norm or spec.row_norm:
-            self.q_norm = Norm(place, spec, spec.q_size if spec.row_norm else spec.head_dim)
-            self.k_norm = Norm(place, spec, spec.kv_size if spec.row_norm else spec.head_dim)
+        self.q_norm: Norm | RowNorm | None = None
+        self.k_norm: Norm | RowNorm | None = None
+        if spec.row_norm:
+            self.q_norm = RowNorm(place, spec, spec.q_span, counts=True)
+            self.k_norm = RowNorm(place, spec, spec.kv_span, counts=spec.shard is None or spec.shard.first_of_keys)
+        elif spec.head_norm:
+            self.q_norm, self.k_norm = Norm(place, spec, spec.head_dim), Norm(place, spec, spec.head_dim)
         # The rotation's kernel norms heads by their root mean square; whole rows, and heads by LayerNorm, come before.
         self._norms_apart = spec.row_norm or (spec.head_norm and spec.norm == "layer")
         rope = spec.ropes[layer]
@@ -86,7 +89,9 @@ class Attention(Module):
             width = end - start if spec.row_norm else spec.head_dim
             for first in range(start, end, width):
                 part = qkv[:, first : first + width]
-                if norm is not None:
+                if isinstance(norm, RowNorm):
+                    norm(part)
+                elif norm is not None:
                     norm(part, part)
 
     def _head_norms(self) -> dict[str, Any]:

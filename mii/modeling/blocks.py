@@ -126,7 +126,7 @@ class ParallelBlock(Module):
         biased = {"attention": spec.output_bias, "mlp": spec.mlp_bias}
         self.output = JointLinear(
             place,
-            {"attention": spec.q_size, "mlp": spec.intermediate_size},
+            {"attention": spec.q_span, "mlp": spec.mlp_span},
             spec.hidden_size,
             [name for name, has_bias in biased.items() if has_bias],
         )

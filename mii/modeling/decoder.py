@@ -15,7 +15,7 @@ from mii.ops.gather import gather
 
 
 class Decoder(Module):
-    """Computes logits [samples, vocab] for the sampled rows of a step."""
+    """Computes logits [samples, vocab] for the sampled rows of a step; a rank those of its part of the vocabulary."""
 
     def __init__(self, spec: ModelSpec, place: Placement) -> None:
         self.spec, self.place = spec, place
@@ -29,8 +29,8 @@ class Decoder(Module):
     def _make_head(self) -> Linear | TiedHead:
         spec = self.spec
         if spec.tied_embeddings:
-            return TiedHead(self.place, spec.vocab_size, bias=spec.head_bias)
-        return Linear(self.place, spec.embedding_size or spec.hidden_size, {"": spec.vocab_size}, bias=spec.head_bias)
+            return TiedHead(self.place, spec.vocab_span, bias=spec.head_bias)
+        return Linear(self.place, spec.embedding_size or spec.hidden_size, {"": spec.vocab_span}, bias=spec.head_bias)
 
     def forward(self, forward: Forward) -> torch.Tensor:
         buffers = forward.buffers

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from mii.modeling.parameters import Module, Parameter, Placement
+from mii.modeling.parameters import Module, Parameter, Piece, Placement, as_span
+from mii.modeling.sharding import Span
 from mii.modeling.spec import ExpertsSpec, ModelSpec
 from mii.ops.moe import ExpertWeights, choose_kernel, pack_experts
 from mii.ops.moe_routing import ExpertLists, ExpertRows, Routing
@@ -23,18 +24,40 @@ class StackedParameter(Parameter):
     each expert or for parts of its rows: a part is "" (all), "3" (an expert) or "3.gate" (its rows of this name).
     """
 
-    __slots__ = ("_rows",)
+    __slots__ = ("_columns", "_rows")
 
-    def __init__(self, tensor: torch.Tensor, rows: Mapping[str, int]) -> None:
+    def __init__(self, tensor: torch.Tensor, rows: Mapping[str, int | Span], columns: Span) -> None:
         names = [f"{expert}.{part}".rstrip(".") for expert in range(tensor.shape[0]) for part in rows]
         super().__init__(tensor, dict.fromkeys(names, 1))
-        self._rows = dict(rows)
+        self._rows, self._columns = dict(rows), columns
+
+    def whole_shape(self, part: str = "") -> tuple[int, ...]:
+        matrix = self._matrix(self.tensor[0]).whole_shape(part.partition(".")[2])
+        return matrix if part else (self.tensor.shape[0], *matrix)
+
+    def pieces(self, part: str = "") -> list[Piece]:
+        if part:
+            expert, _, name = part.partition(".")
+            return self._matrix(self.tensor[int(expert)]).pieces(name)
+        first = self._matrix(self.tensor[0])
+        found, start = [], 0
+        for view, wanted, dim in first.pieces():
+            size = view.shape[dim]
+            found.append(Piece(self.tensor.narrow(dim + 1, start, size), wanted, dim + 1))
+            start += size
+        return found
+
+    def _matrix(self, tensor: torch.Tensor) -> Parameter:
+        """One expert's."""
+        if self._columns.is_whole:
+            return Parameter(tensor, self._rows)
+        return Parameter(tensor, {"": self._columns}, dim=1)
 
     def view(self, part: str = "") -> torch.Tensor:
         if part == "":
             return self.tensor
         expert, _, name = part.partition(".")
-        return Parameter(self.tensor[int(expert)], self._rows).view(name)
+        return self._matrix(self.tensor[int(expert)]).view(name)
 
     def filled(self, part: str = "") -> None:
         covered = [name for name in self.parts if part in ("", name) or name.startswith(f"{part}.")]
@@ -45,9 +68,16 @@ class ExpertStack(Module):
     """The same matrix of every expert: [experts, sum of parts, in_features], packed once it is complete."""
 
     def __init__(
-        self, place: Placement, experts: int, in_features: int, parts: Mapping[str, int], *, gated: bool
+        self,
+        place: Placement,
+        experts: int,
+        in_features: int | Span,
+        parts: Mapping[str, int | Span],
+        *,
+        gated: bool,
     ) -> None:
-        self.weight = StackedParameter(place.empty(experts, sum(parts.values()), in_features), parts)
+        columns, rows = as_span(in_features), sum(as_span(size).size for size in parts.values())
+        self.weight = StackedParameter(place.empty(experts, rows, columns.size), parts, columns)
         self.packed: ExpertWeights | None = None
         self._gated = gated
 

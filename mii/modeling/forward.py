@@ -51,7 +51,7 @@ class ActivationArena:
         self._rows = {name: place.empty(max_tokens, width) for name, width in widths.items()}
         self._rows |= _joint(place, max_tokens, spec)
         sampled = dict.fromkeys(("last", "last_residual", "last_normed"), spec.hidden_size)
-        sampled |= {"last_projected": spec.embedding_size, "logits": spec.vocab_size}
+        sampled |= {"last_projected": spec.embedding_size, "logits": spec.vocab_span.size}
         self._samples = {name: place.empty(max_samples, width) for name, width in sampled.items()}
         self._experts = None if spec.experts is None else ExpertMemory(spec, place, max_tokens)
         self.max_samples = max_samples

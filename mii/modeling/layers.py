@@ -7,14 +7,18 @@ them into decoder layers.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from mii.modeling.parameters import Module, Parameter, Placement
+from mii.modeling.sharding import Span
 from mii.modeling.spec import ModelSpec
-from mii.ops import abi
+from mii.ops import abi, native
 from mii.ops.embedding import embedding
 from mii.ops.linear import LinearWeight, linear, pack_linear
 from mii.ops.norm import norm
+from mii.ops.shard_norm import norm_shards
 
 
 class Norm(Module):
@@ -36,6 +40,30 @@ class Norm(Module):
         x_weight = None if self.branch is None else self.branch.tensor
         norm(out, x, weight, eps=self.eps, bias=bias, residual=residual, kind=self.kind, x_weight=x_weight)
         return out
+
+
+class RowNorm(Module):
+    """A norm over the features of all heads, in place; of a rank's part with the sums of all ranks.
+
+    `counts`: whether no rank before this one has the same features.
+    """
+
+    def __init__(self, place: Placement, spec: ModelSpec, features: Span, *, counts: bool) -> None:
+        self.weight = Parameter(place.empty(features.size), {"": features})
+        self.eps, self.kind = spec.norm_eps, abi.NORMS[spec.norm]
+        self._features, self._counts = features, counts
+        self._group = None if spec.shard is None else place.group
+
+    def __call__(self, x: torch.Tensor) -> None:
+        weight = self.weight.tensor
+        if self._group is None:
+            norm(x, x, weight, eps=self.eps, kind=self.kind)
+            return
+        work = partial(
+            norm_shards, x, weight, eps=self.eps, kind=self.kind, whole=self._features.whole, counts=self._counts,
+            group=self._group,
+        )  # fmt: skip
+        native.aside(work)
 
 
 class BranchNorm(Module):
@@ -87,14 +115,15 @@ class Embedding(Module):
 class TiedHead(Module):
     """Logits by the embedding's own matrix, which is packed once more where a product wants another layout."""
 
-    def __init__(self, place: Placement, vocab: int, bias: bool = False) -> None:
-        self.bias = Parameter(place.empty(vocab)) if bias else None
+    def __init__(self, place: Placement, vocab: Span, bias: bool = False) -> None:
+        self.bias = Parameter(place.empty(vocab.size), {"": vocab}) if bias else None
+        self._vocab = vocab
         self.packed: LinearWeight | None = None
         self.following: LinearWeight | None = None
 
     def finish(self, table: torch.Tensor) -> None:
         """Called when every weight is there, with the embedding's, [vocab, hidden]."""
-        self.packed = pack_linear(table)
+        self.packed = pack_linear(table[self._vocab.slice])
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         assert self.packed is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -9,8 +10,10 @@ import torch
 from mii.modeling.experts import ExpertStack, routing_of
 from mii.modeling.forward import Forward
 from mii.modeling.parameters import Linear, Module, Placement
+from mii.modeling.sharding import Span
 from mii.modeling.spec import ExpertsSpec, ModelSpec
 from mii.ops.activation import activation
+from mii.ops.all_reduce import all_reduce
 from mii.ops.moe import moe_combine, moe_down, moe_up
 from mii.ops.moe_routing import route
 
@@ -32,11 +35,12 @@ class DenseMLP(Module):
     its width where that is not the model's `intermediate_size`.
     """
 
-    def __init__(self, place: Placement, spec: ModelSpec, *, project: bool = True, size: int = 0) -> None:
+    def __init__(self, place: Placement, spec: ModelSpec, *, project: bool = True, size: Span | None = None) -> None:
         gated = spec.mlp == "gated"
-        self.size = size = size or spec.intermediate_size
-        self.up = Linear(place, spec.hidden_size, {"gate": size, "up": size} if gated else {"": size}, spec.mlp_bias)
-        self.down = Linear(place, size, {"": spec.hidden_size}, spec.mlp_bias) if project else None
+        span = spec.mlp_span if size is None else size
+        self.size = span.size
+        self.up = Linear(place, spec.hidden_size, {"gate": span, "up": span} if gated else {"": span}, spec.mlp_bias)
+        self.down = Linear(place, span, {"": spec.hidden_size}, spec.mlp_bias) if project else None
         self.kind, self.gated, self.up_width = spec.activation, gated, self.up.out_features
 
     def __call__(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -62,13 +66,15 @@ class ExpertsMLP(Module):
     """
 
     def __init__(self, place: Placement, spec: ModelSpec, experts: ExpertsSpec) -> None:
-        hidden, size = spec.hidden_size, experts.intermediate_size
+        hidden, size = spec.hidden_size, experts.span
+        apart = replace(place, group=None)  # the shared expert's part is summed with all experts' over the ranks
         self.router = Linear(place, hidden, {"": experts.count})
-        self.shared = DenseMLP(place, spec, size=experts.shared_size) if experts.shared_size else None
+        self.shared = DenseMLP(apart, spec, size=experts.shared_span) if experts.shared_size else None
         self.shared_gate = Linear(place, hidden, {"": 1}) if experts.shared_size else None
         self.up = ExpertStack(place, experts.count, hidden, {"gate": size, "up": size}, gated=True)
         self.down = ExpertStack(place, experts.count, size, {"": hidden}, gated=False)
         self.routing = routing_of(experts)
+        self._group = None if size.is_whole else place.group
         self.kind, self.up_width = spec.activation, 0 if self.shared is None else self.shared.up_width
 
     def __call__(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -82,6 +88,8 @@ class ExpertsMLP(Module):
         moe_up(buffers.hidden, x, self.up.weights, rows, routing, self.kind)
         moe_down(buffers.parts, buffers.hidden, self.down.weights, rows, routing)
         moe_combine(out, buffers.parts, top_k=routing.top_k, shared=shared, shared_gate=gate, counts=counts)
+        if self._group is not None:
+            all_reduce(out, self._group)
         return out
 
 

@@ -14,6 +14,7 @@ from mii.modeling.decoder import Decoder
 from mii.modeling.experts import ExpertStack
 from mii.modeling.families import FAMILIES, Family, Target
 from mii.modeling.parameters import Linear, Parameter, Placement
+from mii.ops.all_reduce import Group
 from mii.progress import progress_bar
 
 if TYPE_CHECKING:
@@ -41,18 +42,32 @@ def find_family(config: Mapping[str, Any]) -> Family:
 
 
 def load_model(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, progress: bool | None = None
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    progress: bool | None = None,
+    group: Group | None = None,
 ) -> Decoder:
     """Reads a checkpoint into a model on `device`, converted to `dtype`, tensor by tensor into the fused layout.
 
+    Args:
+        checkpoint: The weights; a rank of a group reads its own part of each.
+        device: Where they go.
+        dtype: What they become.
+        progress: Show a progress bar.
+        group: The ranks that the model is divided among.
+
     Raises:
+        PlacementError: The model cannot be divided among so many ranks.
         UnsupportedModelError: The architecture is none of the supported ones.
         CheckpointError: A config field or a tensor is missing, unexpected or of another shape.
     """
     family = find_family(checkpoint.config)
     spec = family.read_spec(checkpoint.config)
     started = time.monotonic()
-    model = Decoder(spec, Placement(device, dtype))
+    part = spec if group is None else spec.sharded(group.rank, group.size)
+    model = Decoder(part, Placement(device, dtype, group))
     present = {family.canonical(name): name for name in checkpoint.names()}
     targets = family.targets(spec, set(present))
     _fill(model, checkpoint, targets, _stored_names(checkpoint, family, targets, present), progress)
@@ -97,7 +112,7 @@ def _fill(
     order = {path: index for index, path in enumerate(parameters)}
     names = sorted(targets, key=lambda name: order[targets[name].path])
     owners = {path: module for path, module in model.modules() if isinstance(module, Linear | ExpertStack)}
-    checkpoint.prefetch([stored[name] for name in names])
+    checkpoint.prefetch({stored[name]: _extent(parameters[targets[name].path], targets[name]) for name in names})
     total = sum(parameters[targets[name].path].view(targets[name].part).numel() for name in names)
     with progress_bar("weights", total * model.place.dtype.itemsize, unit="B", enabled=progress) as bar:
         for name in names:
@@ -111,15 +126,24 @@ def _fill(
 
 def _read(checkpoint: Checkpoint, name: str, parameter: Parameter, target: Target, dtype: torch.dtype) -> int:
     """Copies one tensor into its place, converting on the way; returns the bytes written."""
-    view = parameter.view(target.part)
-    shape, expected = tuple(checkpoint.shape(name)), target.stored_shape(tuple(view.shape))
+    shape, expected = tuple(checkpoint.shape(name)), target.stored_shape(parameter.whole_shape(target.part))
     if shape != expected:
         raise CheckpointError(
             f"{checkpoint.path}: {name} has shape {list(shape)}, the config asks for {list(expected)}."
         )
-    view.copy_(target.arranged(checkpoint.get(name, dtype)))
+    for view, wanted, dim in parameter.pieces(target.part):
+        stored = checkpoint.get(name, dtype, target.slices(dim, wanted, len(shape)))
+        view.copy_(target.arranged(stored, dim, wanted))
     parameter.filled(target.part)
-    return view.numel() * view.element_size()
+    return parameter.view(target.part).numel() * parameter.tensor.element_size()
+
+
+def _extent(parameter: Parameter, target: Target) -> tuple[slice, ...] | None:
+    """Slices of a checkpoint's tensor around all that a parameter takes of it; None: all of it."""
+    pieces = parameter.pieces(target.part)
+    if len(pieces) > 1:
+        return None
+    return target.slices(pieces[0].dim, pieces[0].wanted, len(parameter.whole_shape(target.part)))
 
 
 def stop_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> tuple[int, ...]:

@@ -1,27 +1,42 @@
 """Where weights live: tensors on the device that a checkpoint is read into, one part at a time.
 
 A fused matrix (query, key and value; gate and up) is one tensor with named ranges of rows or columns, so each
-checkpoint tensor is written straight into its place and no second copy of the model ever exists.
+checkpoint tensor is written straight into its place and no second copy of the model ever exists. A rank of a
+tensor-parallel group has a span of each part, and reads no more than that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
+from mii.modeling.sharding import Span
+from mii.ops.all_reduce import Group, all_reduce
 from mii.ops.linear import LinearWeight, gated_linear, linear, pack_linear
 
 
+class Piece(NamedTuple):
+    """A range of a parameter to be filled, and what it is of the checkpoint's tensor along a dimension; None: all."""
+
+    view: torch.Tensor
+    wanted: slice | None
+    dim: int = 0
+
+
 class Parameter:
-    """A tensor to be filled from a checkpoint. `parts` names ranges of it along `dim` and their sizes, in order."""
+    """A tensor to be filled from a checkpoint. `parts` names ranges of it along `dim` and their sizes, in order; a
+    `Span` says what this rank has of a part.
+    """
 
-    __slots__ = ("dim", "missing", "parts", "tensor")
+    __slots__ = ("dim", "missing", "parts", "spans", "tensor")
 
-    def __init__(self, tensor: torch.Tensor, parts: Mapping[str, int] | None = None, dim: int = 0) -> None:
+    def __init__(self, tensor: torch.Tensor, parts: Mapping[str, int | Span] | None = None, dim: int = 0) -> None:
         self.tensor, self.dim = tensor, dim
-        self.parts = dict(parts) if parts else {"": tensor.shape[dim]}
+        self.spans = {name: as_span(size) for name, size in (parts or {"": tensor.shape[dim]}).items()}
+        self.parts = {name: span.size for name, span in self.spans.items()}
         self.missing = set(self.parts)
 
     def view(self, part: str = "") -> torch.Tensor:
@@ -35,6 +50,24 @@ class Parameter:
             start += size
         raise KeyError(part)
 
+    def whole_shape(self, part: str = "") -> tuple[int, ...]:
+        """The shape of a part on all ranks together."""
+        shape = list(self.tensor.shape)
+        shape[self.dim] = sum(span.whole for name, span in self.spans.items() if part in ("", name))
+        return tuple(shape)
+
+    def pieces(self, part: str = "") -> list[Piece]:
+        """What to fill a part with, along `dim`. All parts together are one after the other in the checkpoint too."""
+        names = [name for name in self.spans if part in ("", name)]
+        if all(self.spans[name].is_whole for name in names):
+            return [Piece(self.view(part), None)]
+        pieces, before = [], 0
+        for name in names:
+            span = self.spans[name]
+            pieces.append(Piece(self.view(name), slice(before + span.start, before + span.stop), self.dim))
+            before += span.whole
+        return pieces
+
     def filled(self, part: str = "") -> None:
         """Notes that a part was written."""
         self.missing.difference_update(self.parts if part == "" else (part,))
@@ -42,10 +75,11 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where new weights are made: device and dtype."""
+    """Where new weights are made: device and dtype, and the ranks that have the other parts of a divided model."""
 
     device: torch.device
     dtype: torch.dtype
+    group: Group | None = None
 
     def empty(self, *shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=self.dtype, device=self.device)
@@ -77,17 +111,22 @@ class Module:
 class Linear(Module):
     """`out = x @ weight^T + bias`. The weight is [sum of parts, in_features]; it is packed once it is complete.
 
-    `following` is the weight of the product that a step computes next.
+    `following` is the weight of the product that a step computes next. Where this rank has a span of the inputs,
+    results are summed over the ranks; the bias is with the first one.
     """
 
-    def __init__(self, place: Placement, in_features: int, parts: Mapping[str, int], bias: bool = False) -> None:
-        rows = sum(parts.values())
-        self.weight = Parameter(place.empty(rows, in_features), parts)
-        self.bias = Parameter(place.empty(rows), parts) if bias else None
+    def __init__(
+        self, place: Placement, in_features: int | Span, parts: Mapping[str, int | Span], bias: bool = False
+    ) -> None:
+        columns, rows = as_span(in_features), sum(as_span(size).size for size in parts.values())
+        weight = place.empty(rows, columns.size)
+        self.weight = Parameter(weight, parts) if columns.is_whole else Parameter(weight, {"": columns}, dim=1)
+        self.bias = _bias(place, parts, first=columns.start == 0) if bias else None
         self.out_features = rows
         self.packed: LinearWeight | None = None
         self.following: LinearWeight | None = None
-        self._bias: torch.Tensor | None = None if self.bias is None else self.bias.tensor
+        self._bias = self.bias.tensor if self.bias is not None and self.bias.tensor.numel() else None
+        self._group = None if columns.is_whole else place.group
 
     @property
     def complete(self) -> bool:
@@ -103,6 +142,8 @@ class Linear(Module):
     def __call__(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         assert self.packed is not None
         linear(out, x, self.packed, self._bias, following=self.following)
+        if self._group is not None:
+            all_reduce(out, self._group)
         return out
 
     def gated(self, out: torch.Tensor, scratch: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tensor:
@@ -122,15 +163,30 @@ class JointLinear(Linear):
     """
 
     def __init__(
-        self, place: Placement, inputs: Mapping[str, int], out_features: int, biased: Collection[str] = ()
+        self, place: Placement, inputs: Mapping[str, int | Span], out_features: int, biased: Collection[str] = ()
     ) -> None:
-        super().__init__(place, sum(inputs.values()), {"": out_features})
+        spans = [as_span(size) for size in inputs.values()]
+        super().__init__(place, sum(span.size for span in spans), {"": out_features})
         self.weight = Parameter(self.weight.tensor, inputs, dim=1)
         if biased:
-            self.bias = Parameter(place.empty(len(biased) * out_features), dict.fromkeys(biased, out_features))
+            self.bias = _bias(place, dict.fromkeys(biased, out_features), first=not any(span.start for span in spans))
+        self._group = None if all(span.is_whole for span in spans) else place.group
 
     def finish(self) -> None:
         super().finish()
-        if self.bias is not None and self._bias is None:
+        if self.bias is not None and self._bias is None and self.bias.tensor.numel():
             each = self.bias.tensor.view(-1, self.out_features)
             self._bias = each.sum(0, dtype=torch.promote_types(each.dtype, torch.float32)).to(each.dtype)
+
+
+def as_span(size: int | Span) -> Span:
+    """A dimension's size as the span of all of it."""
+    return size if isinstance(size, Span) else Span.all_of(size)
+
+
+def _bias(place: Placement, parts: Mapping[str, int | Span], *, first: bool) -> Parameter:
+    """The biases of some parts; of what ranks sum up only the first one has any."""
+    spans = {name: as_span(size) for name, size in parts.items()}
+    if not first:
+        spans = {name: Span(0, 0, span.whole) for name, span in spans.items()}
+    return Parameter(place.empty(sum(span.size for span in spans.values())), spans)

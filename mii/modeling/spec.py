@@ -5,10 +5,11 @@ names.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mii.errors import CheckpointError
+from mii.modeling.sharding import Shard, Span, split, split_heads
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,8 @@ class ExpertsSpec:
         layers: For each layer whether it has experts; the others have a dense MLP of the model's `intermediate_size`.
         scoring, renormalise: As in `mii.ops.moe_routing.Routing`.
         shared_size: Width of an expert that every token goes to besides, behind a sigmoid gate; 0 for none.
+        columns, shared_columns: Which columns of an expert, and of the shared one, a rank of a group has; the sizes are
+            then that rank's. None: all.
     """
 
     count: int
@@ -41,6 +44,30 @@ class ExpertsSpec:
     scoring: str = "softmax"
     renormalise: bool = True
     shared_size: int = 0
+    columns: Span | None = None
+    shared_columns: Span | None = None
+
+    @property
+    def span(self) -> Span:
+        """Columns of an expert."""
+        return self.columns or Span.all_of(self.intermediate_size)
+
+    @property
+    def shared_span(self) -> Span:
+        """Columns of the shared expert."""
+        return self.shared_columns or Span.all_of(self.shared_size)
+
+    def sharded(self, rank: int, size: int) -> ExpertsSpec:
+        """What one rank of a group has: some columns of every expert."""
+        columns = split(self.intermediate_size, rank, size)
+        shared = split(self.shared_size, rank, size) if self.shared_size else None
+        return replace(
+            self,
+            intermediate_size=columns.size,
+            shared_size=shared.size if shared else 0,
+            columns=columns,
+            shared_columns=shared,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +89,8 @@ class ModelSpec:
         learned_positions: Rows of the table of learned positions, 0 for none; a position's row is `position_offset` on.
         alibi_slopes: Slope of each query head, empty for none.
         layer_scales: Factor on `attention_scale` for each layer, empty for none.
+        shard: The part of the model that one rank of a group has; the counts of heads and `intermediate_size` are then
+            that rank's, and the spans say where they lie in the whole. None: all of it.
     """
 
     family: str
@@ -102,6 +131,7 @@ class ModelSpec:
     attention_softcap: float = 0.0
     logit_softcap: float = 0.0
     embedding_scale: float = 1.0
+    shard: Shard | None = None
 
     @property
     def ropes(self) -> tuple[RopeSpec | None, ...]:
@@ -128,6 +158,46 @@ class ModelSpec:
     @property
     def kv_size(self) -> int:
         return self.kv_heads * self.head_dim
+
+    @property
+    def q_span(self) -> Span:
+        """Query features, of all heads side by side."""
+        return self.shard.q_heads.times(self.head_dim) if self.shard else Span.all_of(self.q_size)
+
+    @property
+    def kv_span(self) -> Span:
+        """Key (or value) features, of all heads side by side."""
+        return self.shard.kv_heads.times(self.head_dim) if self.shard else Span.all_of(self.kv_size)
+
+    @property
+    def mlp_span(self) -> Span:
+        """Columns between the MLP's products."""
+        return self.shard.columns if self.shard else Span.all_of(self.intermediate_size)
+
+    @property
+    def vocab_span(self) -> Span:
+        """Tokens whose logits are computed here."""
+        return self.shard.vocabulary if self.shard else Span.all_of(self.vocab_size)
+
+    def sharded(self, rank: int, size: int) -> ModelSpec:
+        """What one rank of a tensor-parallel group has of this model.
+
+        Raises:
+            PlacementError: the model cannot be divided among so many.
+        """
+        if size == 1:
+            return self
+        q_heads, kv_heads = split_heads(self.q_heads, self.kv_heads, rank, size)
+        columns = split(self.intermediate_size, rank, size)
+        return replace(
+            self,
+            q_heads=q_heads.size,
+            kv_heads=kv_heads.size,
+            intermediate_size=columns.size,
+            alibi_slopes=self.alibi_slopes[q_heads.slice],
+            experts=None if self.experts is None else self.experts.sharded(rank, size),
+            shard=Shard(rank, size, q_heads, kv_heads, columns, split(self.vocab_size, rank, size)),
+        )
 
     def kv_bytes_per_token(self, element_size: int) -> int:
         """Bytes of keys and values that one token takes over all layers."""

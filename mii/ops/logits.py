@@ -61,16 +61,16 @@ def score(logits: torch.Tensor, ids: torch.Tensor, k: int) -> Scores:
     step = max(1, _BLOCK.get(logits.device.type, 1 << 20) // vocab)
     for start in range(0, rows, step):
         piece = slice(start, start + step)
-        values = _clean(logits[piece])
+        values = clean(logits[piece])
         total = _log_total(values)
         out.chosen[piece] = _relative(values, ids[piece].long().unsqueeze(1), total).squeeze(1)
         if k:
-            best = _best(values, k)
+            best = best_of_rows(values, k)
             out.top[piece], out.top_ids[piece] = _relative(values, best, total), best
     return out
 
 
-def _best(values: torch.Tensor, k: int) -> torch.Tensor:
+def best_of_rows(values: torch.Tensor, k: int) -> torch.Tensor:
     """Ids int64 [rows, k] of the k largest values of each row, equal ones by id."""
     if values.device.type != "cpu":
         return best_together(values, k)
@@ -78,7 +78,7 @@ def _best(values: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def best_together(values: torch.Tensor, k: int) -> torch.Tensor:
-    """`_best` of all rows without a look at any value: a search for integers that hold value and id."""
+    """`best_of_rows` without a look at any value: a search for integers that hold value and id."""
     last = values.shape[1] - 1
     bits = (values + 0.0).view(torch.int32)  # -0 becomes +0: they are equal
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
@@ -106,7 +106,7 @@ def _relative(values: torch.Tensor, ids: torch.Tensor, total: torch.Tensor) -> t
     return torch.where(chosen.isinf(), infinite, (chosen - total).float())
 
 
-def _clean(logits: torch.Tensor) -> torch.Tensor:
+def clean(logits: torch.Tensor) -> torch.Tensor:
     return logits.float().nan_to_num(float("-inf"), float("inf"), float("-inf"))
 
 
@@ -183,9 +183,12 @@ class PenaltyTable:
         self.counts[slot].zero_().scatter_add_(0, answer, torch.ones_like(answer, dtype=torch.int32))
 
     def record(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Counts one new token for each row; rows with slot -1 count nothing. Both int32 [rows]."""
-        active = slots >= 0
-        index = torch.where(active, slots.long() * self.counts.shape[1] + tokens, 0)
+        """Counts one new token for each row; rows with slot -1 and tokens outside the table count nothing. Both int32
+        [rows].
+        """
+        columns = self.counts.shape[1]
+        active = (slots >= 0) & (tokens >= 0) & (tokens < columns)
+        index = torch.where(active, slots.long() * columns + tokens, 0)
         self.counts.view(-1).scatter_add_(0, index, active.int())
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,8 +29,16 @@ class Recorder(Protocol):
 
     def add(self, library: Library, name: str, args: ctypes.Structure) -> None: ...
 
+    def aside(self, work: Callable[[], object]) -> None: ...
 
-recorder: Recorder | None = None
+
+class _Recorders(threading.local):
+    """What listens to the calls of each thread."""
+
+    current: Recorder | None = None
+
+
+recorders = _Recorders()
 fallbacks = 0  # how often a plain torch body has served because there was no kernel for the arguments
 # Operations of every step. Their torch bodies are far slower, and may read the device's memory, so that a step with one
 # of them cannot be captured. Others have kernels for special cases only, which are asked for and refused silently.
@@ -101,8 +110,8 @@ class Library:
         """Runs an operation. False: this library has no kernel for these arguments (the caller uses the reference)."""
         code = self.functions[name](ctypes.addressof(args), stream)
         if code == abi.OK:
-            if recorder is not None:
-                recorder.add(self, name, args)
+            if recorders.current is not None:
+                recorders.current.add(self, name, args)
             return True
         if code == abi.UNSUPPORTED:
             if name in _WARNED_ABOUT:
@@ -129,6 +138,18 @@ def _share_openmp() -> None:
         return
     for path in sorted(paths, key=lambda p: "torch" not in p)[:1]:
         ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+
+
+def aside(work: Callable[[], object]) -> None:
+    """Does something that is no call of a library, and in a step that is recorded does it again at every replay.
+
+    Args:
+        work: works on the same memory each time.
+    """
+    if recorders.current is None:
+        work()
+    else:
+        recorders.current.aside(work)
 
 
 def library(device: torch.device) -> Library | None:

@@ -9,14 +9,14 @@ memory that the calls read, as it does for a graph.
     steps.run((tokens, sequences), body)      # `body` runs the step's operations
 
 A body that does anything else with tensors but take views (a plain torch operation, a body of an operation in torch) is
-not recorded and simply runs.
+not recorded and simply runs; what it does through `native.aside` is done again in its place among the calls.
 """
 
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Callable, Hashable
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,10 +37,12 @@ class _WatchTorch(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.computed = False
+        self.computed = self.paused = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if self.paused:
+            return result
         name = getattr(func, "__name__", "")
         if name in _VIEWS:
             self.computed |= not _shares_memory(result, args[0])
@@ -54,31 +56,46 @@ def _shares_memory(view: torch.Tensor, base: torch.Tensor) -> bool:
 
 
 class Recording:
-    """The native calls of one run of a body, in order, with copies of their structs."""
+    """The native calls of one run of a body, in order, with copies of their structs, and what is done between them."""
 
-    def __init__(self) -> None:
+    def __init__(self, watch: _WatchTorch) -> None:
+        self._watch = watch
         self._library: native.Library | None = None
         self._structs: list[ctypes.Structure] = []
         self._calls: list[ctypes.Structure] = []
-        self._thread = threading.get_ident()
-        self._run: ctypes.Structure | None = None
-        self._array: ctypes.Array[Any] | None = None
+        self._arrays: list[ctypes.Array[Any]] = []
+        self._parts: list[Callable[[], object]] = []
+        self._count = 0
 
     def __len__(self) -> int:
-        return len(self._calls)
+        return self._count
 
     def add(self, library: native.Library, name: str, args: ctypes.Structure) -> None:
-        """Called by the library for each call that succeeded, on whatever thread."""
-        if threading.get_ident() != self._thread:
-            return
+        """Called by the library for each call of this thread that succeeded."""
         copy = type(args).from_buffer_copy(args)
         self._library = library
         self._structs.append(copy)
         self._calls.append(abi.MiiCall(library.address(name), ctypes.addressof(copy)))
+        self._count += 1
+
+    def aside(self, work: Callable[[], object]) -> None:
+        """See `native.aside`."""
+        self._watch.paused = True
+        try:
+            work()
+        finally:
+            self._watch.paused = False
+        self.finish()
+        self._parts.append(work)
 
     def finish(self) -> None:
-        self._array = (abi.MiiCall * len(self._calls))(*self._calls)
-        self._run = abi.MiiRun(ctypes.addressof(self._array), len(self._calls))
+        """The calls since the last time become one."""
+        if self._calls and self._library is not None:
+            array = (abi.MiiCall * len(self._calls))(*self._calls)
+            self._arrays.append(array)
+            run = abi.MiiRun(ctypes.addressof(array), len(self._calls))
+            self._parts.append(partial(self._library.call, "mii_run", run))
+            self._calls = []
 
     def replay(self) -> None:
         """Makes the calls again.
@@ -86,19 +103,20 @@ class Recording:
         Raises:
             native.NativeError: one of them failed.
         """
-        if self._run is not None and self._library is not None:
-            self._library.call("mii_run", self._run)
+        for part in self._parts:
+            part()
 
 
 def record(body: Callable[[], None]) -> Recording | None:
     """Runs a body and returns its native calls; None where it did something with tensors that is not one of them."""
-    recording = Recording()
-    native.recorder, before = recording, native.recorder
+    watch = _WatchTorch()
+    recording = Recording(watch)
+    native.recorders.current, before = recording, native.recorders.current
     try:
-        with _WatchTorch() as watch:
+        with watch:
             body()
     finally:
-        native.recorder = before
+        native.recorders.current = before
     if watch.computed or not len(recording):
         return None
     recording.finish()

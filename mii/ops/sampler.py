@@ -284,7 +284,7 @@ def _draw(
     threshold = _threshold(distance, weight, params, slot)
     running = weight.masked_fill(distance > threshold.unsqueeze(1), 0).cumsum(1)
     total = running[:, -1]
-    point = _scaled(total, random62(params.seed[slot], positions.long()), 62)
+    point = scaled(total, random62(params.seed[slot], positions.long()), 62)
     drawn = (running <= point.unsqueeze(1)).sum(1)
     return torch.where((temperature > 0) & (total > 0), drawn, greedy)
 
@@ -318,7 +318,7 @@ def _threshold(distance: torch.Tensor, weight: torch.Tensor, params: SamplingTab
     top_p = params.top_p[slot]
     running = weight.gather(1, order).masked_fill(ordered > threshold.unsqueeze(1), 0).cumsum(1)
     share = (top_p.clamp(0, 1) * 2.0**31).long()
-    target = _scaled(running[:, -1], share, 31).clamp(min=1)
+    target = scaled(running[:, -1], share, 31).clamp(min=1)
     reached = (running < target.unsqueeze(1)).sum(1, keepdim=True).clamp(max=vocab - 1)
     return torch.where(top_p < 1, torch.minimum(threshold, ordered.gather(1, reached).squeeze(1)), threshold)
 
@@ -340,7 +340,7 @@ def min_p_distance(min_p: torch.Tensor) -> torch.Tensor:
     return torch.where(on, -logarithm, torch.where(min_p >= 1, 0, LIMIT - 1)).clamp(max=LIMIT - 1)
 
 
-def _scaled(total: torch.Tensor, factor: torch.Tensor, bits: int) -> torch.Tensor:
+def scaled(total: torch.Tensor, factor: torch.Tensor, bits: int) -> torch.Tensor:
     """floor(total * factor / 2^bits) for total < 2^62 and factor < 2^bits, bits 31 or 62, in limbs of 31 bits."""
     mask = (1 << 31) - 1
     high, low = total >> 31, total & mask

@@ -32,7 +32,7 @@ def test_tensors_are_read_as_stored_converted_and_in_slices(tmp_path: Path, name
         assert torch.equal(checkpoint.get("a"), TENSORS["a"])
         assert checkpoint.get("b").dtype == torch.bfloat16
         assert checkpoint.get("a", torch.float16, (slice(1, 2), slice(0, 2))).tolist() == [[3.0, 4.0]]
-        checkpoint.prefetch(["a"])
+        checkpoint.prefetch({"a": None})
         with pytest.raises(CheckpointError, match="no tensor c"):
             checkpoint.get("c")
 

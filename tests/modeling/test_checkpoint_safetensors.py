@@ -112,9 +112,9 @@ def test_an_unknown_name_is_answered_with_the_nearest(tmp_path: Path) -> None:
 def test_reading_ahead_changes_nothing_and_survives_closing(tmp_path: Path) -> None:
     values = {f"w{number}": torch.full((300, 50), float(number)) for number in range(5)}
     checkpoint = open_checkpoint(folder_with(tmp_path, values))
-    checkpoint.prefetch(checkpoint.names())
+    checkpoint.prefetch(dict.fromkeys(checkpoint.names()))
     assert torch.equal(checkpoint.get("w3"), values["w3"])
-    checkpoint.prefetch(["w1"])
+    checkpoint.prefetch({"w1": (slice(0, 1),)})
     checkpoint.close()
 
 

@@ -141,7 +141,7 @@ def test_nothing_is_recorded_after_a_body_that_failed() -> None:
 
     with pytest.raises(KeyError):
         record(failing)
-    assert native.recorder is None
+    assert native.recorders.current is None
 
 
 def test_a_failing_call_of_a_replay_raises_with_its_reason() -> None:

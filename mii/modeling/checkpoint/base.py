@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from mii.errors import CheckpointError
 
 if TYPE_CHECKING:
     import torch
+
+
+Wanted: TypeAlias = Mapping[str, tuple[slice, ...] | None]
 
 
 class Checkpoint(Protocol):
@@ -54,8 +57,12 @@ class Checkpoint(Protocol):
         """
         ...
 
-    def prefetch(self, names: Iterable[str]) -> None:
-        """Reads tensors ahead in the background. A hint: the following `get` is right without it, only slower."""
+    def prefetch(self, wanted: Wanted) -> None:
+        """Reads tensors ahead in the background. A hint: the following `get` is right without it, only slower.
+
+        Args:
+            wanted: name: the slices that `get` will be asked for, None for all of the tensor.
+        """
         ...
 
     def close(self) -> None:

@@ -6,14 +6,14 @@ Only tensors and plain containers are unpickled: a file that wants anything else
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mii.errors import CheckpointError
-from mii.modeling.checkpoint.base import Closing, no_such_tensor
+from mii.modeling.checkpoint.base import Closing, Wanted, no_such_tensor
 from mii.modeling.checkpoint.folder import Weights
 from mii.modeling.checkpoint.mapping import MappedFile, converted
 
@@ -109,9 +109,9 @@ class BinCheckpoint(Closing):
     def get(self, name: str, dtype: torch.dtype | None = None, index: tuple[slice, ...] | None = None) -> torch.Tensor:
         return converted(self._tensor(name).detach(), dtype, index)
 
-    def prefetch(self, names: Iterable[str]) -> None:
+    def prefetch(self, wanted: Wanted) -> None:
         """Reads whole files ahead: this format does not tell where in its file a tensor lies."""
-        for path in sorted({self._files[name] for name in names if name in self._files}):
+        for path in sorted({self._files[name] for name in wanted if name in self._files}):
             file = MappedFile(path)
             file.read_ahead([(0, file.size)])
             file.close()

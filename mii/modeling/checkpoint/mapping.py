@@ -157,6 +157,16 @@ def _advise(descriptor: int, ranges: list[Range]) -> None:
         os.close(descriptor)
 
 
+def rows_within(extent: Range, rows: int, index: tuple[slice, ...] | None) -> Range:
+    """The bytes of those rows of a tensor (bytes `extent` of its file) that the first of some slices names."""
+    start, end = extent
+    if not index or not rows:
+        return extent
+    first, last, _ = index[0].indices(rows)
+    size = (end - start) // rows
+    return start + first * size, start + max(first, last) * size
+
+
 def converted(tensor: torch.Tensor, dtype: torch.dtype | None, index: tuple[slice, ...] | None) -> torch.Tensor:
     """The part of a tensor that `index` names, in another dtype if one is given; a view where both allow it."""
     if index is not None:

@@ -9,16 +9,16 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mii.errors import CheckpointError
-from mii.modeling.checkpoint.base import Closing, no_such_tensor
+from mii.modeling.checkpoint.base import Closing, Wanted, no_such_tensor
 from mii.modeling.checkpoint.folder import Weights
-from mii.modeling.checkpoint.mapping import FileRange, MappedFile, Range, converted, describe
+from mii.modeling.checkpoint.mapping import FileRange, MappedFile, Range, converted, describe, rows_within
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -159,11 +159,12 @@ class SafetensorsCheckpoint(Closing):
         entry = self._entry(name)
         return converted(entry.file.tensor(entry.start, entry.dtype, entry.shape), dtype, index)
 
-    def prefetch(self, names: Iterable[str]) -> None:
+    def prefetch(self, wanted: Wanted) -> None:
         ranges: dict[MappedFile, list[Range]] = {}
-        for name in names:
+        for name, index in wanted.items():
             entry = self._entry(name)
-            ranges.setdefault(entry.file, []).append((entry.start, entry.end))
+            rows = entry.shape[0] if entry.shape else 0
+            ranges.setdefault(entry.file, []).append(rows_within((entry.start, entry.end), rows, index))
         for file, parts in ranges.items():
             file.read_ahead(parts)
 

@@ -30,10 +30,25 @@ class Target(NamedTuple):
         """The shape that the checkpoint's tensor must have for a part of this shape."""
         return shape[::-1] if self.transposed else shape
 
-    def arranged(self, stored: torch.Tensor) -> torch.Tensor:
-        """The part out of the checkpoint's tensor."""
+    def slices(self, dim: int, wanted: slice | None, dims: int) -> tuple[slice, ...] | None:
+        """Slices of the checkpoint's tensor, of `dims` dimensions, around a range of the part; None: all of it."""
+        if wanted is None:
+            return None
+        if self.rows is not None and dim == 0:
+            rows = self.rows[wanted]
+            wanted = slice(int(rows.min()), int(rows.max()) + 1) if len(rows) else slice(0, 0)
+        stored = 1 - dim if self.transposed and dims == 2 else dim
+        return (*[slice(None)] * stored, wanted)
+
+    def arranged(self, stored: torch.Tensor, dim: int = 0, wanted: slice | None = None) -> torch.Tensor:
+        """The part, or a range of it along a dimension, out of `slices` of the checkpoint's tensor."""
         tensor = stored.t() if self.transposed and stored.dim() == 2 else stored
-        return tensor if self.rows is None else tensor[self.rows]
+        if self.rows is None:
+            return tensor
+        if wanted is None or dim != 0:
+            return tensor[self.rows]
+        rows = self.rows[wanted]
+        return tensor[rows - rows.min()] if len(rows) else tensor[:0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +9,13 @@ import numpy as np
 import torch
 
 from mii.errors import CheckpointError, CheckpointNotFoundError
-from mii.modeling.checkpoint.base import Closing, no_such_tensor
+from mii.modeling.checkpoint.base import Closing, Wanted, no_such_tensor
 from mii.modeling.checkpoint.folder import split_parts
 from mii.modeling.checkpoint.gguf.architectures import Source, find_architecture, map_tensors
 from mii.modeling.checkpoint.gguf.config import Metadata, build_config, build_generation_config
 from mii.modeling.checkpoint.gguf.quants import TYPES, dequantise
 from mii.modeling.checkpoint.gguf.reader import GGUFFile, GGUFTensor
-from mii.modeling.checkpoint.mapping import MappedFile, Range, converted
+from mii.modeling.checkpoint.mapping import MappedFile, Range, converted, rows_within
 
 
 class GGUFCheckpoint(Closing):
@@ -78,11 +77,13 @@ class GGUFCheckpoint(Closing):
             return _stored(source, dtype, (in_columns, in_rows)).t()
         return _stored(source, dtype, index)
 
-    def prefetch(self, names: Iterable[str]) -> None:
+    def prefetch(self, wanted: Wanted) -> None:
         ranges: dict[MappedFile, list[Range]] = {}
-        for name in names:
+        for name, index in wanted.items():
             source = self._source(name)
-            ranges.setdefault(source.tensor.file, []).append(_range(source))
+            in_order = source.rows is None and source.shape
+            extent = rows_within(_range(source), source.shape[0], index) if in_order else _range(source)
+            ranges.setdefault(source.tensor.file, []).append(extent)
         for file, parts in ranges.items():
             file.read_ahead(parts)
 

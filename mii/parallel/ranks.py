@@ -1,0 +1,119 @@
+"""A group while its model is loaded: the ranks meet, compare what they have, and become engines."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.distributed_c10d import PrefixStore
+
+from mii.errors import LauncherError
+from mii.parallel.channel import FirstChannel, OtherChannel
+from mii.parallel.engines import FirstEngine, OtherEngine
+from mii.parallel.environment import told_by_first
+from mii.parallel.group import Group, meet
+from mii.parallel.messages import Hello
+
+if TYPE_CHECKING:
+    from mii.engine.engine import Engine
+    from mii.modeling.checkpoint import Checkpoint
+
+__all__ = ["Ranks", "digest_of"]
+
+
+class Ranks:
+    """This process's place in a group. Made on all ranks at the same time.
+
+    Args:
+        store: torch's key-value store, for this group alone.
+        rank: which one this is.
+        size: how many there are.
+        device: where its tensors are; or why it has none.
+        listen: where rank 0 listens for the others: a ``tcp://`` or ``ipc://`` address.
+        host: the name by which other machines know rank 0's.
+        keeps: see `OtherEngine`.
+
+    Raises:
+        LauncherError: a rank has no device.
+    """
+
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        size: int,
+        device: torch.device | Exception,
+        *,
+        listen: str = "",
+        host: str = "",
+        keeps: bool = False,
+    ) -> None:
+        self.rank, self.size, self._keeps = rank, size, keeps
+        reasons = meet(store, rank, size, "device", str(device) if isinstance(device, Exception) else "")
+        for other, reason in enumerate(reasons):
+            if reason:
+                raise told_by_first(LauncherError(f"rank {other} of {size}: {reason}"))
+        assert isinstance(device, torch.device)
+        self.group = Group(PrefixStore("numbers", store), rank, size, device)
+        self._channel = self._connect(store, listen, host)
+
+    def _connect(self, store: Any, listen: str, host: str) -> FirstChannel | OtherChannel:
+        if self.rank:
+            return OtherChannel(self.rank, store.get("channel").decode())
+        listen = listen or ("tcp://127.0.0.1:*" if self.group.is_local else "tcp://0.0.0.0:*")
+        channel = FirstChannel(self.size, listen)
+        store.set("channel", channel.address.replace("//0.0.0.0:", f"//{host}:"))
+        return channel
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """What fails in this block fails on every rank; rank 0 says why."""
+        try:
+            yield
+        except BaseException as error:
+            reason = str(error) or type(error).__name__
+            if isinstance(self._channel, FirstChannel):
+                self._channel.refuse(reason)
+            else:
+                self._channel.fail(reason)
+            self._channel.close()
+            self.group.close()
+            raise told_by_first(error) from None
+
+    def settle(self, checkpoint: Checkpoint, options: str, blocks: int) -> int:
+        """Compares what the ranks have loaded; returns how many KV blocks each of them makes.
+
+        Args:
+            checkpoint: the weights.
+            options: how the model is run.
+            blocks: KV blocks that this rank has room for.
+
+        Raises:
+            LauncherError: they do not fit together, or one could not load its part.
+        """
+        from mii import __version__
+
+        versions = f"mii {__version__}, torch {torch.__version__}, {platform.machine()}"
+        return self._channel.settle(Hello(self.rank, versions, options, digest_of(checkpoint), blocks))
+
+    def engine(self, engine: Engine) -> FirstEngine | OtherEngine:
+        """The engine of this rank."""
+        if isinstance(self._channel, FirstChannel):
+            return FirstEngine(engine, self._channel, self.group)
+        return OtherEngine(engine, self._channel, self.group, keeps=self._keeps)
+
+
+def digest_of(checkpoint: Checkpoint) -> str:
+    """A digest of a checkpoint's tensors: names, shapes, and the first and the last row of each, to read little."""
+    state = blake2b(digest_size=8)
+    for name in sorted(checkpoint.names()):
+        shape = checkpoint.shape(name)
+        state.update(f"{name} {shape} ".encode())
+        for row in {0, shape[0] - 1} if all(shape) and shape else ():
+            part = checkpoint.get(name, torch.float32, (slice(row, row + 1),))
+            state.update(part.contiguous().numpy().tobytes())
+    return state.hexdigest()

@@ -1,0 +1,83 @@
+"""Ranks as threads of one process: real groups over gloo, without the start of processes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from queue import Queue
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed as dist
+
+from mii.engine import build_engine
+from mii.modeling.checkpoint import open_checkpoint
+from mii.parallel.engines import FirstEngine
+from mii.parallel.group import Group
+from mii.parallel.ranks import Ranks
+from tests.oracle import small_config
+
+T = TypeVar("T")
+
+
+def on_ranks(size: int, work: Callable[[Group], T]) -> list[T]:
+    """What `work` returns on each of `size` ranks; raises what the first of them that failed raised."""
+    store, results, errors = dist.HashStore(), {}, {}
+
+    def run(rank: int) -> None:
+        try:
+            group = Group(dist.PrefixStore("test", store), rank, size, torch.device("cpu"))
+            try:
+                results[rank] = work(group)
+            finally:
+                group.close()
+        except BaseException as error:
+            errors[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for error in errors.values():
+        raise error
+    return [results[rank] for rank in range(size)]
+
+
+@contextmanager
+def ranked_engine(folder: Path, size: int, **options: Any) -> Iterator[FirstEngine]:
+    """Rank 0's engine of a model that is divided among `size` ranks; the others follow in threads of their own."""
+    started: Queue[FirstEngine | BaseException] = Queue()
+    store = dist.HashStore()
+
+    def run(rank: int) -> None:
+        try:
+            ranks = Ranks(dist.PrefixStore("test", store), rank, size, torch.device("cpu"))
+            config = small_config(folder, tensor_parallel=size, **options)
+            with ranks.loading(), open_checkpoint(folder) as checkpoint:
+                engine = build_engine(config, checkpoint, False, ranks)
+        except BaseException as error:
+            if rank == 0:
+                started.put(error)
+            return
+        if isinstance(engine, FirstEngine):
+            started.put(engine)
+        else:
+            engine.follow()
+            engine.destroy()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    engine = started.get()
+    try:
+        if isinstance(engine, BaseException):
+            raise engine
+        yield engine
+    finally:
+        if isinstance(engine, FirstEngine):
+            engine.destroy()
+        for thread in threads:
+            thread.join()
