@@ -99,14 +99,14 @@ def assert_alike(one: TokenLogprob, other: TokenLogprob) -> None:
     assert [each.logprob for each in one.top] == pytest.approx([each.logprob for each in other.top], abs=1e-4)
 
 
-def test_a_real_model_says_the_same_on_two_and_on_four_ranks(smollm2: Path) -> None:
+def test_smollm2_says_the_same_on_two_and_on_four_ranks(smollm2: Path) -> None:
     prompt = [504, 3575, 282, 4649, 314]  # "The capital of France is"
     engine = small_engine(smollm2, blocks=32)
-    expected = generate(engine, [prompt], 16)
+    expected = generate(engine, [prompt], 6)
     engine.destroy()
     for size in (2, 4):
         with ranked_engine(smollm2, size, blocks=32) as first:
-            assert generate(first, [prompt], 16) == expected  # type: ignore[arg-type]
+            assert generate(first, [prompt], 6) == expected  # type: ignore[arg-type]
 
 
 def test_more_ranks_than_heads_are_refused_with_what_would_do(tiny_llama: Path) -> None:

@@ -1,0 +1,101 @@
+"""Scripts that a launcher starts in several processes: real processes, real sockets."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mii
+from tests.parallel.test_sharded_models import NINE_HEADS
+
+SCRIPT = """
+import json, os, sys
+import mii
+
+folder, options, calls = sys.argv[-3], json.loads(sys.argv[-2]), json.loads(sys.argv[-1])
+pipe = mii.pipeline(folder, device="cpu", dtype="fp32", progress=False, **options)
+said = [[str(each) for each in pipe(["DeepSpeed is", "Seattle is"], max_new_tokens=12, **call)] for call in calls]
+streamed = ["".join(p.generated_text for p in pieces) for pieces in pipe.stream("A", max_new_tokens=6, do_sample=False)]
+print(json.dumps({"rank": int(os.environ["RANK"]), "first": pipe.is_rank_0, "said": said, "streamed": streamed}))
+pipe.destroy()
+"""
+CALLS: list[dict[str, Any]] = [{"do_sample": False}, {"seed": 7, "top_k": 50}]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+
+
+def launch(command: list[str], tmp_path: Path, folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "MII_LOG_LEVEL": "warning", "OMP_NUM_THREADS": "1"}
+    arguments = [str(script), str(folder), json.dumps(options), json.dumps(CALLS)]
+    return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=240)
+
+
+def by_rank(output: str) -> list[dict[str, Any]]:
+    return sorted(
+        (json.loads(line) for line in output.splitlines() if line.startswith("{")), key=lambda each: each["rank"]
+    )
+
+
+def expected(folder: Path) -> list[list[str]]:
+    with mii.pipeline(str(folder), device="cpu", dtype="fp32", progress=False) as pipe:
+        return [
+            [str(each) for each in pipe(["DeepSpeed is", "Seattle is"], max_new_tokens=12, **call)] for call in CALLS
+        ]
+
+
+def test_torchrun_divides_a_model_and_rank_0_answers(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_checkpoint(**NINE_HEADS)
+    done = launch([*TORCHRUN, "4"], tmp_path, folder)
+    assert done.returncode == 0, done.stderr
+    first, *others = by_rank(done.stdout)
+    assert first["said"] == expected(folder)
+    assert first["first"] and first["streamed"]
+    assert [each["rank"] for each in others] == [1, 2, 3]
+    assert all(each["said"] == [[], []] and not each["first"] and not each["streamed"] for each in others)
+
+
+def test_every_rank_answers_with_all_rank_output(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_checkpoint(**NINE_HEADS)
+    done = launch([*TORCHRUN, "2"], tmp_path, folder, all_rank_output=True, seed=1)
+    assert done.returncode == 0, done.stderr
+    first, second = by_rank(done.stdout)
+    assert first["said"] == second["said"] == expected(folder)
+    assert first["streamed"] == second["streamed"] != []
+
+
+@pytest.mark.skipif(shutil.which("deepspeed") is None, reason="deepspeed is not installed here: pip install deepspeed")
+def test_deepspeed_divides_a_model(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    folder = make_checkpoint(**NINE_HEADS)
+    port = str(29500 + os.getpid() % 5000)
+    done = launch(["deepspeed", "--num_gpus", "2", "--master_port", port], tmp_path, folder)
+    assert done.returncode == 0, done.stderr
+    assert by_rank(done.stdout)[0]["said"] == expected(folder)
+
+
+def test_a_wrong_size_is_refused_once_and_ends_every_rank(tiny_llama: Path, tmp_path: Path) -> None:
+    done = launch([*TORCHRUN, "2"], tmp_path, tiny_llama, tensor_parallel=1)
+    assert done.returncode != 0
+    assert done.stderr.count("LauncherError: tensor_parallel=1 and 2 processes were started (WORLD_SIZE)") == 1
+
+
+def test_what_one_rank_cannot_do_is_said_once(tiny_llama: Path, tmp_path: Path) -> None:
+    done = launch([*TORCHRUN, "4"], tmp_path, tiny_llama)
+    assert done.returncode != 0
+    assert done.stderr.count("tensor_parallel=4: the model has 3 attention heads") == 1
+
+
+def test_a_size_without_a_launcher_is_explained(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(mii.errors.LauncherError, match=r"WORLD_SIZE is 2 and RANK is not set.*unset WORLD_SIZE"):
+        mii.pipeline(str(tiny_llama), device="cpu")
