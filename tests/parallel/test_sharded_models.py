@@ -10,7 +10,7 @@ import pytest
 
 from mii.batching.data_classes import EngineRequest, SamplingParams, TokenLogprob
 from mii.errors import PlacementError
-from tests.oracle import generate, random_prompts, small_engine
+from tests.oracle import assert_greedy_but_for_ties, generate, random_prompts, small_engine
 from tests.parallel.threads import ranked_engine
 from tests.variants import Variant, all_variants
 
@@ -25,7 +25,12 @@ def test_greedy_tokens_of_every_variant_on_two_ranks_equal_one_ranks(variant: Va
     expected = generate(engine, prompts, 16)
     engine.destroy()
     with ranked_engine(folder, 2) as first:
-        assert generate(first, prompts, 16) == expected  # type: ignore[arg-type]
+        given = generate(first, prompts, 16)  # type: ignore[arg-type]
+    # Sums over ranks are rounded in another order, so two tokens that are equally likely may change places.
+    different = [index for index in range(len(prompts)) if given[index] != expected[index]]
+    for index in different:
+        assert_greedy_but_for_ties(variant.oracle(folder), prompts[index], given[index], "fp32")
+    assert len(different) <= 1
 
 
 @pytest.mark.parametrize("size", [2, 4, 9])
