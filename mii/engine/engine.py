@@ -10,7 +10,7 @@ have been.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
@@ -81,8 +81,6 @@ class Engine(RaggedInterface):
         self._timeline: Timeline | None = None
         self.start: StartReport | None = None  # where the time of its making went
         self._overlapped = runner.device.type == "cuda"
-        self.agree: Callable[[int], None] | None = None
-        """Called with each step's digest before it starts, where ranks have to compute the same."""
         self._sequences = {}
         self._start_empty()
 
@@ -199,9 +197,9 @@ class Engine(RaggedInterface):
         assert self.runner is not None
         plan = self.scheduler.schedule()
         self._done("plan")
-        launched = self.runner.launch(plan, self.agree) if plan else None
-        if not plan and self.agree is not None:
-            self.agree(0)
+        launched = self.runner.launch(plan) if plan else None
+        if not plan and self.runner.agree is not None:
+            self.runner.agree(0)
         self._done("launch")
         return launched
 

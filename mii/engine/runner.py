@@ -115,6 +115,8 @@ class Runner:
         )
         self.arena = ActivationArena(self.spec, model.place, limits.max_tokens, limits.max_sequences, model.up_width)
         self.sampling = SamplingTable.allocate(limits.max_slots, self.device)
+        self.agree: Callable[[int], None] | None = None
+        """Called before each step with a digest of what it takes from the host, where ranks must compute the same."""
         self.sampler = Sampler(self.sampling, self.spec.vocab_span, model.place.group)
         self._sample_workspace = self.sampler.workspace(limits.max_sequences, self.dtype, self.device)
         self.sampled = SampledTokens(limits.max_sequences, self.device)
@@ -170,14 +172,9 @@ class Runner:
     # -- one step -----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def launch(self, plan: Plan, agree: Callable[[int], None] | None = None) -> LaunchedStep:
-        """Starts a planned step and returns at once (on a GPU).
-
-        Args:
-            plan: The step.
-            agree: Called before it starts, with a digest of all that it takes from the host.
-        """
-        forward, samples = self._begin(plan, agree)
+    def launch(self, plan: Plan) -> LaunchedStep:
+        """Starts a planned step and returns at once (on a GPU)."""
+        forward, samples = self._begin(plan)
         tokens = self.sampled.on_device
         draws = self.sampler.plan(sequence.sampling for sequence in plan.sampled)
         if self.graphs is None and forward.cos_sin is self.rotation.tables:
@@ -226,11 +223,11 @@ class Runner:
         self._compute(forward)
         return forward.buffers.logits[:samples].clone()
 
-    def _begin(self, plan: Plan, agree: Callable[[int], None] | None = None) -> tuple[Forward, int]:
+    def _begin(self, plan: Plan) -> tuple[Forward, int]:
         """Sends the plan to the device; the views that its step works on, and how many chunks sample."""
         samples = self._fill(plan)
-        if agree is not None:
-            agree(digest(self.step.host()))
+        if self.agree is not None:
+            self.agree(digest(self.step.host()))
         forward = self._forward(plan.num_tokens, plan.num_sequences, samples)
         if self.timeline is not None:
             self.timeline.launches(plan.num_tokens, plan.num_sequences)

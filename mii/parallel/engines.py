@@ -60,7 +60,7 @@ class FirstEngine(_Ranked):
         self._channel = channel
         self._commands: list[EngineRequest | int] = []
         self._broken = ""
-        engine.agree = self._send
+        self.runner.agree = self._send
         # A script that ends without destroy() still tells the other ranks.
         weakref.finalize(self, channel.close)
 
@@ -128,7 +128,7 @@ class OtherEngine(_Ranked):
         self._newest = 0  # rank 0 may be ahead: what comes of later requests is kept for them
         self._ended = False
         self._thread: threading.Thread | None = None
-        engine.agree = self._compare
+        self.runner.agree = self._compare
 
     # -- following ----------------------------------------------------------------------------------------------------
 
