@@ -355,16 +355,30 @@ struct HopperWorker {
 
   // Scale, soft cap and ALiBi where asked for, and -infinity for keys that a row does not see.
   MII_DEVICE void finish_scores(const HopperRows& rows, int key) {
-    const bool cuts = rows.cuts(key);
-    if (!kExtras && !cuts) return;
     const int first = key + thread % 4 * 2;
+    const auto column = [first](int i) { return first + i / 4 * 8 + i % 2; };
+    if constexpr (kExtras) {
+      // one branch for all scores, not one for each: the cap needs twice the special functions of all else
+      const auto finish = [&](const MiiAttention& a) {
+#pragma unroll
+        for (int i = 0; i < kKeys / 2; ++i) {
+          const RowView view = {rows.position[i / 2 % 2], 0, rows.slope[i / 2 % 2]};
+          score[i] = full_score(a, score[i], column(i), view);
+        }
+      };
+      MiiAttention a = p.a;
+      if (a.softcap > 0.0f) {
+        finish(a);
+      } else {
+        a.softcap = 0.0f;
+        finish(a);
+      }
+    }
+    if (!rows.cuts(key)) return;
 #pragma unroll
     for (int i = 0; i < kKeys / 2; ++i) {
-      const int half = i / 2 % 2, column = first + i / 4 * 8 + i % 2;
-      if constexpr (kExtras) {
-        score[i] = full_score(p.a, score[i], column, RowView{rows.position[half], 0, rows.slope[half]});
-      }
-      if (cuts && (column < rows.begin[half] || column >= rows.end[half])) score[i] = -INFINITY;
+      const int half = i / 2 % 2;
+      if (column(i) < rows.begin[half] || column(i) >= rows.end[half]) score[i] = -INFINITY;
     }
   }
 
