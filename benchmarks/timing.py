@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 COLD = 256 << 20  # bytes that the large cases cycle through: several times an L2 cache
-FLOPS = 4e13  # that a graph of many launches has at most, as far as it has more than a few
+FLOPS = 1e13  # that a graph of many launches has at most, as far as it has more than a few
 WARM = 4 << 20  # cases up to this size find their inputs in the cache, as in a real step
 
 Call = Callable[[], object]
