@@ -32,7 +32,7 @@ def test_logits_and_greedy_tokens_equal_transformers(
     variant: Variant, dtype: str, tmp_path: Path, families_table: FamiliesTable
 ) -> None:
     folder = variant.make(tmp_path, dtype)
-    oracle = variant.oracle(folder, dtype, "cuda")
+    oracle = variant.oracle(folder, variant.exact_dtype or dtype, "cuda")
     engine = small_engine(folder, device="cuda", dtype=dtype, block_size=64)
     prompts = random_prompts(engine.vocab_size, LENGTHS)
     for _ in range(3):  # eager, captured, replayed

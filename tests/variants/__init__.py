@@ -27,6 +27,8 @@ class Variant:
         config: `write_checkpoint`'s arguments.
         write: Writes the checkpoint into an empty folder, as `write_checkpoint` does.
         oracle: Opens a checkpoint as `Oracle` does; another one where transformers has no class for the family.
+        exact_dtype: The dtype that the oracle computes in where we compute in 16 bits, if not the same: where
+            transformers rounds in between what we keep in float, and is further off than the tolerance allows.
         gpu: False where a card runs nothing that another variant does not.
         in_16_bits: More of `config` where numbers have 16 bits: what keeps rounding from deciding between experts.
     """
@@ -37,6 +39,7 @@ class Variant:
     config: Mapping[str, Any] = field(default_factory=dict)
     write: Callable[..., Path] = write_checkpoint
     oracle: Callable[..., Oracle] = Oracle
+    exact_dtype: str = ""
     gpu: bool = True
     in_16_bits: Mapping[str, Any] = field(default_factory=dict)
 

@@ -24,8 +24,8 @@ _ALIASES = {
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     """`new_decoder_architecture` outweighs `multi_query` and `parallel_attn`, as in transformers. ALiBi is scaled as
-    the scores are that it is added to; unlike there it is not rounded to bfloat16, which far from the start of a text
-    would make neighbouring keys alike.
+    the scores are that it is added to; unlike there slopes times positions are not rounded to bfloat16, which far from
+    the start of a text makes neighbouring keys alike (logits of RW models differ by that from transformers').
     """
     read = ConfigReader(config, _ALIASES)
     q_heads, kv_heads, head_dim = _heads(read)
