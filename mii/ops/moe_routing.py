@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import torch
 
-from mii.logging import logger
 from mii.ops import abi, native
 
 
@@ -156,7 +155,6 @@ def route(
         )
         if library.call("mii_moe_route", args, native.stream(logits.device)):
             return
-        _warn_of_the_reference(routing)
     route_reference(rows, logits, routing, bias=bias, counts=counts)
 
 
@@ -177,19 +175,6 @@ def _arrivals(device: torch.device) -> torch.Tensor:
     if device not in _arrived:
         _arrived[device] = torch.zeros(1, dtype=torch.int32, device=device)
     return _arrived[device]
-
-
-_warned: set[Routing] = set()
-
-
-def _warn_of_the_reference(routing: Routing) -> None:
-    if routing not in _warned:
-        _warned.add(routing)
-        logger.warning(
-            "no routing kernel takes %d of %d experts; plain torch operations route instead, which is slower",
-            routing.top_k,
-            routing.experts,
-        )
 
 
 def route_reference(

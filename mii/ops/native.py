@@ -43,7 +43,11 @@ fallbacks = 0  # how often a plain torch body has served because there was no ke
 # Operations of every step. Their torch bodies are far slower, and may read the device's memory, so that a step with one
 # of them cannot be captured. Others have kernels for special cases only, which are asked for and refused silently.
 _WARNED_ABOUT = frozenset(
-    f"mii_{name}" for name in ("prepare", "embedding", "norm", "rope_kv", "attention", "activation", "sample")
+    f"mii_{name}"
+    for name in (
+        *("prepare", "embedding", "norm", "rope_kv", "attention", "activation", "sample"),
+        *("moe_route", "moe_up", "moe_down", "moe_combine"),
+    )
 )
 
 

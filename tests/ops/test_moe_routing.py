@@ -86,19 +86,15 @@ def test_the_most_tiles_are_enough() -> None:
                 assert int(rows.tiles[0, 0]) <= most_tiles(routing, tokens, 8)
 
 
-def test_a_routing_that_no_kernel_takes_is_done_by_the_reference_with_a_warning(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_routing_that_no_kernel_takes_is_done_by_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     if native.library(torch.device("cpu")) is None:
         pytest.skip("the native library is not built")
     case = MoeCase(9, 1, 1, Routing(7, 3))
     expected, got = lists(case, "cpu"), lists(case, "cpu")
     route(expected, case.logits(torch.float32, "cpu"), case.routing)
     monkeypatch.setattr(native.Library, "call", lambda *a: False)
-    for _ in range(2):
-        route(got, case.logits(torch.float32, "cpu"), case.routing)
+    route(got, case.logits(torch.float32, "cpu"), case.routing)
     same_lists(got, expected, 9, 3)
-    assert caplog.text.count("no routing kernel takes 3 of 7 experts") == 1
 
 
 def test_what_does_not_fit_is_refused() -> None:
