@@ -56,16 +56,21 @@ def _cases(hopper: bool) -> Iterator[Case]:
             yield from _products(
                 shape, tokens, abi.MOE_STREAM, next(r for r in (8, 16, 32, 64) if tokens <= r or r == 64)
             )
-    for kernel in (abi.MOE_MMA, *((abi.MOE_WGMMA,) if hopper else ())):
+    for kernel, tile_rows in ((abi.MOE_MMA, 128), *(((abi.MOE_WGMMA, 128), (abi.MOE_WGMMA, 192)) if hopper else ())):
         for shape in (QWEN3, MIXTRAL):
-            yield from _products(shape, 8192, kernel, 128)
-    yield from _products(QWEN3, 2048, abi.MOE_WGMMA if hopper else abi.MOE_MMA, 128)
+            yield from _products(shape, 8192, kernel, tile_rows)
+    yield from _products(QWEN3, 2048, *_for_prompts(hopper))
     yield from _products(QWEN3, 1, abi.MOE_SIMPLE, 8)
     for shape in (QWEN3, MIXTRAL):
         for tokens in (1, 16):
             yield _layer(shape, tokens, abi.MOE_STREAM, 8 if tokens == 1 else 16)
     for shape in (QWEN3, MIXTRAL):
-        yield _layer(shape, 8192, abi.MOE_WGMMA if hopper else abi.MOE_MMA, 128)
+        yield _layer(shape, 8192, *_for_prompts(hopper))
+
+
+def _for_prompts(hopper: bool) -> tuple[int, int]:
+    """The best kernel for many rows, and the rows of its tiles."""
+    return (abi.MOE_WGMMA, 192) if hopper else (abi.MOE_MMA, 128)
 
 
 @dataclass
@@ -120,7 +125,7 @@ def _routing(shape: Shape, tokens: int) -> Case:
 
 
 def _products(shape: Shape, tokens: int, kernel: int, tile_rows: int) -> Iterator[Case]:
-    pairs, text = tokens * shape.routing.top_k, f"{shape.name}, {tokens} tokens, {KERNELS[kernel]}"
+    pairs, text = tokens * shape.routing.top_k, f"{shape.name}, {tokens} tokens, {KERNELS[kernel]} {tile_rows}"
     for part, matrices, moved in (
         ("up", 2, 2 * (tokens * shape.hidden + pairs * shape.width)),
         ("down", 1, 2 * pairs * (shape.hidden + shape.width)),

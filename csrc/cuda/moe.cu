@@ -87,18 +87,20 @@ int32_t launch_mma(const MiiMoeLinear& a, void* stream) {
   return launch("mii_moe (mma)", moe_mma<T, Up>, shape, stream, moe_args<T>(a));
 }
 
-template <typename T, bool Up>
+template <typename T, int Groups, bool Up>
 int32_t launch_wgmma(const MiiMoeLinear& a, void* stream) {
-  constexpr int kShared = MoeWgmmaShape::kSharedBytes;
-  if (const int32_t status = grant_shared<moe_wgmma<T, Up>>("mii_moe", kShared); status != MII_OK) return status;
-  const Shape shape = {dim3(card().sms), dim3(MoeWgmmaShape::kThreads), kShared};
-  return launch("mii_moe (wgmma)", moe_wgmma<T, Up>, shape, stream, moe_args<T>(a));
+  constexpr int kShared = MoeWgmmaShape<Groups>::kSharedBytes;
+  if (const int32_t status = grant_shared<moe_wgmma<T, Groups, Up>>("mii_moe", kShared); status != MII_OK) return status;
+  const Shape shape = {dim3(card().sms), dim3(MoeWgmmaShape<Groups>::kThreads), kShared};
+  return launch("mii_moe (wgmma)", moe_wgmma<T, Groups, Up>, shape, stream, moe_args<T>(a));
 }
 
 template <typename T, bool Up>
 int32_t product_16_bit(const MiiMoeLinear& a, void* stream) {
   if (a.kernel == MII_MOE_MMA) return launch_mma<T, Up>(a, stream);
-  if (a.kernel == MII_MOE_WGMMA) return launch_wgmma<T, Up>(a, stream);
+  if (a.kernel == MII_MOE_WGMMA) {
+    return a.tile_rows == kMoeTileRows ? launch_wgmma<T, 2, Up>(a, stream) : launch_wgmma<T, 3, Up>(a, stream);
+  }
   switch (a.tile_rows) {
     case 8:
       return launch_stream<T, 8, Up>(a, stream);
@@ -124,8 +126,10 @@ int32_t check_moe(const char* name, const MiiMoeLinear& a) {
   const bool steps = a.in_features % 8 == 0 && a.x_stride % 8 == 0 && a.in_features > 0;
   MII_REQUIRE(steps && aligned(a.x, 16) && aligned(a.weight, 16) && aligned(a.workspace, 16), MII_UNSUPPORTED,
               "%s: rows of x and weight must be whole chunks of 16 bytes", name);
-  MII_REQUIRE(a.kernel == MII_MOE_STREAM || a.tile_rows == kMoeTileRows, MII_INVALID,
-              "%s: tiles of %d rows; kernel %d takes %d", name, a.tile_rows, a.kernel, kMoeTileRows);
+  const bool wide = a.kernel == MII_MOE_WGMMA && a.tile_rows == MoeWgmmaShape<3>::kTileRows;
+  MII_REQUIRE(a.kernel == MII_MOE_STREAM || a.tile_rows == kMoeTileRows || wide, MII_INVALID,
+              "%s: tiles of %d rows; kernel %d takes %d, warpgroup products also 192", name, a.tile_rows, a.kernel,
+              kMoeTileRows);
   MII_REQUIRE(a.kernel != MII_MOE_WGMMA || (card().major == 9 && card().minor == 0), MII_UNSUPPORTED,
               "%s: warpgroup products are those of compute capability 9.0", name);
   return MII_OK;

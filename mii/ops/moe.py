@@ -26,6 +26,7 @@ from mii.ops.moe_routing import ExpertRows, Routing
 # The best kernels that a GPU may take: "simple" (plain cores), "mma" (with the stream for few rows), "wgmma" (the same
 # and compute capability 9.0's tensor cores for prompts). benchmarks/kernels_moe.py measures them.
 KERNELS = os.environ.get("MII_MOE_KERNELS", "simple")
+WGMMA_ROWS = 192  # of a tile of warpgroup products; 128 has smaller ones
 STREAMED_ROWS = 48  # of an expert on average, up to which the weights' bytes take longer than the arithmetic
 
 
@@ -47,7 +48,7 @@ def choose_kernel(
     if tokens * routing.top_k <= STREAMED_ROWS * routing.experts or tokens <= 64:
         return abi.MOE_STREAM, next(rows for rows in (8, 16, 32, 64) if tokens <= rows or rows == 64)
     if KERNELS == "wgmma" and torch.cuda.get_device_capability(device) == (9, 0):
-        return abi.MOE_WGMMA, 128
+        return abi.MOE_WGMMA, WGMMA_ROWS
     return abi.MOE_MMA, 128
 
 

@@ -1,7 +1,8 @@
 // Experts' products of many rows each by Hopper's warpgroup products.
 //
-// As moe_mma.cuh, with larger tiles: 128 rows by 256 weight rows (for moe_up 128 of gate and the same 128 of up), in steps
-// of 64 of k. Two warpgroups have 64 rows each; all threads copy. At a step a warpgroup hands its products to the tensor
+// As moe_mma.cuh, with larger tiles: 64 rows for each of two or three warpgroups by 256 weight rows (for moe_up 128 of gate
+// and the same 128 of up), in steps of 64 of k. What bounds two warpgroups is the L2 cache: three ask a quarter less of it
+// for each product, and take fewer tiles to go through an expert's rows. All threads copy. At a step a warpgroup hands its products to the tensor
 // cores and waits for those of the step before, so they always have work while the next step is copied and the barrier is
 // passed: of four buffers one is read, one may still be, two are being filled. A warpgroup without rows in a tile skips its
 // products.
@@ -11,11 +12,15 @@
 
 namespace mii {
 
+template <int Groups>
 struct MoeWgmmaShape {
-  static constexpr int kThreads = 2 * kWarpgroup;
+  static constexpr int kThreads = Groups * kWarpgroup;
   static constexpr int kStages = 4;
+  static constexpr int kTileRows = 64 * Groups;
   static constexpr int kWeightRows = 256, kHalf = kWeightRows / 2;
-  using Rows = Panels<kMoeTileRows, kUnitDepth>;
+  static constexpr int kAtOnce = kThreads / 8;  // rows that the threads copy a step's 128 bytes of at once
+  static constexpr int kRowCopies = kTileRows / kAtOnce, kWeightCopies = (kWeightRows + kAtOnce - 1) / kAtOnce;
+  using Rows = Panels<kTileRows, kUnitDepth>;
   using Weights = Panels<kWeightRows, kUnitDepth>;
   static constexpr int kStageBytes = Rows::kBytes + Weights::kBytes;
   static constexpr int kAlignment = 1024;
@@ -25,17 +30,17 @@ struct MoeWgmmaShape {
 #if defined(MII_HOPPER)
 
 // The loading side: what is copied next.
-template <typename T, bool Up>
+template <typename T, int Groups, bool Up>
 struct MoeWideLoader {
-  using Shape = MoeWgmmaShape;
+  using Shape = MoeWgmmaShape<Groups>;
   static constexpr int kColumns = Up ? Shape::kHalf : Shape::kWeightRows;  // of out, of a tile
 
   const MoeArgs<T>& a;
   MoeItems items;
   int item, step = 0, steps;
-  int column;                        // of out, that this thread's first row of weight belongs to
-  const T* halves[2];                // that row, and the one of the tile's second half (up, or 128 columns on)
-  const T* rows[kMoeTileRows / 32];  // null: past the tile's rows
+  int column;                        // of out, the tile's first
+  const T* halves[2];                // the first weight rows of the tile's halves: gate and up, or 128 columns apart
+  const T* rows[Shape::kRowCopies];  // null: past the tile's rows
 
   MII_DEVICE MoeWideLoader(const MoeArgs<T>& args, const MoeItems& items_, int first, int steps_)
       : a(args), items(items_), item(first), steps(steps_) {
@@ -46,16 +51,19 @@ struct MoeWideLoader {
     if (item >= items.count()) return;
     const int row = threadIdx.x / 8, chunk = threadIdx.x % 8, k = step * kUnitDepth + chunk * 8;
 #pragma unroll
-    for (int i = 0; i < kMoeTileRows / 32; ++i) {
+    for (int i = 0; i < Shape::kRowCopies; ++i) {
       const bool valid = rows[i] != nullptr && k < a.k;
-      copy_async(stage + Shape::Rows::offset(row + 32 * i, chunk), valid ? rows[i] + k : a.x, valid);
+      copy_async(stage + Shape::Rows::offset(row + Shape::kAtOnce * i, chunk), valid ? rows[i] + k : a.x, valid);
     }
 #pragma unroll
-    for (int i = 0; i < Shape::kWeightRows / 32; ++i) {
-      const int half = i / 4, within = i % 4 * 32;
-      const bool valid = column + within + (Up ? 0 : half * Shape::kHalf) < a.n && k < a.k;
-      copy_async(stage + Shape::Rows::kBytes + Shape::Weights::offset(row + 32 * i, chunk),
-                 valid ? halves[half] + int64_t(within) * a.k + k : a.weight, valid);
+    for (int i = 0; i < Shape::kWeightCopies; ++i) {
+      const int weight_row = row + Shape::kAtOnce * i;
+      if (Shape::kWeightRows % Shape::kAtOnce != 0 && weight_row >= Shape::kWeightRows) continue;
+      const bool second = weight_row >= Shape::kHalf;
+      const int within = weight_row - (second ? Shape::kHalf : 0);
+      const bool valid = column + (Up ? within : weight_row) < a.n && k < a.k;
+      copy_async(stage + Shape::Rows::kBytes + Shape::Weights::offset(weight_row, chunk),
+                 valid ? (second ? halves[1] : halves[0]) + int64_t(within) * a.k + k : a.weight, valid);
     }
     if (++step < steps) return;
     step = 0;
@@ -67,12 +75,12 @@ struct MoeWideLoader {
   MII_DEVICE void find() {
     const int2 at = items.at(item);
     const int4 tile = a.tiles[1 + at.x];
-    column = at.y * kColumns + threadIdx.x / 8;
+    column = at.y * kColumns;
     halves[0] = a.weight + (int64_t(tile.x) * (Up ? 2 : 1) * a.n + column) * a.k;
     halves[1] = halves[0] + int64_t(Up ? a.n : Shape::kHalf) * a.k;
 #pragma unroll
-    for (int i = 0; i < kMoeTileRows / 32; ++i) {
-      const int row = threadIdx.x / 8 + 32 * i;
+    for (int i = 0; i < Shape::kRowCopies; ++i) {
+      const int row = threadIdx.x / 8 + Shape::kAtOnce * i;
       rows[i] = row < tile.z ? a.x + source_row<T, Up>(a, tile.y + row) * a.x_stride : nullptr;
     }
   }
@@ -99,16 +107,16 @@ MII_DEVICE void store_wide_sums(const MoeArgs<T>& a, const float (&first)[64], c
                   activate_any<T>(first[d + 1], a.activation) * second[d + 1]);
       } else {
         store_two(out, column, a.n, paired, weight * first[d], weight * first[d + 1]);
-        store_two(out, column + MoeWgmmaShape::kHalf, a.n, paired, weight * second[d], weight * second[d + 1]);
+        store_two(out, column + MoeWgmmaShape<2>::kHalf, a.n, paired, weight * second[d], weight * second[d + 1]);
       }
     }
   }
 }
 
 // Hands over first += rows . weights of the tile's first half, second += those of the second, over one step.
-template <typename T>
+template <typename T, int Groups>
 MII_DEVICE void multiply_wide(float (&first)[64], float (&second)[64], uint32_t stage, int group) {
-  using Shape = MoeWgmmaShape;
+  using Shape = MoeWgmmaShape<Groups>;
   const uint64_t x = matrix_descriptor(stage + Shape::Rows::elements_at(64 * group, 0), 16, Shape::Rows::kStrideBytes);
   const uint64_t w = matrix_descriptor(stage + Shape::Rows::kBytes, 16, Shape::Weights::kStrideBytes);
   products_fence();
@@ -123,12 +131,13 @@ MII_DEVICE void multiply_wide(float (&first)[64], float (&second)[64], uint32_t 
 
 #endif  // MII_HOPPER
 
-// Grid: one CTA a multiprocessor. Dynamic shared memory: MoeWgmmaShape::kSharedBytes.
-template <typename T, bool Up>
-__global__ void __launch_bounds__(MoeWgmmaShape::kThreads, 1) moe_wgmma(const MoeArgs<T> a) {
+// Grid: one CTA a multiprocessor. Dynamic shared memory: MoeWgmmaShape<Groups>::kSharedBytes. Tiles of the list:
+// MoeWgmmaShape<Groups>::kTileRows.
+template <typename T, int Groups, bool Up>
+__global__ void __launch_bounds__(MoeWgmmaShape<Groups>::kThreads, 1) moe_wgmma(const MoeArgs<T> a) {
 #if defined(MII_HOPPER)
-  using Shape = MoeWgmmaShape;
-  using Loader = MoeWideLoader<T, Up>;
+  using Shape = MoeWgmmaShape<Groups>;
+  using Loader = MoeWideLoader<T, Groups, Up>;
   const uint32_t shared = (shared_address(dynamic_shared()) + Shape::kAlignment - 1) / Shape::kAlignment * Shape::kAlignment;
   wait_for_previous();
   start_next();
@@ -155,7 +164,7 @@ __global__ void __launch_bounds__(MoeWgmmaShape::kThreads, 1) moe_wgmma(const Mo
       publish_to_products();
       __syncthreads();  // everybody's copies of this step are there, and everybody's products of two steps ago are done
       if (rows) {
-        multiply_wide<T>(first, second, shared + reading * Shape::kStageBytes, group);
+        multiply_wide<T, Groups>(first, second, shared + reading * Shape::kStageBytes, group);
         products_wait<1>();
       }
       load();

@@ -16,9 +16,9 @@ namespace {
 
 using mii::Half;
 
-enum Kernel { kSimple, kStream8, kStream16, kStream32, kStream64, kMma, kWgmma };
-constexpr int kTileRows[] = {8, 8, 16, 32, 64, 128, 128};
-const char* const kNames[] = {"simple", "stream 8", "stream 16", "stream 32", "stream 64", "mma", "wgmma"};
+enum Kernel { kSimple, kStream8, kStream16, kStream32, kStream64, kMma, kWgmma, kWide };
+constexpr int kTileRows[] = {8, 8, 16, 32, 64, 128, 128, 192};
+const char* const kNames[] = {"simple", "stream 8", "stream 16", "stream 32", "stream 64", "mma", "wgmma", "wide wgmma"};
 
 struct Case {
   Kernel kernel;
@@ -159,7 +159,9 @@ void run_product(const Case& c, const mii::MoeArgs<Half>& args) {
     case kMma:
       return run(mii::moe_mma<Half, Up>, mii::MoeMmaShape::kThreads);
     case kWgmma:
-      return run(mii::moe_wgmma<Half, Up>, mii::MoeWgmmaShape::kThreads);
+      return run(mii::moe_wgmma<Half, 2, Up>, mii::MoeWgmmaShape<2>::kThreads);
+    case kWide:
+      return run(mii::moe_wgmma<Half, 3, Up>, mii::MoeWgmmaShape<3>::kThreads);
   }
 }
 
@@ -208,7 +210,8 @@ int main() {
       {kMma, 150, 140, 3, 2, 136, 72, 3, true},   
       {kMma, 5, 0, 20, 2, 64, 200, 5, false},     {kWgmma, 150, 140, 3, 2, 136, 72, 3, true},
       {kWgmma, 5, 0, 20, 2, 64, 200, 5, false},
-      {kWgmma, 90, 90, 2, 1, 200, 264, 2, true},
+      {kWgmma, 90, 90, 2, 1, 200, 264, 2, true},  {kWide, 250, 240, 3, 2, 136, 72, 3, true},
+      {kWide, 30, 30, 8, 1, 72, 264, 4, false},
   };
   for (const Case& c : cases) run_case(c);
 }
