@@ -3,11 +3,12 @@
 Each product alone, for every way in which our kernel can cut its work, and of more rows by cuBLASLt with the algorithm
 that torch takes and with a timed one; then chains over 32 layers with weights of their
 own, in one graph, so that nothing is found in the cache and what lies between two kernels counts: the four products of
-a layer, and all of a layer but attention. Chains vary how much of the next weight a product brings into the cache.
+a layer, and all of a layer but attention.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,10 +29,24 @@ LAYER = {
     "down": (HIDDEN, INTERMEDIATE),
 }
 WEIGHTS = LAYER | {"head": (128256, HIDDEN)}
-VARIANTS = {1: 4, 8: 4, 16: 4, 32: 3, 64: 4}  # of our kernel's cuts, for each number of rows
+VARIANTS = {1: 4, 8: 4, 16: 4, 32: 2, 64: 2}  # of our kernel's cuts, for each number of rows
 MORE_ROWS = (64, 128, 256, 384, 512)
-CHAIN_ROWS, LAYERS = (1, 8, 64), 32
-FETCHES = ((0, 9), (8, 9), (16, 9), (8, 2), (16, 2), (16, 0), (24, 2))  # MiB, and units under way when that begins
+CHAIN_ROWS, LAYERS = (1, 8, 16, 64), 32
+# How the streaming kernel runs in a chain: its cut, MiB of the next weight to fetch, units under way when that begins,
+# and whether kernels start the next one early. Without a cut cuBLASLt multiplies.
+CHAINS = (
+    (None, 0, 0, False),
+    (None, 0, 0, True),
+    (0, 16, 0, False),
+    (0, 16, 0, True),
+    (1, 0, 0, True),
+    (1, 8, 0, True),
+    (1, 16, 0, True),
+    (2, 0, 0, True),
+    (2, 8, 0, True),
+    (2, 16, 0, True),
+    (3, 16, 0, True),
+)
 DTYPE, SIZE = torch.bfloat16, 2
 
 
@@ -42,10 +57,10 @@ def run(device: torch.device) -> list[dict[str, Any]]:
     return [*run_cases(_products(), device), *_chains(device)]
 
 
-def _choose(rows: int, variant: int = 0, fetch: tuple[int, int] = (0, 0), tuned: bool = False) -> None:
+def _choose(rows: int, variant: int = 0, fetch: int = 0, lag: int = 0, tuned: bool = False) -> None:
     linear_tuned.TUNED = tuned
     linear_streamed.ROWS, linear_streamed.VARIANT = rows, variant
-    linear_streamed.FETCH_BYTES, linear_streamed.FETCH_LAG = fetch[0] << 20, fetch[1]
+    linear_streamed.FETCH_BYTES, linear_streamed.FETCH_LAG = fetch << 20, lag
 
 
 def _products() -> Iterator[Case]:
@@ -121,12 +136,14 @@ def _chains(device: torch.device) -> Iterator[dict[str, Any]]:
     for rows in CHAIN_ROWS:
         chain = _Chain(device, rows)
         for name, run_layer in (("four products", chain.products), ("layer but attention", chain.layer)):
-            for fetch in (None, *FETCHES):
-                _choose(0 if fetch is None else max(VARIANTS), 0, fetch or (0, 0))
+            for variant, fetch, lag, early in CHAINS if rows <= 16 else CHAINS[:2]:
+                _choose(0 if variant is None else max(VARIANTS), variant or 0, fetch, lag)
+                os.environ["MII_PDL_EARLY"] = str(int(early))  # the library asks for it at every launch
                 calls = [
                     lambda i=i, run_layer=run_layer: run_layer(layers[i], layers[(i + 1) % LAYERS][0])  # type: ignore[misc]
                     for i in range(LAYERS)
                 ]
-                kernel = "cuBLASLt" if fetch is None else "streamed, {} MiB ahead, {} units late".format(*fetch)
-                text = f"{name}, {rows} rows, {kernel}"
+                how = "cuBLASLt" if variant is None else f"streamed {variant}, {fetch} MiB ahead, {lag} late"
+                text = f"{name}, {rows} rows, {how}{', early' if early else ''}"
                 yield {"kernel": "linear chain", "case": text, "seconds": graph_seconds(calls), "bytes": moved}
+    del os.environ["MII_PDL_EARLY"]

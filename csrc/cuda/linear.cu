@@ -16,7 +16,8 @@ template <typename T, typename S, int PerSm = 1>
 int32_t launch_stream(const LinearStreamArgs<T>& args, void* stream) {
   static_assert(PerSm * S::kPartials * S::kConsumers <= kMaxPartials);
   static_assert(PerSm * S::kSharedBytes <= 216 << 10, "leaves no room for the light kernels beside it");
-  if (const int32_t status = grant_shared<linear_stream<T, S>>("mii_linear_streamed", S::kSharedBytes); status != MII_OK) return status;
+  const int32_t status = grant_shared<linear_stream<T, S>, true>("mii_linear_streamed", S::kSharedBytes);
+  if (status != MII_OK) return status;
   const int64_t units = int64_t(ceil_div(args.n, S::kTileRows)) * ceil_div(args.k, S::kDepth);
   const int64_t places = int64_t(PerSm) * card().sms;
   const int ctas = static_cast<int>(units < places ? units : places);
@@ -28,26 +29,23 @@ template <typename T>
 int32_t launch_rows(const LinearStreamArgs<T>& args, int variant, void* stream) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // other cuts, to compare on a card
     if (args.rows <= 8) {
-      if (variant == 1) return launch_stream<T, StreamShape<8, 1, 128, 10>>(args, stream);
-      if (variant == 2) return launch_stream<T, StreamShape<8, 1, 128, 5>, 2>(args, stream);
-      if (variant == 3) return launch_stream<T, StreamShape<8, 2, 128, 5>>(args, stream);
+      if (variant == 1) return launch_stream<T, StreamShape<8, 1, 256, 3>>(args, stream);
+      if (variant == 2) return launch_stream<T, StreamShape<8, 1, 256, 3, 4, 1, 8>>(args, stream);
+      if (variant == 3) return launch_stream<T, StreamShape<8, 1, 256, 5, 4, 1, 8>>(args, stream);
     } else if (args.rows <= 16) {
-      if (variant == 1) return launch_stream<T, StreamShape<16, 1, 128, 9>>(args, stream);
-      if (variant == 2) return launch_stream<T, StreamShape<16, 1, 128, 4>, 2>(args, stream);
-      if (variant == 3) return launch_stream<T, StreamShape<16, 2, 128, 5>>(args, stream);
+      if (variant == 1) return launch_stream<T, StreamShape<16, 1, 256, 2>>(args, stream);
+      if (variant == 2) return launch_stream<T, StreamShape<16, 1, 256, 2, 4, 1, 8>>(args, stream);
+      if (variant == 3) return launch_stream<T, StreamShape<16, 1, 256, 5, 4, 1, 8>>(args, stream);
     } else if (args.rows <= 32) {
-      if (variant == 1) return launch_stream<T, StreamShape<32, 1, 128, 8>>(args, stream);
-      if (variant == 2) return launch_stream<T, StreamShape<32, 1, 256, 4>>(args, stream);
+      if (variant == 1) return launch_stream<T, StreamShape<32, 1, 256, 4, 4, 1, 8>>(args, stream);
     } else {
-      if (variant == 1) return launch_stream<T, StreamShape<64, 1, 128, 6>>(args, stream);
-      if (variant == 2) return launch_stream<T, StreamShape<64, 2, 128, 4, 4, 2>>(args, stream);
-      if (variant == 3) return launch_stream<T, StreamShape<64, 2, 64, 4, 8>>(args, stream);
+      if (variant == 1) return launch_stream<T, StreamShape<64, 2, 128, 4, 4, 2, 8>>(args, stream);
     }
   }
   if (args.rows <= 8) return launch_stream<T, StreamShape<8, 1, 256, 5>>(args, stream);
   if (args.rows <= 16) return launch_stream<T, StreamShape<16, 1, 256, 5>>(args, stream);
-  if (args.rows <= 32) return launch_stream<T, StreamShape<32, 2, 128, 5>>(args, stream);
-  return launch_stream<T, StreamShape<64, 2, 128, 4>>(args, stream);
+  if (args.rows <= 32) return launch_stream<T, StreamShape<32, 1, 256, 4>>(args, stream);
+  return launch_stream<T, StreamShape<64, 2, 128, 4, 4, 2>>(args, stream);
 }
 
 template <typename T>
@@ -70,6 +68,7 @@ int32_t linear(const MiiLinearStreamed& a, void* stream) {
       static_cast<int>(p.in_features),
       a.next_lag,
       a.gated ? a.activation : kPlain,
+      start_early(),
   };
   return launch_rows(args, a.variant, stream);
 }

@@ -42,7 +42,8 @@ int32_t norm(const MiiNorm& a, void* stream) {
                             static_cast<int>(a.width),
                             a.kind,
                             1.0f / static_cast<float>(a.width),
-                            a.eps};
+                            a.eps,
+                            start_early()};
   if (!vectorised<T>(a)) {
     return launch("mii_norm", norm_rows_any<T>, Shape{dim3(a.rows), dim3(256)}, stream, args);
   }

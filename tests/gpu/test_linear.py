@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +11,7 @@ from torch.nn import functional
 from mii.ops import linear as module
 from mii.ops import linear_streamed
 from mii.ops.linear import LinearWeight, gated_linear, linear, pack_linear
+from mii.ops.norm import norm
 
 # Tiles and steps of k that are whole, cut off, fewer than the card has multiprocessors, and many for each.
 SHAPES = [
@@ -109,40 +109,50 @@ def test_rows_may_be_strided() -> None:
     assert not out[:, 1024:].any()
 
 
-@pytest.mark.parametrize("rows", [1, 8, 40])
-def test_layers_in_a_graph_equal_products_that_waited_for_one_another(rows: int) -> None:
+@pytest.mark.parametrize("early", ["0", "1"])
+@pytest.mark.parametrize("variant", [0, 1, 2])
+@pytest.mark.parametrize("rows", [1, 8, 16, 40])
+def test_layers_in_a_graph_equal_kernels_that_waited_for_one_another(
+    rows: int, variant: int, early: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Kernels start before the one before them ends, share counters and partial sums, and fetch the next weight."""
+    monkeypatch.setattr(linear_streamed, "VARIANT", variant)
+    monkeypatch.setenv("MII_PDL_EARLY", early)
     shapes = [(1536, 1024), (1024, 1024), (5632, 1024), (1024, 2816)]
     weights = [pack_linear(random(n, k, seed=i, scale=k**-0.5)) for i in range(6) for n, k in shapes]
-    start = random(rows, 1024, seed=99)
+    start, gain = random(rows, 1024, seed=99), random(1024, seed=98)
     qkv, hidden, activated = (start.new_zeros(rows, width) for width in (1536, 1024, 2816))
+    residual, branch = torch.empty_like(start), torch.empty_like(start)
 
     def layers(after: Callable[[], None]) -> None:
-        hidden.copy_(start)
+        residual.copy_(start)
+        branch.zero_()
         for i in range(0, len(weights), 4):
-            steps: list[tuple[torch.Tensor, torch.Tensor, LinearWeight]] = [
-                (qkv, hidden, weights[i]),
-                (hidden, qkv[:, :1024], weights[i + 1]),
-                (activated, hidden, weights[i + 2]),
-                (hidden, activated, weights[i + 3]),
+            steps: list[Callable[[LinearWeight, LinearWeight], None]] = [
+                lambda weight, following: linear(qkv, hidden, weight, following=following),
+                lambda weight, following: linear(branch, qkv[:, :1024], weight, following=following),
+                lambda weight, following: gated_linear(
+                    activated, activated, hidden, weight, "silu", following=following
+                ),
+                lambda weight, following: linear(branch, activated, weight, following=following),
             ]
-            for j, (out, x, weight) in enumerate(steps):
-                following = weights[(i + j + 1) % len(weights)]
-                if j == 2:
-                    gated_linear(out, out, x, weight, "silu", following=following)
-                else:
-                    linear(out, x, weight, following=following)
+            for j, step in enumerate(steps):
+                if j % 2 == 0:
+                    norm(hidden, branch, gain, eps=1e-5, residual=residual)
+                    after()
+                step(weights[i + j], weights[(i + j + 1) % len(weights)])
                 after()
 
     layers(torch.cuda.synchronize)
-    expected = hidden.clone()
-    assert expected.isfinite().all() and expected.abs().max() > 0
+    expected = [residual.clone(), branch.clone()]
+    assert all(tensor.isfinite().all() and tensor.abs().max() > 0 for tensor in expected)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         layers(lambda: None)
-    for _ in itertools.repeat(None, 50):
-        for buffer in (qkv, hidden, activated):
+    for _ in range(30):
+        for buffer in (qkv, hidden, activated, branch, residual):
             buffer.fill_(float("nan"))
         graph.replay()
         torch.cuda.synchronize()
-        assert torch.equal(hidden, expected)
+        assert torch.equal(residual, expected[0])
+        assert torch.equal(branch, expected[1])

@@ -5,7 +5,7 @@
 //
 // The weight [n, k] is the 16-row operand of mma.m16n8k16 and the tokens are its 8 columns, so few tokens waste nothing.
 // Work is cut into units of some weight rows (a tile) by a depth of k, and every CTA streams an equal run of consecutive
-// units through a ring in shared memory, whatever n and k are (stream-K: Osama et al., arXiv 2301.03598). Four warps copy,
+// units through a ring in shared memory, whatever n and k are (stream-K: Osama et al., arXiv 2301.03598). Some warps copy,
 // a row of a unit at a time, by bulk copies that need no layout of the weight but its own; rows lie 16 bytes further
 // apart in shared memory than they are long, so that fragments load without bank conflicts. Four or eight more multiply.
 //
@@ -20,9 +20,6 @@
 
 namespace mii {
 
-// Warps that copy. A bulk copy takes its operands from registers that a whole warp shares, so a warp starts one lane's
-// after the other, each in some tens of cycles; a multiprocessor needs 512 bytes every 40.
-constexpr int kCopyWarps = 4;
 constexpr int kStreamMaxTiles = 16384;
 constexpr int kPlain = -1;  // in place of an activation
 
@@ -40,15 +37,19 @@ struct LinearStreamArgs {
   int64_t x_stride, out_stride, next_bytes, next_fetch;
   int rows, n, k, next_lag;
   int activation;  // a MiiActivationKind, or kPlain
+  bool early;      // see begin()
 };
 
 // How a product is cut: tiles of 16 x Groups weight rows for each of RowWarps warps, units of Depth columns, so many
-// units in the ring. Where there are many tokens, Split warps share them.
-template <int Tokens_, int Groups_, int Depth_, int Stages_, int RowWarps_ = 4, int Split_ = 1>
+// units in the ring. Where there are many tokens, Split warps share them. A bulk copy takes its operands from registers
+// that a whole warp shares, so a warp starts one lane's after the other, each in about 100 cycles, whatever its size; that,
+// not memory, is the limit where rows of a unit are short.
+template <int Tokens_, int Groups_, int Depth_, int Stages_, int RowWarps_ = 4, int Split_ = 1, int CopyWarps_ = 4>
 struct StreamShape {
   static constexpr int kTokens = Tokens_, kGroups = Groups_, kDepth = Depth_, kStages = Stages_;
   static constexpr int kRowWarps = RowWarps_, kWarps = RowWarps_ * Split_;  // that multiply
-  static constexpr int kConsumers = kWarps * kWarp, kThreads = kConsumers + kCopyWarps * kWarp;
+  static constexpr int kConsumers = kWarps * kWarp;
+  static constexpr int kCopyWarps = CopyWarps_, kThreads = kConsumers + kCopyWarps * kWarp;
   static constexpr int kTileRows = 16 * kRowWarps * kGroups;
   static constexpr int kRowBytes = 2 * kDepth + 16;
   static constexpr int kWeightBytes = kTileRows * kRowBytes;
@@ -108,8 +109,8 @@ template <typename S, int MaxRows, typename Copy>
 MII_DEVICE void deal_rows(int rows, Copy&& copy) {
   const int thread = threadIdx.x - S::kConsumers;
 #pragma unroll
-  for (int start = 0; start < MaxRows; start += kCopyWarps * kWarp) {
-    const int row = start + thread % kWarp * kCopyWarps + thread / kWarp;
+  for (int start = 0; start < MaxRows; start += S::kCopyWarps * kWarp) {
+    const int row = start + thread % kWarp * S::kCopyWarps + thread / kWarp;
     if (row < rows) copy(row);
   }
 }
@@ -147,7 +148,7 @@ MII_DEVICE void prefetch_next(const Stream<T, S>& s) {
   if (landed >= max(s.begin, s.end - S::kStages)) barrier_wait(s.full(landed), s.round(landed) & 1);
   const int64_t start = a.next_bytes / 16 * blockIdx.x / gridDim.x * 16;
   const int64_t stop = min(a.next_bytes / 16 * 16, start + a.next_fetch / gridDim.x / 4096 * 4096);
-  for (int64_t at = start + (threadIdx.x - S::kConsumers) * 4096; at < stop; at += kCopyWarps * kWarp * 4096) {
+  for (int64_t at = start + (threadIdx.x - S::kConsumers) * 4096; at < stop; at += S::kCopyWarps * kWarp * 4096) {
     bulk_prefetch(a.next + at, static_cast<int>(min(int64_t(4096), stop - at)));
   }
 }
@@ -156,9 +157,10 @@ template <typename T, typename S>
 MII_DEVICE void copy_units(const Stream<T, S>& s) {
   const uint64_t policy = read_once_policy();
   const int filled = min(s.end, s.begin + S::kStages);
+  if (s.a.early) start_next();
   for (int unit = s.begin; unit < filled; ++unit) load_weights(s, unit, policy);
   wait_for_previous();
-  start_next();
+  if (!s.a.early) start_next();
   for (int unit = s.begin; unit < filled; ++unit) load_tokens(s, unit);
   for (int unit = filled; unit < s.end; ++unit) {
     barrier_wait(s.empty(unit), (s.round(unit) - 1) & 1);

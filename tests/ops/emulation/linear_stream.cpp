@@ -55,7 +55,7 @@ void run_grid(const Case& c, Tensors& t) {
   args.out = t.out.data(), args.x = t.x.data(), args.weight = t.weight.data();
   args.bias = c.bias ? t.bias.data() : nullptr;
   args.next = t.next.data(), args.next_bytes = static_cast<int64_t>(t.next.size()), args.next_fetch = 40000 * c.ctas;
-  args.next_lag = c.rows % 3 * 4;
+  args.next_lag = c.rows % 3 * 4, args.early = false;
   args.arrived = t.arrived.data(), args.partial = t.partial.data();
   args.x_stride = c.x_stride(), args.out_stride = c.out_stride();
   args.rows = c.rows, args.n = c.n, args.k = c.k;
@@ -136,4 +136,6 @@ int main() {
   check<StreamShape<64, 2, 128, 4>>({33, 140, 640, 7, true, true});
   check<StreamShape<64, 2, 128, 4, 4, 2>>({61, 300, 400, 5, false, true});
   check<StreamShape<64, 2, 64, 4, 8>>({40, 520, 208, 3, true, false});
+  check<StreamShape<8, 1, 256, 3, 4, 1, 8>>({8, 200, 1040, 7, false, true});
+  check<StreamShape<64, 2, 128, 4, 4, 2, 8>>({61, 300, 400, 5, true, true});
 }
