@@ -162,8 +162,8 @@ class Generation:
         """Tokens of a request's answer so far."""
         return self._answers[uid].length
 
-    def push(self, event: TextEvent, now: float) -> None:
-        """Takes in what is new of an answer."""
+    def push(self, event: TextEvent, now: float) -> bool:
+        """Takes in what is new of an answer. Returns whether that was its end."""
         answer = self._answers[event.uid]
         answer.push(event, now)
         if answer.ended:
@@ -175,6 +175,7 @@ class Generation:
             answer.fresh = True
             self._fresh.append(answer)
             self._ask()
+        return answer.ended
 
     def drop(self) -> None:
         """No more comes of what has not ended."""

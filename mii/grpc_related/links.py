@@ -14,6 +14,7 @@ from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
 from mii.grpc_related.options import CHANNEL_OPTIONS, SERVICE_NAME
 from mii.grpc_related.proto.modelresponse_pb2 import HealthReply, StatsReply
+from mii.grpc_related.trunk import Bundle
 from mii.logging import logger
 
 __all__ = ["Link"]
@@ -42,8 +43,9 @@ class Link:
         self.index, self.address, self.queue_size = index, address, queue_size
         self._channel = grpc.aio.insecure_channel(address, options=list(_OPTIONS.items()))
         self.unary = self._channel.unary_unary(f"/{SERVICE_NAME}/GeneratorReply")
-        self.stream = self._channel.unary_stream(f"/{SERVICE_NAME}/GeneratorReplyStream")
         self.multiplex = self._channel.stream_stream(f"/{SERVICE_NAME}/Multiplex")
+        self.bundle = Bundle(self.multiplex)
+        """For streams."""
         self._health = self._channel.unary_unary(
             f"/{SERVICE_NAME}/Health", Empty.SerializeToString, HealthReply.FromString
         )
@@ -119,6 +121,7 @@ class Link:
 
     async def close(self) -> None:
         """Ends every call that still runs."""
+        await self.bundle.close()
         await self._channel.close()
 
     def _set(self, reason: str, changed: Callable[[Link], Any]) -> None:

@@ -1,8 +1,8 @@
 """The gRPC service of a deployment: it passes calls on to replicas, and answers as they come.
 
-Replies pass through as bytes. Each message is read from a replica when the one before it has been written to the
-caller, so a caller who is slow is felt by the replica, which merges what piles up. Only the answers of a call that was
-split over replicas are looked into, to put them in order and to say which are missing when a replica is lost.
+Replies to calls that wait for all of it pass through as bytes, but for those that were split over replicas, which are
+put in order. Streams of all callers share one stream to each replica, because a gRPC message costs more than what is in
+it: what comes for a caller waits here until the caller has room and it is its turn, merged where it is more than one.
 """
 
 from __future__ import annotations
@@ -12,18 +12,21 @@ import hmac
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
 from google.protobuf.empty_pb2 import Empty
 
-from mii.errors import AccessError, ServerUnavailableError
+from mii.errors import AccessError, RequestCancelledError, ServerUnavailableError
+from mii.grpc_related.answers import Answers, Piece, merged, runs
 from mii.grpc_related.dispatch import Dispatcher, Shard
 from mii.grpc_related.links import Link
 from mii.grpc_related.options import REQUEST_ID, SERVICE_NAME, TOKEN
+from mii.grpc_related.pacer import MESSAGES_A_SECOND, MESSAGES_AT_ONCE, Pacer
 from mii.grpc_related.proto.modelresponse_pb2 import CallerMessage, HealthReply, MultiGenerationReply, StatsReply
 from mii.grpc_related.statuses import NO_RETRY, Status, status_of
 from mii.grpc_related.switchboard import Switchboard
@@ -40,21 +43,42 @@ _T = TypeVar("_T")
 
 
 class _Call:
-    """What of a caller's RPC goes on to replicas."""
+    """A caller's RPC."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
         given = context.invocation_metadata() or ()
         self.metadata = tuple((key, value) for key, value in given if not key.startswith(_NOT_PASSED_ON))
-        self.name = dict(self.metadata).get(REQUEST_ID) or "without an id"
+        self.request_id = str(dict(self.metadata).get(REQUEST_ID, ""))
+        self.name = self.request_id or "without an id"
+        self.code = grpc.StatusCode.OK
         self.writing_since = 0.0
         """When the message that is being written was begun; 0.0: none is."""
+        self.stopped: Exception | None = None
+        """What the caller is told where this process has ended the call."""
+        self.answers: Answers | None = None
+        self.work: asyncio.Future[Any] | None = None
+        """What runs for the call; None: the task that called `LoadBalancer`."""
 
-    async def write(self, message: bytes) -> None:
-        """Passes a message on; returns when the caller has room for the next one."""
-        self.writing_since = time.monotonic()
-        await self.context.write(message)
-        self.writing_since = 0.0
+    def stop(self, error: Exception) -> None:
+        """Ends what runs for the call now; the caller gets `error`.
+
+        The task that writes to the caller is not cancelled: gRPC goes on with a message that was begun, and a status
+        may not come in between. It ends once there is room for the message, or the caller is gone.
+        """
+        self.stopped = error
+        if self.answers is not None:
+            self.answers.fail(error)
+        assert self.work is not None
+        self.work.cancel()
+
+    async def write(self, answers: Answers) -> None:
+        """Passes on what comes until all has; each message waits until the caller has room for it."""
+        while pieces := await answers.take():
+            for message in _messages(pieces):
+                self.writing_since = time.monotonic()
+                await self.context.write(message)
+                self.writing_since = 0.0
 
     async def unary(self, shard: Shard, link: Link) -> bytes:
         """The reply of a replica."""
@@ -64,15 +88,11 @@ class _Call:
         finally:
             rpc.cancel()
 
-    async def stream(self, shard: Shard, link: Link, write: Callable[[bytes], Awaitable[None]]) -> None:
-        """Passes the replies of a replica on as they come."""
-        rpc = link.stream(shard.request, timeout=self.context.time_remaining(), metadata=self.metadata)
-        try:
-            while (message := await rpc.read()) is not grpc.aio.EOF:
-                shard.sent = True
-                await write(message)
-        finally:
-            rpc.cancel()
+    async def abort(self, error: Exception) -> None:
+        """Ends with the status of an error. Never while a message is being written."""
+        status = _status(error)
+        self.code = status[0]
+        await self.context.abort(*status)
 
 
 class LoadBalancer:
@@ -88,9 +108,9 @@ class LoadBalancer:
         self._links, self._token, self._terminate = links, token, terminate
         self._dispatcher = Dispatcher(links)
         self._calls: Counter[str] = Counter()
-        self._running: dict[asyncio.Task[Any], _Call] = {}
+        self._running: set[_Call] = set()
         self._switchboards: set[Switchboard] = set()
-        self._ended = ""
+        self._pacer = Pacer(MESSAGES_A_SECOND, MESSAGES_AT_ONCE)
         self._started = time.monotonic()
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -121,20 +141,18 @@ class LoadBalancer:
 
     def end(self, reason: str) -> None:
         """Ends what still runs; its callers get `reason`."""
-        self._ended = reason
         for switchboard in self._switchboards:
             switchboard.fail_all(ServerUnavailableError(reason))
-        for task in self._running:
-            task.cancel()
+        for call in self._running:
+            call.stop(ServerUnavailableError(reason))
 
     def end_stalled(self, seconds: float) -> None:
         """Ends the calls whose caller has taken nothing for so long."""
         latest = time.monotonic() - seconds
-        for task, call in self._running.items():
-            if 0.0 < call.writing_since < latest:
+        for call in self._running:
+            if 0.0 < call.writing_since < latest and call.stopped is None:
                 logger.info("call %s is ended: its reader took nothing for %g s", call.name, seconds)
-                call.writing_since = 0.0
-                task.cancel()
+                call.stop(RequestCancelledError(f"the reader of this stream took nothing for {seconds:g} s"))
 
     # Methods
 
@@ -151,12 +169,15 @@ class LoadBalancer:
         """Answers as they come."""
         async with self._call(context) as call:
             shards = await self._dispatcher.split(request)
-            if len(shards) == 1:
-                (shard,) = shards
-                await self._dispatcher.carry(shard, lambda link: call.stream(shard, link, call.write), call.name)
-                return
-            lock = asyncio.Lock()
-            failures = await _together([self._part_stream(shard, call, lock) for shard in shards])
+            answers = call.answers = Answers(len(shards), self._pacer)
+            works = [self._part_stream(shard, call, answers, alone=len(shards) == 1) for shard in shards]
+            parts = call.work = asyncio.ensure_future(_together(works))
+            try:
+                await call.write(answers)
+                failures = await parts
+            finally:
+                parts.cancel()
+                await asyncio.gather(parts, return_exceptions=True)
             if all(failures):
                 raise next(filter(None, failures))
 
@@ -221,49 +242,58 @@ class LoadBalancer:
         try:
             return await self._dispatcher.carry(shard, lambda link: call.unary(shard, link), call.name)
         except (ServerUnavailableError, grpc.aio.AioRpcError) as error:
-            return _if_ours(error)
+            if not _is_ours(error):
+                raise
+            return error
 
-    async def _part_stream(self, shard: Shard, call: _Call, lock: asyncio.Lock) -> Exception | None:
-        """Passes a part of a call on. Returns why it failed; the caller has been told, for each answer."""
+    async def _part_stream(self, shard: Shard, call: _Call, answers: Answers, *, alone: bool) -> Exception | None:
+        """Puts the answers of a part of a call where its writer takes them. Returns why it failed, if the others of the
+        call go on; the caller is told so for each answer that is missing.
+        """
         running = set(shard.places)
 
-        async def write(message: bytes) -> None:
-            async with lock:
-                await call.write(message)
-            for answer in MultiGenerationReply.FromString(message).response:
-                if answer.error or answer.finish_reason not in ("", "none"):
-                    running.discard(answer.index)
+        def take(pieces: Sequence[Piece]) -> None:
+            shard.sent = True
+            answers.push(pieces)
+            if not alone:
+                running.difference_update(piece.index for piece in pieces if not runs(piece))
 
         try:
-            await self._dispatcher.carry(shard, lambda link: call.stream(shard, link, write), call.name)
-            return None
-        except (ServerUnavailableError, grpc.aio.AioRpcError) as error:
-            failure = _if_ours(error)
-        if running:
-            async with lock:
-                await call.write(_failed(running, failure).SerializeToString())
-        return failure
+            run = partial(self._run_stream, shard, call, take)
+            await self._dispatcher.carry(shard, run, call.name)
+        except Exception as error:
+            if alone or not _is_ours(error):
+                answers.fail(error)
+            else:
+                answers.push(_failed(running, error).response)
+                return error
+        finally:
+            answers.end_part()
+        return None
+
+    async def _run_stream(
+        self, shard: Shard, call: _Call, take: Callable[[Sequence[Piece]], object], link: Link
+    ) -> None:
+        await link.bundle.run(shard.request, call.request_id, take)
 
     @asynccontextmanager
     async def _call(self, context: Context) -> AsyncIterator[_Call]:
         """A call from its beginning to its end, whatever ends it; errors become statuses."""
-        task, code = asyncio.current_task(), grpc.StatusCode.OK
-        assert task is not None
-        call = self._running[task] = _Call(context)
+        call = _Call(context)
+        call.work = asyncio.current_task()
+        self._running.add(call)
         try:
             yield call
         except asyncio.CancelledError:
-            code = grpc.StatusCode.UNAVAILABLE if self._ended else grpc.StatusCode.CANCELLED
-            if not self._ended:
+            call.code = grpc.StatusCode.CANCELLED
+            if call.stopped is None or context.cancelled():
                 raise
-            await context.abort(*_status(ServerUnavailableError(self._ended)))
+            await call.abort(call.stopped)
         except Exception as error:
-            status = _status(error)
-            code, call.writing_since = status[0], time.monotonic()  # the end, too, waits until the caller has room
-            await context.abort(*status)
+            await call.abort(error)
         finally:
-            del self._running[task]
-            self._calls[code.name] += 1
+            self._running.discard(call)
+            self._calls[call.code.name] += 1
 
     def _numbers(self) -> dict[str, Any]:
         return {
@@ -290,11 +320,22 @@ def _status(error: Exception) -> Status:
     return code, details, (*metadata, NO_RETRY) if code is grpc.StatusCode.UNAVAILABLE else metadata
 
 
-def _if_ours(error: Exception) -> Exception:
-    """An error that is not the caller's, who gets the other answers; one that is ends the whole call."""
-    if isinstance(error, grpc.aio.AioRpcError) and error.code() not in _OURS:
-        raise error
-    return error
+def _is_ours(error: Exception) -> bool:
+    """Whether an error is not the caller's, who then gets the other answers; one that is ends the whole call."""
+    return isinstance(error, ServerUnavailableError) or (
+        isinstance(error, grpc.aio.AioRpcError) and error.code() in _OURS
+    )
+
+
+def _messages(pieces: Sequence[Piece]) -> Iterator[bytes]:
+    """What came as messages for the caller, in which an answer has one piece at most: first text, then ends."""
+    if len(pieces) == 1:
+        yield MultiGenerationReply(response=pieces).SerializeToString()
+        return
+    pieces = merged(pieces)
+    for part in ([piece for piece in pieces if runs(piece)], [piece for piece in pieces if not runs(piece)]):
+        if part:
+            yield MultiGenerationReply(response=part).SerializeToString()
 
 
 def _failed(places: Collection[int], error: Exception) -> MultiGenerationReply:

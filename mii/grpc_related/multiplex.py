@@ -17,7 +17,6 @@ from mii.grpc_related.options import MAX_MESSAGE_BYTES
 from mii.grpc_related.proto.modelresponse_pb2 import (
     CallEnd,
     CallerMessage,
-    CallReply,
     CallStart,
     MultiStringRequest,
     ServerMessage,
@@ -73,31 +72,49 @@ class Multiplexer:
         self._ends: list[CallEnd] = []
         self._something = asyncio.Event()
         self._closing = False
+        self._failure: Exception | None = None
 
     async def serve(self, messages: AsyncIterator[CallerMessage]) -> None:
-        """Until the caller has ended its side or `finish` was called, and every call has ended."""
+        """Until the caller has ended its side or `finish` was called, and every call has ended.
+
+        Raises:
+            Exception: what `fail` was given.
+        """
         reading = asyncio.ensure_future(self._read(messages))
         try:
-            while not self._closing or self._calls or self._ends:
+            while self._failure is None and (not self._closing or self._calls or self._ends):
                 await self._something.wait()
                 self._something.clear()
-                while self._fresh or self._ends:
+                while self._failure is None and (self._fresh or self._ends):
                     message = self._collect()
                     if message.replies or message.ends:
                         await self._send(message)
         finally:
             reading.cancel()
-            for number in list(self._calls):
-                self._cancel(number)
+            self._cancel_all()
+        if self._failure is not None:
+            raise self._failure
 
     def finish(self) -> None:
         """Ends the stream once no call is left in it."""
         self._closing = True
         self._something.set()
 
+    def fail(self, error: Exception) -> None:
+        """Ends every call at once, and the stream once the message that is being written is out."""
+        self._failure = error
+        self._cancel_all()
+        self._something.set()
+
+    def _cancel_all(self) -> None:
+        for number in list(self._calls):
+            self._cancel(number)
+
     async def _read(self, messages: AsyncIterator[CallerMessage]) -> None:
         try:
             async for message in messages:
+                if self._failure is not None:
+                    return
                 for start in message.starts:
                     self._start(start)
                 for number in message.cancels:
@@ -112,9 +129,9 @@ class Multiplexer:
     async def _open(self, start: CallStart, call: _Call) -> None:
         try:
             request = MultiStringRequest.FromString(start.request)
-            if len(request.request) + len(request.token_prompts) != 1:
-                raise RequestError("a call in a stream of many has one prompt; make several calls")
             call.generation = await self._work.open(request, partial(self._tell, start.call))
+            if call.generation.ended:  # it has no prompts
+                self._tell(start.call)
         except asyncio.CancelledError:
             raise
         except Exception as error:
@@ -160,17 +177,18 @@ class Multiplexer:
 
     def _add(self, message: ServerMessage, number: int, call: _Call, generation: Generation) -> int:
         """Adds what is new of a call to a message. Returns its size, roughly."""
-        reply = CallReply(call=number)
+        reply = message.replies.add(call=number)
         try:
             self._work.write(reply, generation, call.started)
             size = reply.ByteSize()
             if size > _REPLY_BYTES:
                 raise RequestError(f"{size} bytes are too many for one message; ask for fewer log-probabilities")
         except Exception as error:
+            del message.replies[-1]
             self._end(number, error)
             return 0
-        if reply.response:
-            message.replies.append(reply)
+        if not reply.response:
+            del message.replies[-1]
         if generation.ended:
             self._end(number)
         return size

@@ -12,8 +12,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-__all__ = ["Pacer"]
+__all__ = ["MESSAGES_AT_ONCE", "MESSAGES_A_SECOND", "Pacer"]
 
+MESSAGES_A_SECOND = 8_000
+"""Of all streams of a process together."""
+MESSAGES_AT_ONCE = 256
 # Shorter waits are not worth a timer.
 _TICK_SECONDS = 0.002
 

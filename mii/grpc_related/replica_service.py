@@ -37,6 +37,7 @@ __all__ = ["STALL_SECONDS", "ReplicaService"]
 
 _HEALTH_SECONDS, _STATS_SECONDS = 5.0, 0.5
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+GiveUp: TypeAlias = Callable[[Exception], object]
 
 
 class ReplicaService(ModelResponseServicer):
@@ -59,8 +60,7 @@ class ReplicaService(ModelResponseServicer):
     ) -> None:
         self._session, self._token, self._terminate = session, token, terminate
         self._stall_seconds = stall_seconds
-        self._sending: dict[asyncio.Task[Any], float] = {}  # since when
-        self._stalled: set[asyncio.Task[Any]] = set()
+        self._sending: dict[Context, tuple[float, GiveUp]] = {}  # since when
         self._multiplexers: set[Multiplexer] = set()
         self.draining = False
         """Whether new calls are refused."""
@@ -78,6 +78,7 @@ class ReplicaService(ModelResponseServicer):
         """Pieces as they come. A stream of one prompt that fails has an error status; of several, the others go on."""
         started = time.monotonic()
         async with self._call(request, context, streams=True) as generation:
+            give_up = partial(self._session.fail_call, generation)
             while True:
                 pieces, last = await generation.take()
                 if not pieces and not last:
@@ -88,12 +89,12 @@ class ReplicaService(ModelResponseServicer):
                     if part:
                         reply = MultiGenerationReply()
                         _write(reply, part, started)
-                        await self._send(context, reply)
+                        await self._send(context, give_up, reply)
 
     async def Multiplex(self, messages: AsyncIterator[CallerMessage], context: Context) -> None:
-        """The same for many calls in one stream, each of one prompt."""
+        """The same for many calls in one stream."""
         calls = Calls(partial(self._open, streams=False), self._session.close_call, _write_new, self._count)
-        multiplexer = Multiplexer(calls, partial(self._send, context))
+        multiplexer = Multiplexer(calls, lambda message: self._send(context, multiplexer.fail, message))
         self._multiplexers.add(multiplexer)
         try:
             if self.draining:
@@ -135,30 +136,24 @@ class ReplicaService(ModelResponseServicer):
         return type(request)()
 
     async def watch(self) -> None:
-        """Ends streams that nobody reads, until it is cancelled."""
+        """Ends streams that nobody reads, until it is cancelled. What they hold is free at once; the message that waits
+        for its reader goes on to wait, since gRPC lets no status come in between.
+        """
+        error = RequestCancelledError(f"the reader of this stream took nothing for {self._stall_seconds:g} s")
         while True:
             await asyncio.sleep(self._stall_seconds / 4)
             latest = time.monotonic() - self._stall_seconds
-            for task in [task for task, since in self._sending.items() if since < latest]:
-                self._stalled.add(task)
-                task.cancel()
+            for since, give_up in list(self._sending.values()):
+                if since < latest:
+                    give_up(error)
 
-    async def _send(self, context: Context, reply: MultiGenerationReply | ServerMessage) -> None:
+    async def _send(self, context: Context, give_up: GiveUp, reply: MultiGenerationReply | ServerMessage) -> None:
         """Returns when there is room for the next message."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._sending[task] = time.monotonic()
+        self._sending[context] = time.monotonic(), give_up
         try:
             await context.write(reply)
-        except asyncio.CancelledError:
-            if task not in self._stalled:
-                raise
-            self._stalled.discard(task)
-            raise RequestCancelledError(
-                f"the reader of this stream took nothing for {self._stall_seconds:g} s"
-            ) from None
         finally:
-            del self._sending[task]
+            del self._sending[context]
 
     @asynccontextmanager
     async def _call(self, request: MultiStringRequest, context: Context, *, streams: bool) -> AsyncIterator[Generation]:
@@ -187,12 +182,12 @@ class ReplicaService(ModelResponseServicer):
         return await self._session.open(prompts_of(request), options, places=places, streams=streams, tell=tell)
 
     async def _abort(self, error: Exception, context: Context) -> None:
-        """Ends a call with the status of an error. It waits for a reader who is slow, but not for ever."""
+        """Ends a call with the status of an error."""
         status = status_of(error)
         self._count(status[0], _metadata(context, REQUEST_ID), error)
         try:
-            await asyncio.wait_for(context.abort(*status), self._stall_seconds)
-        except (grpc.aio.InternalError, asyncio.TimeoutError):  # whoever called is gone, or as good as that
+            await context.abort(*status)
+        except grpc.aio.InternalError:  # whoever called is gone
             raise asyncio.CancelledError from None
 
     def _count(self, code: grpc.StatusCode, name: str, error: Exception | None = None) -> None:
@@ -218,7 +213,8 @@ def _write_new(reply: Any, generation: Generation, started: float) -> None:
         Exception: how the call ends.
     """
     pieces, last = generation.collect()
-    _check_any_complete(last)
+    if len(generation) == 1:
+        _check_any_complete(last)
     _write(reply, pieces, started)
     _write(reply, last, started)
 

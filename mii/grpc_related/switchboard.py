@@ -97,7 +97,7 @@ class Switchboard:
             if too_late:
                 raise ServerUnavailableError("the deployment is shutting down")
             shards = await self._dispatcher.split(start.request)
-            if len(shards) > 1:
+            if len(shards[0].places) != 1 or len(shards) > 1:
                 raise RequestError("a call in a stream of many has one prompt; make several calls")
             shard = self._shards[start.call] = shards[0]
             await self._dispatcher.carry(shard, partial(self._run, start), start.request_id or "without an id")

@@ -25,7 +25,7 @@ from mii.batching.tracker import RequestTracker, TextEvent
 from mii.errors import GenerationError, RequestError, ServerBusyError, ServerUnavailableError
 from mii.grpc_related.conversations import CHAT, fill_templates
 from mii.grpc_related.generation import Generation
-from mii.grpc_related.pacer import Pacer
+from mii.grpc_related.pacer import MESSAGES_A_SECOND, MESSAGES_AT_ONCE, Pacer
 from mii.grpc_related.replica_metrics import ReplicaMetrics
 from mii.logging import logger
 
@@ -33,9 +33,6 @@ __all__ = ["TextSession"]
 
 # Prompts of more characters (or token ids) in all are tokenised beside the event loop, which they would hold up.
 _INLINE_CHARACTERS = 8192
-# Stream messages a second in all, and at once.
-_MESSAGES_A_SECOND = 8_000
-_MESSAGES_AT_ONCE = 256
 _RETRY_SECONDS = (0.1, 30.0)
 
 
@@ -69,7 +66,7 @@ class TextSession:
         self._admitted = 0
         self._ready = asyncio.Event()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenise")
-        self._pacer = Pacer(_MESSAGES_A_SECOND, _MESSAGES_AT_ONCE)
+        self._pacer = Pacer(MESSAGES_A_SECOND, MESSAGES_AT_ONCE)
         self.metrics = ReplicaMetrics()
         self.engine = EngineClient(address, self, silence_seconds=silence_seconds)
         self.on_state: Callable[[bool], None] = lambda ready: None
@@ -156,6 +153,11 @@ class TextSession:
             self._end(uid, reason, now)
         generation.drop()
 
+    def fail_call(self, generation: Generation, error: Exception) -> None:
+        """Ends a call with an error, and frees all it holds."""
+        self.close_call(generation, "error")
+        generation.fail(error)
+
     def _admit(self, count: int) -> None:
         """A call that is larger than the whole queue is taken when nothing else is there."""
         if self._intake is None or self.engine.info is None:
@@ -230,11 +232,10 @@ class TextSession:
             if event is None:
                 continue
             tokens += event.new_tokens
-            generation = self._generations[event.uid]
-            generation.push(event, now)
+            ended = self._generations[event.uid].push(event, now)
             if event.abort:
                 aborts.append(event.uid)
-            if event.finished:
+            if ended:
                 self._end(event.uid, event.finish_reason if event.error is None else "error", now)
         self.metrics.generated_tokens += tokens
         if aborts:
@@ -269,8 +270,7 @@ class TextSession:
     def fail_all(self, error: Exception) -> None:
         """Ends every call with an error, at once."""
         for generation in set(self._generations.values()):
-            self.close_call(generation, "error")
-            generation.fail(error)
+            self.fail_call(generation, error)
 
     def _end(self, uid: int, reason: str, now: float) -> None:
         generation = self._generations.pop(uid)

@@ -7,16 +7,23 @@ one message for all that is new of them costs little more than a message for one
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import grpc
 import grpc.aio
 
-from mii.grpc_related.proto.modelresponse_pb2 import CallEnd, CallerMessage, CallStart, ServerMessage
+from mii.grpc_related.proto.modelresponse_pb2 import (
+    CallEnd,
+    CallerMessage,
+    CallStart,
+    ServerMessage,
+    SingleGenerationReply,
+)
 
-__all__ = ["MESSAGE_BYTES", "Trunk", "end_of", "error_of_end"]
+__all__ = ["MESSAGE_BYTES", "Bundle", "Trunk", "end_of", "error_of_end"]
 
 MESSAGE_BYTES = 4 << 20
 """A message of many calls grows no further than by one more call from here on."""
@@ -49,6 +56,44 @@ class Trunk:
         """Ends the stream, and with it every call."""
         if self._stream is not None:
             await self._stream.close()
+
+
+class Bundle:
+    """Calls over one `Trunk`, each of which is told what comes for it.
+
+    Args:
+        method: see `Trunk`.
+    """
+
+    def __init__(self, method: Any) -> None:
+        self._trunk = Trunk(method, self._deliver)
+        self._numbers = itertools.count(1)
+        self._takers: dict[int, Callable[[Sequence[SingleGenerationReply]], object]] = {}
+
+    async def run(self, request: bytes, name: str, take: Callable[[Sequence[SingleGenerationReply]], object]) -> None:
+        """Makes a call; see `Trunk.run`.
+
+        Args:
+            request: a MultiStringRequest.
+            name: of the call, for logs.
+            take: gets the pieces as they come, and must not wait.
+        """
+        start = CallStart(call=next(self._numbers), request=request, request_id=name)
+        self._takers[start.call] = take
+        try:
+            await self._trunk.run(start)
+        finally:
+            del self._takers[start.call]
+
+    async def close(self) -> None:
+        """Ends every call that still runs."""
+        await self._trunk.close()
+
+    async def _deliver(self, raw: bytes, message: ServerMessage) -> None:
+        for reply in message.replies:
+            take = self._takers.get(reply.call)
+            if take is not None:
+                take(reply.response)
 
 
 class _Stream:
@@ -93,7 +138,8 @@ class _Stream:
                     if ended is not None and not ended.done():
                         ended.set_result(end)
         except grpc.aio.AioRpcError as error:
-            failure = error
+            # Where a write finds the connection lost before this does, gRPC calls that an internal error.
+            failure = _lost("the connection is lost") if error.code() is grpc.StatusCode.INTERNAL else error
         finally:
             self._lose(failure)
 

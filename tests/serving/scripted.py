@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +16,15 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import HealthServicer
 
 from mii.grpc_related.balancer_server import BalancerServer
-from mii.grpc_related.options import SERVER_OPTIONS, SERVICE_NAME, TOKEN
+from mii.grpc_related.options import REQUEST_ID, SERVER_OPTIONS, SERVICE_NAME, TOKEN
 from mii.grpc_related.proto.modelresponse_pb2 import (
+    CallEnd,
+    CallReply,
     HealthReply,
     MultiGenerationReply,
+    MultiStringRequest,
     ReplicaHealth,
+    ServerMessage,
     SingleGenerationReply,
     StatsReply,
 )
@@ -59,6 +64,45 @@ def ends_with(code: grpc.StatusCode, *metadata: tuple[str, str], until: int = 1_
     return script
 
 
+class AbortedError(Exception):
+    """A script ends its call."""
+
+
+class SharedContext:
+    """What scripts see of a call in a stream of many.
+
+    Args:
+        request_id: the call's.
+    """
+
+    def __init__(self, request_id: str) -> None:
+        self._request_id, self._over = request_id, threading.Event()
+        self._callbacks: list[Callable[[], object]] = []
+        self.trailing: tuple[tuple[str, str], ...] = ()
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return ((REQUEST_ID, self._request_id),)
+
+    def add_callback(self, callback: Callable[[], object]) -> bool:
+        self._callbacks.append(callback)
+        return self.is_active()
+
+    def is_active(self) -> bool:
+        return not self._over.is_set()
+
+    def set_trailing_metadata(self, metadata: tuple[tuple[str, str], ...]) -> None:
+        self.trailing = metadata
+
+    def abort(self, code: grpc.StatusCode, details: str) -> None:
+        raise AbortedError(code, details)
+
+    def end(self) -> None:
+        """The call is over."""
+        self._over.set()
+        for callback in self._callbacks:
+            callback()
+
+
 class Scripted(ModelResponseServicer):
     """A replica, or a whole deployment. Runs its script at each call."""
 
@@ -86,6 +130,44 @@ class Scripted(ModelResponseServicer):
         self.requests.append(request)
         self.contexts.append(context)
         yield from self.script(request, context, self.calls)
+
+    def Multiplex(self, messages: Iterator[Any], context: Any) -> Iterator[ServerMessage]:
+        """Each call in a thread of its own."""
+        said: queue.Queue[ServerMessage | None] = queue.Queue()
+        calls: dict[int, SharedContext] = {}
+
+        def end_all() -> None:
+            for call in list(calls.values()):
+                call.end()
+            said.put(None)
+
+        def listen() -> None:
+            with contextlib.suppress(Exception):
+                for message in messages:
+                    for start in message.starts:
+                        calls[start.call] = SharedContext(start.request_id)
+                        threading.Thread(target=self._run, args=(start, calls[start.call], said.put)).start()
+                    for number in message.cancels:
+                        calls[number].end()
+
+        if not context.add_callback(end_all):
+            return
+        threading.Thread(target=listen).start()
+        yield from iter(said.get, None)
+
+    def _run(self, start: Any, context: SharedContext, say: Callable[[ServerMessage], object]) -> None:
+        end = CallEnd(call=start.call)
+        try:
+            for reply in self.GeneratorReplyStream(MultiStringRequest.FromString(start.request), context):
+                if not context.is_active():
+                    break
+                say(ServerMessage(replies=[CallReply(call=start.call, response=reply.response)]))
+        except AbortedError as aborted:
+            code, details = aborted.args
+            end = CallEnd(call=start.call, code=code.value[0], details=details, metadata=dict(context.trailing))
+        finally:
+            say(ServerMessage(ends=[end]))
+            context.end()
 
     def GeneratorReply(self, request: Any, context: Any) -> MultiGenerationReply:
         self.requests.append(request)

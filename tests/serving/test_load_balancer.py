@@ -167,17 +167,20 @@ def test_a_call_without_prompts_is_answered(setup: Setup) -> None:
 
 
 def test_deadline_and_metadata_go_on_to_the_replica_but_for_the_token(setup: Setup) -> None:
-    request = pack_request(["x"], {})
     given = ((REQUEST_ID, "my name"), ("own-key", "own value"), ("own-bin", b"\0\xff"), (TOKEN, "secret"))
-    setup.stub.GeneratorReply(request, timeout=7, metadata=given)
-    list(setup.stub.GeneratorReplyStream(request, timeout=7, metadata=given))
-    for replica in setup.replicas:
-        for context in replica.contexts:
-            metadata = dict(context.invocation_metadata())
-            assert metadata[REQUEST_ID] == "my name" and metadata["own-key"] == "own value"
-            assert metadata["own-bin"] == b"\0\xff" and TOKEN not in metadata
-            assert 0 < context.time_remaining() < 7 or not context.is_active()
-    assert sum(setup.calls) == 2
+    setup.stub.GeneratorReply(pack_request(["x"], {}), timeout=7, metadata=given)
+    (context,) = [context for replica in setup.replicas for context in replica.contexts]
+    metadata = dict(context.invocation_metadata())
+    assert metadata[REQUEST_ID] == "my name" and metadata["own-key"] == "own value"
+    assert metadata["own-bin"] == b"\0\xff" and TOKEN not in metadata
+    assert 0 < context.time_remaining() < 7 or not context.is_active()
+    assert sum(setup.calls) == 1
+
+
+def test_a_stream_keeps_its_name(setup: Setup) -> None:
+    list(setup.stub.GeneratorReplyStream(pack_request(["x"], {}), metadata=((REQUEST_ID, "my name"),)))
+    (context,) = [context for replica in setup.replicas for context in replica.contexts]
+    assert dict(context.invocation_metadata())[REQUEST_ID] == "my name"
 
 
 # What is tried again

@@ -19,6 +19,7 @@ from google.protobuf.empty_pb2 import Empty
 from mii.backend import MIIClient
 from mii.grpc_related import links
 from mii.grpc_related.convert import pack_request
+from mii.grpc_related.options import CHANNEL_OPTIONS
 from mii.grpc_related.proto.modelresponse_pb2 import MultiGenerationReply, SingleGenerationReply
 from mii.grpc_related.proto.modelresponse_pb2_grpc import ModelResponseStub
 from tests.serving.clusters import Cluster, shared_cluster
@@ -100,28 +101,35 @@ def test_a_replica_that_stands_still_is_given_up_and_taken_back(monkeypatch: pyt
         cable.close()
 
 
-def test_a_caller_who_never_reads_is_given_up() -> None:
-    replica, over = Scripted(), threading.Event()
+def test_callers_who_do_not_read_are_given_up_and_told_so_when_they_read_on() -> None:
+    replica, over = Scripted(), threading.Semaphore(0)
 
     def endless(request: Any, context: Any, call: int) -> Iterator[Any]:
-        context.add_callback(over.set)
+        context.add_callback(over.release)
         while context.is_active():
+            time.sleep(0.002)
             yield MultiGenerationReply(response=[SingleGenerationReply(response="x" * 10_000, finish_reason="none")])
 
     replica.script = endless
     with (
         scripted(replica) as port,
         balancing([f"127.0.0.1:{port}"], stall_seconds=0.4) as balancer,
-        grpc.insecure_channel(balancer.address) as channel,
+        grpc.insecure_channel(balancer.address, CHANNEL_OPTIONS) as channel,
     ):
         stub = ModelResponseStub(channel)
-        calls = lambda: json.loads(stub.Stats(Empty()).json)["balancer"]["calls"]  # noqa: E731
-        stream = stub.GeneratorReplyStream(pack_request(["x"], {}))
-        next(stream)
-        assert over.wait(10)
-        wait_until(lambda: calls() == {"CANCELLED": 1})
-        with pytest.raises(grpc.RpcError):
-            list(stream)
+        counts = lambda: json.loads(stub.Stats(Empty()).json)["balancer"]  # noqa: E731
+        streams = [stub.GeneratorReplyStream(pack_request(["x"], {}), timeout=60) for _ in range(8)]
+        for stream in streams:
+            next(stream)
+        for _ in streams:
+            assert over.acquire(timeout=20)
+        wait_until(lambda: counts()["outstanding"] == 0)
+        for stream in streams:
+            with pytest.raises(grpc.RpcError) as caught:
+                list(stream)
+            assert caught.value.code() is grpc.StatusCode.CANCELLED
+            assert caught.value.details() == "the reader of this stream took nothing for 0.4 s"
+        wait_until(lambda: counts()["calls"] == {"CANCELLED": len(streams)})
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +137,28 @@ def cluster(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     options = Options(step_seconds=0.001, max_length=1 << 20, num_blocks=1 << 20)
     with shared_cluster(tmp_path_factory, tiny_llama, options=options) as cluster:
         yield cluster
+
+
+def test_a_part_that_fails_while_another_is_written_ends_the_call(cluster: Cluster) -> None:
+    """One prompt is wrong and goes to one replica; the other replica's pieces are on their way at that moment."""
+    until, longest = time.monotonic() + 3.0, []
+
+    def ask() -> int:
+        count = 0
+        while time.monotonic() < until:
+            for call in (cluster.client.generate, lambda prompts: list(cluster.client.stream(prompts))):
+                began = time.monotonic()
+                with pytest.raises(ValueError, match="9999"):
+                    call(["one", [9999]])
+                longest.append(time.monotonic() - began)
+                count += 1
+        return count
+
+    with ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(ask) for _ in range(4)]
+        assert all(each.result(30) for each in asking)
+    assert max(longest) < 10
+    cluster.wait_idle()
 
 
 def resident(pid: int) -> int:

@@ -14,9 +14,9 @@ import grpc
 import grpc.aio
 import pytest
 
-from mii.entrypoints.http.answers import Answers, Piece, merged
 from mii.entrypoints.http.backend import Backend, Call
 from mii.entrypoints.http.errors import ApiError
+from mii.grpc_related.answers import Answers, Piece, merged
 from mii.grpc_related.convert import pack_request
 from mii.grpc_related.options import CHANNEL_OPTIONS, SERVICE_NAME
 from mii.grpc_related.proto.modelresponse_pb2 import CallStart, ServerMessage, TokenLogprob
@@ -306,6 +306,29 @@ def test_a_reader_who_never_comes_has_as_much_waiting_as_there_is_text() -> None
             answers.push([piece(0, "x", number + 1)])
         waiting = await answers.take()
         assert "".join(each.response for each in waiting) == "x" * 10_000
-        assert len(waiting) <= 65
+        assert len(waiting) <= 17
+
+    in_loop(main())
+
+
+class LostCall:
+    """A stream whose write finds before its read that the connection is gone, as gRPC tells it then."""
+
+    async def read(self) -> Any:
+        metadata = grpc.aio.Metadata()
+        raise grpc.aio.AioRpcError(grpc.StatusCode.INTERNAL, metadata, metadata, "Internal error from Core")
+
+    async def write(self, message: bytes) -> None:
+        await asyncio.sleep(60)
+
+    def cancel(self) -> None: ...
+
+
+def test_a_connection_that_is_lost_in_the_middle_of_a_write_is_lost_and_no_mistake_of_anyone() -> None:
+    async def main() -> None:
+        trunk = Trunk(LostCall, lambda raw, message: asyncio.sleep(0))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await trunk.run(CallStart(call=1))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
     in_loop(main())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -15,15 +14,15 @@ import msgspec
 from google.protobuf.empty_pb2 import Empty
 
 from mii.backend.calls import Attempts, unary_async
-from mii.entrypoints.http.answers import Answers, Piece
 from mii.entrypoints.http.errors import ApiError, api_error, no_permission
 from mii.errors import MIIError, RequestTimeoutError
+from mii.grpc_related.answers import Answers, Piece
 from mii.grpc_related.convert import pack_request
 from mii.grpc_related.options import CHANNEL_OPTIONS, REQUEST_ID, SERVICE_NAME, TOKEN
-from mii.grpc_related.proto.modelresponse_pb2 import CallStart, HealthReply, ServerMessage
+from mii.grpc_related.proto.modelresponse_pb2 import HealthReply
 from mii.grpc_related.proto.modelresponse_pb2_grpc import ModelResponseStub
 from mii.grpc_related.statuses import error_of
-from mii.grpc_related.trunk import Trunk
+from mii.grpc_related.trunk import Bundle
 
 __all__ = ["Backend", "Call", "Piece", "error_of_answer"]
 
@@ -59,20 +58,18 @@ class Backend:
         self.address, self._timeout = address, timeout
         self._channel: Any = None
         self._stub: Any = None
-        self._trunk: Any = None
-        self._numbers = itertools.count(1)
-        self._answers: dict[int, Answers] = {}
+        self._streams: Any = None
 
     def open(self) -> None:
         """Makes the connection; it is dialled when it is needed, and again whenever it is lost."""
         self._channel = grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS)
         self._stub = ModelResponseStub(self._channel)
-        self._trunk = Trunk(self._channel.stream_stream(f"/{SERVICE_NAME}/Multiplex"), self._deliver)
+        self._streams = Bundle(self._channel.stream_stream(f"/{SERVICE_NAME}/Multiplex"))
 
     async def close(self) -> None:
         """Ends every call that still runs."""
         if self._channel is not None:
-            await self._trunk.close()
+            await self._streams.close()
             await self._channel.close()
 
     async def generate(self, call: Call) -> list[Piece]:
@@ -115,8 +112,9 @@ class Backend:
         self, requests: Sequence[bytes], answers: Answers, timeout: float | None, name: str
     ) -> AsyncIterator[None]:
         """Runs a call for each request while the block runs."""
-        starts = [CallStart(call=next(self._numbers), request=request, request_id=name) for request in requests]
-        tasks = [asyncio.ensure_future(self._run(start, place, answers)) for place, start in enumerate(starts)]
+        alone = len(requests) == 1
+        runs = (self._run(request, name, place, answers, alone) for place, request in enumerate(requests))
+        tasks = [asyncio.ensure_future(run) for run in runs]
         late = RequestTimeoutError(f"the answer was not complete within timeout={self._timeout} s")
         timer = None if timeout is None else asyncio.get_running_loop().call_later(timeout, answers.fail, late)
         try:
@@ -127,25 +125,17 @@ class Backend:
             for task in tasks:
                 task.cancel()
 
-    async def _run(self, start: CallStart, place: int, answers: Answers) -> None:
-        self._answers[start.call] = answers
+    async def _run(self, request: bytes, name: str, place: int, answers: Answers, alone: bool) -> None:
         try:
-            await self._trunk.run(start)
+            await self._streams.run(request, name, answers.push)
         except grpc.aio.AioRpcError as error:
             # One of several may fail alone, where that is our fault and some of the call has come.
-            if answers.count == 1 or error.code() not in _OURS or not answers.started:
+            if alone or error.code() not in _OURS or not answers.started:
                 answers.fail(error)
             else:
                 answers.push([Piece(index=place, finish_reason="error", error=error.details() or "no reason given")])
         finally:
-            del self._answers[start.call]
-            answers.end_one()
-
-    async def _deliver(self, raw: bytes, message: ServerMessage) -> None:
-        for reply in message.replies:
-            answers = self._answers.get(reply.call)
-            if answers is not None:
-                answers.push(reply.response)
+            answers.end_part()
 
     async def health(self) -> HealthReply:
         """What the engines say.
