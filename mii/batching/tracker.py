@@ -60,6 +60,8 @@ class _Answer:
     def push(self, token_id: int) -> str:
         """Counts a token; its text, as far as it can be no part of a stop string."""
         self.length += 1
+        if not self.stops.looks:
+            return self.detokenizer.push(token_id)
         armed = self.length > self.min_new_tokens
         piece = self.detokenizer.push(token_id)
         text = self.stops.feed(piece, armed) if piece else ""

@@ -112,6 +112,8 @@ class StopMatcher:
 
     def __init__(self, stops: StopStrings) -> None:
         self._stops = stops
+        self.looks = bool(stops)
+        """Whether there is anything to look for."""
         self._state = ROOT
         self._held = ""
         self._ahead: tuple[int, str] | None = None
@@ -130,7 +132,7 @@ class StopMatcher:
         if self.matched is not None:
             return ""
         self._ahead = None
-        if not self._stops:
+        if not self.looks:
             return text
         self._state, read, self.matched = self._stops.scan(self._state, text, armed)
         if self.matched is not None:
@@ -145,7 +147,7 @@ class StopMatcher:
         Returns:
             None, or what may be shown up to the stop string; then `matched` is set and the text ends.
         """
-        if not self._stops or self.matched is not None:
+        if not self.looks or self.matched is not None:
             return None
         state, seen = self._ahead or (self._state, "")
         state, read, self.matched = self._stops.scan(state, text)
