@@ -131,9 +131,12 @@ def serve(
         client.terminate_server()
     """
     config = serve_config(model_name_or_path, model_config, mii_config, **kwargs)
-    from mii.backend import MIIClient, MIIServer
+    from mii.backend.server import MIIServer
 
-    return MIIClient(MIIServer(config).mii_config)
+    server = MIIServer(config)
+    from mii.backend import MIIClient
+
+    return MIIClient(server.mii_config)
 
 
 def serve_config(

@@ -78,6 +78,8 @@ class MIIServer:
             self.mii_config = launched.config
             """The config with the ports and devices that were chosen."""
             self._events = launched.events()
+            import mii.backend.client  # noqa: F401  who starts a deployment talks to it: gRPC loads while it starts
+
             failure = self._wait_ready(view)
             if failure is None:
                 return launched
