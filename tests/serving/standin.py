@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,7 +62,11 @@ class Options(msgspec.Struct):
 
 def answer(prompt_ids: list[int], position: int) -> int:
     """The token at a position (from 0) of the answer to a prompt."""
-    return _LETTERS[(sum(prompt_ids) + 7 * position) % len(_LETTERS)]
+    return _letter(sum(prompt_ids), position)
+
+
+def _letter(prompt_sum: int, position: int) -> int:
+    return _LETTERS[(prompt_sum + 7 * position) % len(_LETTERS)]
 
 
 @dataclass
@@ -70,6 +74,11 @@ class _Running:
     request: EngineRequest
     blocks: int
     length: int = 0
+    sum: int = field(init=False)
+    emitted: list[float] | None = None
+
+    def __post_init__(self) -> None:
+        self.sum = sum(self.request.prompt_ids)
 
 
 class StandIn:
@@ -131,6 +140,9 @@ class StandIn:
                 return
             del self._waiting[uid]
             self._running[uid] = waiting
+            if self.options.record:
+                key = " ".join(map(str, waiting.request.prompt_ids))
+                waiting.emitted = self.emitted.setdefault(key, [])
             self._free -= waiting.blocks
 
     def _pause(self) -> None:
@@ -143,11 +155,10 @@ class StandIn:
 
     def _advance(self, running: _Running) -> TokenOutput:
         request = running.request
-        token = answer(request.prompt_ids, running.length)
+        token = _letter(running.sum, running.length)
         running.length += 1
-        if self.options.record:
-            key = " ".join(map(str, request.prompt_ids))
-            self.emitted.setdefault(key, []).append(time.monotonic())
+        if running.emitted is not None:
+            running.emitted.append(time.monotonic())
         reason = "length" if running.length >= request.max_new_tokens else None
         if reason is not None:
             self.abort(request.uid)

@@ -126,11 +126,13 @@ def work(number):
         client.generate(prompt, max_new_tokens=6, streaming_fn=note)
         whole = client.generate(prompt, max_new_tokens=6)[0].generated_text
         assert whole == "".join(texts)
-        print(prompt, whole)
+        lines.append(f"{prompt} {whole}")  # to print here would mix what the threads say
 
+lines = []
 threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
 [thread.start() for thread in threads]
 [thread.join() for thread in threads]
+print("\\n".join(lines))
 """
 
 
