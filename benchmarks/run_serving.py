@@ -1,6 +1,7 @@
 """What serving adds to an engine: every process of a deployment is real but the engine, which emits tokens at a rate.
 
     python benchmarks/run_serving.py [--only ROW ...] [--seconds S] [--json FILE]
+    python benchmarks/run_serving.py --json -      # all figures as JSON, on standard output
 
 A token's added time is from the moment when the stand-in engine (tests/serving/standin.py) emitted it until the load
 generator (mii bench serve) had it. Rates and times are those of the middle half of a run, when all streams are there.
@@ -168,17 +169,17 @@ def print_row(name: str, found: dict[str, Any]) -> None:
     added, used = found["added_s"], found["processor_us_per_token"]
     speed = f"{found['tokens_per_s']:,.0f} of {found['asked_tokens_per_s']:,} tokens/s"
     times = ", ".join(f"{each} {1e3 * added[each]:.1f}" for each in ("p50", "p90", "p99"))
-    print(f"{name}: {speed} in {found['messages_per_s']:,.0f} messages/s; added ms {times}")
+    print(f"{name}: {speed} in {found['messages_per_s']:,.0f} messages/s; added ms {times}", file=sys.stderr)
     costs = ", ".join(f"{role} {cost:.1f}" for role, cost in used.items())
     busy = f"machine {found['machine_busy']:.0%} busy, load {found['load_average']:.1f}"
-    print(f"  processor us/token: {costs}; {busy}", flush=True)
+    print(f"  processor us/token: {costs}; {busy}", file=sys.stderr, flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measures what serving adds to an engine.")
     parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--seconds", type=float, default=15.0, help="of each run, about (default: 15)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file; -: print them")
     args = parser.parse_args(arguments)
     machine, rows = describe_host(), {}
     for name in args.only:
@@ -187,7 +188,11 @@ def main(arguments: list[str] | None = None) -> int:
     if args.json is not None:
         report = {"benchmark": "serving", "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
         command = shlex.join(["python", "benchmarks/run_serving.py", *sys.argv[1:]])
-        write_json(report | {"command": command, "machine": machine, "versions": versions(), "rows": rows}, args.json)
+        report |= {"command": command, "machine": machine, "versions": versions(), "rows": rows}
+        if args.json == Path("-"):
+            print(json.dumps(report))
+        else:
+            write_json(report, args.json)
     return 0
 
 

@@ -289,6 +289,9 @@ class LoadBalancer:
             if call.stopped is None or context.cancelled():
                 raise
             await call.abort(call.stopped)
+        except grpc.aio.InternalError:  # a message cannot be sent: the caller is gone
+            call.code = grpc.StatusCode.CANCELLED
+            raise asyncio.CancelledError from None
         except Exception as error:
             await call.abort(error)
         finally:

@@ -165,9 +165,12 @@ class ReplicaService(ModelResponseServicer):
             finally:
                 self._session.close_call(generation)
             self._session.metrics.calls["OK"] += 1
-        except asyncio.CancelledError:
+        except (
+            asyncio.CancelledError,
+            grpc.aio.InternalError,
+        ):  # the latter: a message cannot be sent, the caller is gone
             self._session.metrics.calls["CANCELLED"] += 1
-            raise
+            raise asyncio.CancelledError from None
         except Exception as error:
             await self._abort(error, context)
 
