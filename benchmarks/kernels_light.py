@@ -35,6 +35,12 @@ def run(device: torch.device) -> list[dict[str, Any]]:
 def _cases(rows: tuple[int, ...]) -> Iterator[Case]:
     for n in rows:
         yield Case("norm", f"add + RMS, {n} x {HIDDEN}", SIZE * HIDDEN * (4 * n + 1), lambda d, n=n: _norm(d, n))
+        yield Case(
+            "norm",
+            f"RMS + add + RMS, {n} x {HIDDEN}",
+            SIZE * HIDDEN * (4 * n + 2),
+            lambda d, n=n: _norm(d, n, normed_before=True),
+        )
     for n in rows:
         moved = n * HEAD_DIM * SIZE * (2 * HEADS + 5 * KV_HEADS)  # q, k in and out, v in, k and v to the cache
         text = f"{n} tokens, {HEADS}/{KV_HEADS} heads of {HEAD_DIM}"
@@ -58,10 +64,11 @@ def _random(device: torch.device, *shape: int) -> torch.Tensor:
     return torch.randn(shape, device=device, dtype=DTYPE)
 
 
-def _norm(device: torch.device, rows: int) -> Call:
+def _norm(device: torch.device, rows: int, normed_before: bool = False) -> Call:
     x, residual, weight = _random(device, rows, HIDDEN), _random(device, rows, HIDDEN), _random(device, HIDDEN)
     out = torch.empty_like(x)
-    return lambda: norm(out, x, weight, eps=1e-5, residual=residual)
+    x_weight = _random(device, HIDDEN) if normed_before else None
+    return lambda: norm(out, x, weight, eps=1e-5, residual=residual, x_weight=x_weight)
 
 
 def _rope_kv(device: torch.device, tokens: int) -> Call:
