@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import time
 from collections.abc import Sequence
@@ -31,6 +32,8 @@ def run_jobs(engine: Engine, jobs: Sequence[Job]) -> Run:
     Raises:
         RuntimeError: The engine ended a request early or with an error: the figure would be wrong.
     """
+    gc.collect()
+    gc.freeze()  # as an engine's process does: a collection would look at all that was ever imported
     wanted = {next(_uids): job for job in jobs}
     left = {uid: job.new_tokens for uid, job in wanted.items()}
     first, steps = 0.0, 0
@@ -47,6 +50,7 @@ def run_jobs(engine: Engine, jobs: Sequence[Job]) -> Run:
             if output.error is not None:
                 raise RuntimeError(f"request {output.uid} ended with an error: {output.error}")
     seconds = time.perf_counter() - begin
+    gc.unfreeze()
     if any(left.values()):
         raise RuntimeError(f"{sum(1 for n in left.values() if n)} of {len(left)} requests ended before their length")
     answer = sum(job.new_tokens for job in jobs)

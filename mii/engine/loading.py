@@ -18,7 +18,7 @@ from mii.engine.pacing import measure_costs
 from mii.engine.profile import StepProfile
 from mii.engine.runner import Runner, RunnerLimits
 from mii.engine.startup import StartReport
-from mii.errors import CheckpointError, OutOfMemoryError
+from mii.errors import CheckpointError, OutOfMemoryError, UnsupportedFeatureError
 from mii.logging import logger
 from mii.modeling.checkpoint import Checkpoint, open_checkpoint
 from mii.modeling.checkpoint.read_ahead import ReadAhead, reads_ahead
@@ -145,6 +145,11 @@ def _pace(config: ModelConfig, runner: Runner, start: StartReport) -> Pace | Non
     """The time for a token that the config asks for; None where it asks for none."""
     if config.target_token_ms is None and config.optimize_for == "throughput":
         return None
+    if config.tensor_parallel > 1:
+        raise UnsupportedFeatureError(
+            f"optimize_for={config.optimize_for!r} and target_token_ms={config.target_token_ms} are for one device: "
+            f"{config.tensor_parallel} ranks would each measure another time. Lower max_ragged_batch_size instead."
+        )
     with start.phase("pace"):
         target = None if config.target_token_ms is None else config.target_token_ms / 1e3
         pace = make_pace(measure_costs(runner), target, least=runner.limits.block_size)

@@ -10,7 +10,14 @@ import torch
 from mii.config import ModelConfig
 from mii.engine import devices, load_engine, loading
 from mii.engine.devices import choose_device, choose_dtype
-from mii.errors import CheckpointError, LoadError, OutOfMemoryError, UnsupportedDeviceError
+from mii.engine.startup import StartReport
+from mii.errors import (
+    CheckpointError,
+    LoadError,
+    OutOfMemoryError,
+    UnsupportedDeviceError,
+    UnsupportedFeatureError,
+)
 from tests.oracle import generate, small_engine
 
 GIB = 1 << 30
@@ -132,3 +139,12 @@ def test_nothing_stays_allocated_after_a_failed_load(tiny_llama: Path, monkeypat
 
 def test_available_memory_is_a_plausible_number() -> None:
     assert 1 << 20 < devices.free_memory(CPU) < 1 << 50
+
+
+def test_a_time_for_each_token_is_refused_for_several_ranks(tiny_llama: Path) -> None:
+    engine = small_engine(tiny_llama)
+    assert engine.runner is not None
+    config = ModelConfig(model_name_or_path=str(tiny_llama), tensor_parallel=2, target_token_ms=20)
+    with pytest.raises(UnsupportedFeatureError, match="target_token_ms=20"):
+        loading._pace(config, engine.runner, StartReport())
+    engine.destroy()
