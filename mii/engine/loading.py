@@ -76,6 +76,7 @@ def build_engine(
     config: ModelConfig, checkpoint: Checkpoint, progress: bool | None = None, ranks: Ranks | None = None
 ) -> Engine | FirstEngine | OtherEngine:
     """The engine of an opened checkpoint; with `ranks`, what this one has of it (within `ranks.loading`)."""
+    _check_pace(config)
     start, group = StartReport(), None if ranks is None else ranks.group
     device = choose_device(config.device, config.local_device)
     dtype = choose_dtype(config.dtype, checkpoint.config, device)
@@ -97,7 +98,7 @@ def build_engine(
         if ranks is None:
             _make_cache(config, runner, free, start)
             pace = _pace(config, runner, start)
-        else:  # ranks could not agree on what each of them has timed
+        else:
             options = f"{dtype}, {limits}, prefix_caching={config.prefix_caching}"
             runner.make_cache(ranks.settle(checkpoint, options, _num_blocks(config, runner, free, group=group)))
             pace = None
@@ -141,15 +142,19 @@ def _make_cache(config: ModelConfig, runner: Runner, free_at_start: int, start: 
             start.note(f"{captured.graphs} of {captured.planned}; the others when they are used")
 
 
+def _check_pace(config: ModelConfig) -> None:
+    """Ranks come to the same plans only from the same costs, and each of them would measure others."""
+    if config.tensor_parallel > 1 and (config.target_token_ms is not None or config.optimize_for != "throughput"):
+        raise UnsupportedFeatureError(
+            f"optimize_for={config.optimize_for!r} and target_token_ms={config.target_token_ms} are for one device and "
+            f"tensor_parallel is {config.tensor_parallel}; lower max_ragged_batch_size instead."
+        )
+
+
 def _pace(config: ModelConfig, runner: Runner, start: StartReport) -> Pace | None:
     """The time for a token that the config asks for; None where it asks for none."""
     if config.target_token_ms is None and config.optimize_for == "throughput":
         return None
-    if config.tensor_parallel > 1:
-        raise UnsupportedFeatureError(
-            f"optimize_for={config.optimize_for!r} and target_token_ms={config.target_token_ms} are for one device: "
-            f"{config.tensor_parallel} ranks would each measure another time. Lower max_ragged_batch_size instead."
-        )
     with start.phase("pace"):
         target = None if config.target_token_ms is None else config.target_token_ms / 1e3
         pace = make_pace(measure_costs(runner), target, least=runner.limits.block_size)
@@ -227,7 +232,7 @@ def _num_blocks(
     default = _DEFAULTS[runner.device.type].memory_fraction
     fraction = config.memory_fraction if "memory_fraction" in config.model_fields_set else default
     free = free_memory(runner.device) - reserved
-    budget = int(fraction * free_at_start) - (free_at_start - free)
+    budget = int(fraction * free_at_start) - max(0, free_at_start - free)  # others may have given some back
     if "memory_config" in manager.model_fields_set or runner.device.type == "cuda":
         budget = min(budget, free - memory.size)
     blocks = budget // _sharing(runner.device, group) // runner.block_bytes

@@ -10,7 +10,6 @@ import torch
 from mii.config import ModelConfig
 from mii.engine import devices, load_engine, loading
 from mii.engine.devices import choose_device, choose_dtype
-from mii.engine.startup import StartReport
 from mii.errors import (
     CheckpointError,
     LoadError,
@@ -142,9 +141,6 @@ def test_available_memory_is_a_plausible_number() -> None:
 
 
 def test_a_time_for_each_token_is_refused_for_several_ranks(tiny_llama: Path) -> None:
-    engine = small_engine(tiny_llama)
-    assert engine.runner is not None
-    config = ModelConfig(model_name_or_path=str(tiny_llama), tensor_parallel=2, target_token_ms=20)
-    with pytest.raises(UnsupportedFeatureError, match="target_token_ms=20"):
-        loading._pace(config, engine.runner, StartReport())
-    engine.destroy()
+    for options in ({"target_token_ms": 20}, {"optimize_for": "latency"}):
+        with pytest.raises(UnsupportedFeatureError, match="tensor_parallel is 2"):
+            load_engine(config(tiny_llama, tensor_parallel=2, **options))
