@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from mii.engine import capture
 from mii.engine.graphs import (
-    Bucket,
     StepGraphs,
     all_buckets,
     decode_bucket,
@@ -64,12 +63,12 @@ class Notes:
     """In the place of the graphs: runs what would be captured, and notes the buckets."""
 
     def __init__(self) -> None:
-        self.buckets: list[Bucket] = []
+        self.buckets: list[tuple[object, ...]] = []
 
     def __len__(self) -> int:
         return len(self.buckets)
 
-    def capture(self, bucket: Bucket, body: Callable[[], None]) -> None:
+    def capture(self, bucket: tuple[object, ...], body: Callable[[], None]) -> None:
         body()
         self.buckets.append(bucket)
 
@@ -84,7 +83,7 @@ def test_all_steps_are_captured_and_touch_nothing(tiny_llama: Path) -> None:
     runner.graphs = cast(StepGraphs, notes)
     captured = capture.capture_steps(runner, seconds=60)
     runner.graphs = None
-    assert notes.buckets == all_buckets(runner.limits.max_sequences, runner.limits.max_tokens)
+    assert [key[:2] for key in notes.buckets] == all_buckets(runner.limits.max_sequences, runner.limits.max_tokens)
     assert (captured.graphs, captured.planned) == (len(notes), len(notes))
     assert generate(engine, prompts, 12) == expected  # the prefix cache still holds what it held
     assert engine.stats().prefix_hit_tokens > 0
