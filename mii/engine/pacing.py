@@ -7,7 +7,7 @@ import time
 import torch
 
 from mii.batching.pace import StepCosts
-from mii.engine.costs import count_weights
+from mii.engine.costs import count_expert_weights, count_weights
 from mii.engine.runner import Runner
 
 MANY_TOKENS = {"cuda": 2048, "cpu": 64}  # enough for products to be limited by arithmetic
@@ -24,8 +24,13 @@ def measure_costs(runner: Runner, rounds: int = 3) -> StepCosts:
     tokens = min(MANY_TOKENS[runner.device.type], limits.max_tokens)
     step = _seconds(runner, 1, 1, rounds)
     token = _seconds(runner, tokens, min(64, limits.max_sequences), rounds) / tokens
-    weights = count_weights(spec)
+    experts = count_expert_weights(spec)  # nobody is in these steps, so experts had no rows
+    weights = count_weights(spec) - experts
     bandwidth, arithmetic = weights * runner.dtype.itemsize / step, 2 * weights / token
+    if spec.experts is not None:
+        met = experts * spec.experts.top_k / spec.experts.count  # by a token
+        step += met * runner.dtype.itemsize / bandwidth
+        token += 2 * met / arithmetic
     return StepCosts(
         step=step,
         token=token,

@@ -60,8 +60,10 @@ class StackedParameter(Parameter):
         return self._matrix(self.tensor[int(expert)]).view(name)
 
     def filled(self, part: str = "") -> None:
-        covered = [name for name in self.parts if part in ("", name) or name.startswith(f"{part}.")]
-        self.missing.difference_update(covered)
+        if part in self.parts:
+            self.missing.discard(part)
+        else:
+            self.missing = {name for name in self.missing if part and not name.startswith(f"{part}.")}
 
 
 class ExpertStack(Module):

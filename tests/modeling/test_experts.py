@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from mii.errors import CheckpointError
 from mii.modeling.experts import StackedParameter
 from mii.modeling.families import FAMILIES
+from mii.modeling.parameters import as_span
 from tests.checkpoints import write_checkpoint
 from tests.oracle import final_logits, generate, random_prompts, small_engine
 
@@ -21,7 +22,7 @@ MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, 
 
 def test_parts_of_a_stack_are_rows_of_one_expert() -> None:
     tensor = torch.zeros(3, 10, 4)
-    stack = StackedParameter(tensor, {"gate": 6, "up": 4})
+    stack = StackedParameter(tensor, {"gate": 6, "up": 4}, as_span(4))
     stack.view("1.gate").fill_(1)
     stack.view("2.up").fill_(2)
     assert tensor.view(-1, 4)[:, 0].tolist() == [0] * 10 + [1] * 6 + [0] * 4 + [0] * 6 + [2] * 4
@@ -30,13 +31,13 @@ def test_parts_of_a_stack_are_rows_of_one_expert() -> None:
 
 
 def test_a_stack_is_complete_when_every_part_of_every_expert_is() -> None:
-    stack = StackedParameter(torch.zeros(2, 10, 4), {"gate": 6, "up": 4})
+    stack = StackedParameter(torch.zeros(2, 10, 4), {"gate": 6, "up": 4}, as_span(4))
     for part in ("0.gate", "1.up", "0.up"):
         stack.filled(part)
     assert stack.missing == {"1.gate"}
     stack.filled("1")
     assert not stack.missing
-    whole = StackedParameter(torch.zeros(12, 10, 4), {"": 10})
+    whole = StackedParameter(torch.zeros(12, 10, 4), {"": 10}, as_span(4))
     whole.filled("1")
     assert "1" not in whole.missing
     assert {"10", "11"} <= whole.missing
