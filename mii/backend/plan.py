@@ -11,10 +11,14 @@ import sys
 import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeAlias
+
+import msgspec
 
 from mii.backend.cpus import cores_by_place, split_cores
 from mii.config import MIIConfig
 from mii.config.placement import local_gpu_count
+from mii.errors import UnsupportedFeatureError
 from mii.launch.folder import DeploymentFolder
 from mii.launch.remote import check_launcher
 from mii.launch.state import BALANCER, GATEWAY, Plan, Spec, engine_role, front_role
@@ -41,12 +45,17 @@ def make_plan(config: MIIConfig, folder: DeploymentFolder, *, attached: bool = F
     no_gpu: dict[str, str | None] = {_VISIBLE: ""}  # nothing but an engine ever touches one
     processes = [_python(folder, "load_balancer", BALANCER, no_gpu)]
     replicas = zip(config.model_conf.replica_configs, _devices(config, os.environ), strict=True)
-    for index, (replica, (device_environment, cores)) in enumerate(replicas):
+    for index, (replica, ranks) in enumerate(replicas):
         if replica.is_local:
             processes.append(_python(folder, "front", front_role(index), no_gpu, index))
-            processes.append(_python(folder, "engine", engine_role(index), device_environment, index, cores))
+            processes.extend(_engine(folder, index, rank, *where) for rank, where in enumerate(ranks))
         else:
             check_launcher(config, replica.hostname)
+            if config.model_conf.tensor_parallel > 1:
+                raise UnsupportedFeatureError(
+                    f"replica {index} is on host {replica.hostname!r} with tensor_parallel="
+                    f"{config.model_conf.tensor_parallel}: replicas on other hosts have one process; use 1"
+                )
             roles = (front_role(index), engine_role(index))
             processes.extend(_python(folder, "remote", role, no_gpu, index) for role in roles)
     if config.enable_restful_api:
@@ -74,26 +83,39 @@ def python_environment(environment: Mapping[str, str]) -> dict[str, str | None]:
     return changes
 
 
-def _devices(config: MIIConfig, environment: Mapping[str, str]) -> list[tuple[dict[str, str | None], list[int]]]:
-    """What the engine of each replica runs on: variables that say so, and cores (none: all of them).
+_Place: TypeAlias = tuple[dict[str, str | None], list[int]]
+
+
+def _engine(
+    folder: DeploymentFolder, replica: int, rank: int, environment: dict[str, str | None], cores: Sequence[int]
+) -> Spec:
+    spec = _python(folder, "engine", engine_role(replica, rank), environment, replica, cores)
+    return msgspec.structs.replace(spec, group=engine_role(replica))
+
+
+def _devices(config: MIIConfig, environment: Mapping[str, str]) -> list[list[_Place]]:
+    """What each rank of each replica's engine runs on: variables that say so, and cores (none: all of them).
 
     Replicas on other hosts get nothing: their launcher sees to it.
     """
     replicas = config.model_conf.replica_configs
     gpus = 0 if config.model_conf.device == "cpu" else local_gpu_count()
     pool = _pool(gpus, environment.get(_VISIBLE))
-    local = [replica for replica in replicas if replica.is_local]
-    shares = iter(split_cores(cores_by_place(sorted(os.sched_getaffinity(0))), max(1, len(local))))
-    devices: list[tuple[dict[str, str | None], list[int]]] = []
+    size = config.model_conf.tensor_parallel
+    engines = size * sum(replica.is_local for replica in replicas)
+    shares = iter(split_cores(cores_by_place(sorted(os.sched_getaffinity(0))), max(1, engines)))
+    devices: list[list[_Place]] = []
     for replica in replicas:
-        if not replica.is_local:
-            devices.append(({}, []))
-        elif gpus:
-            devices.append(({_VISIBLE: ",".join(pool[device] for device in replica.gpu_indices)}, []))
-        else:
-            cores = next(shares) if len(local) > 1 else []
+        places: list[_Place] = []
+        for rank in range(size if replica.is_local else 0):
+            local_rank = {"LOCAL_RANK": str(rank)} if size > 1 else {}
+            if gpus:
+                places.append(({_VISIBLE: ",".join(pool[device] for device in replica.gpu_indices), **local_rank}, []))
+                continue
+            cores = next(shares) if engines > 1 else []
             threads = {_THREADS: str(len(cores))} if cores and _THREADS not in environment else {}
-            devices.append(({_VISIBLE: "", **threads}, cores))
+            places.append(({_VISIBLE: "", **threads, **local_rank}, cores))
+        devices.append(places)
     return devices
 
 

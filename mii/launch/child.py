@@ -51,6 +51,8 @@ class Child:
         """Why it failed, where more is known than how it ended."""
         self.port_taken = False
         """Whether it failed because somebody else has its port."""
+        self.taken_down = False
+        """Whether it was killed because another one of its group has died."""
         self._folder, self._max_restarts = folder, max_restarts
         self._process: subprocess.Popen[bytes] | None = None
         self._received = b""

@@ -1,4 +1,7 @@
-"""The engine process of a replica: ``python -m mii.launch.engine <folder of the deployment> replica-<i>-engine``."""
+"""The engine process of a replica: ``python -m mii.launch.engine <folder of the deployment> replica-<i>-engine``.
+
+With tensor parallelism there is one for each rank; those after the first have ``-<rank>`` at the end of their role.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from mii.progress import report_progress_to
 
 if TYPE_CHECKING:
     from mii.engine import Engine
+    from mii.parallel.engines import FirstEngine
 
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
@@ -23,12 +27,26 @@ def main() -> None:
         process.report("importing torch")
         from mii.engine import load_engine
 
-        process.report("opening the checkpoint")
         report_progress_to(process.report)
-        serve(load_engine(process.model_config), process)
+        if process.model_config.tensor_parallel == 1:
+            process.report("opening the checkpoint")
+            serve(load_engine(process.model_config), process)
+            return
+        from mii.parallel.deployed import load_part
+        from mii.parallel.engines import FirstEngine
+
+        part = load_part(process)
+        try:
+            if isinstance(part, FirstEngine):
+                serve(part, process)
+            else:
+                process.ready()
+                part.follow()
+        finally:
+            part.destroy()
 
 
-def serve(engine: Engine, process: Process) -> None:
+def serve(engine: Engine | FirstEngine, process: Process) -> None:
     """Says that the process is ready, and serves until a stop is requested."""
     with EngineServer(engine, describe(engine), process) as server:
         # What was made so far stays; without it in the collector's sight a collection is short.
@@ -38,7 +56,7 @@ def serve(engine: Engine, process: Process) -> None:
         server.serve()
 
 
-def describe(engine: Engine) -> EngineInfo:
+def describe(engine: Engine | FirstEngine) -> EngineInfo:
     """What a front must know of an engine."""
     import mii
 

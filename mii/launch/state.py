@@ -37,8 +37,8 @@ def front_role(replica: int) -> str:
     return f"replica-{replica}-front"
 
 
-def engine_role(replica: int) -> str:
-    return f"replica-{replica}-engine"
+def engine_role(replica: int, rank: int = 0) -> str:
+    return f"replica-{replica}-engine-{rank}" if rank else f"replica-{replica}-engine"
 
 
 class Spec(msgspec.Struct, frozen=True):
@@ -50,6 +50,7 @@ class Spec(msgspec.Struct, frozen=True):
         environment: variables on top of the supervisor's own; None takes one away.
         cpus: cores that it may run on; empty: all.
         replica: the replica that it belongs to; None: to all of them.
+        group: processes of one group (an engine's ranks) start anew together when one of them dies; empty: alone.
     """
 
     role: str
@@ -57,6 +58,7 @@ class Spec(msgspec.Struct, frozen=True):
     environment: dict[str, str | None] = {}
     cpus: list[int] = []
     replica: int | None = None
+    group: str = ""
 
 
 class Plan(msgspec.Struct, frozen=True):

@@ -229,11 +229,14 @@ class Supervisor:
                 return
 
     def _restart(self, child: Child) -> None:
-        notice = None
+        notice, alone = None, not child.taken_down
+        if alone:
+            self._take_down_group(child)
+        child.taken_down = False
         if child.state.stage == "given up":
             pass  # it was ended because the other process of its replica is
         elif child.plan_restart():
-            notice = child.describe_restart()
+            notice = child.describe_restart() if alone else None
         else:
             notice = f"{child.describe_end()}; it died too often and is given up"
             self._give_up_replica(child)
@@ -242,6 +245,13 @@ class Supervisor:
         self._save()
         if notice:
             self._tell(Notice(notice))
+
+    def _take_down_group(self, child: Child) -> None:
+        """Kills the other ranks of an engine, which cannot go on without this one."""
+        for other in self._children:
+            if other is not child and child.spec.group and other.spec.group == child.spec.group and other.running:
+                other.taken_down = True
+                other.signal(signal.SIGKILL)
 
     def _give_up_replica(self, child: Child) -> None:
         for other in self._children:
