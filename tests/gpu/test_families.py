@@ -27,7 +27,7 @@ LENGTHS = [1, 5, 16, 17, 40, 33, 100]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("variant", [each for each in all_variants() if each.gpu], ids=str)
+@pytest.mark.parametrize("variant", all_variants(), ids=str)
 def test_logits_and_greedy_tokens_equal_transformers(
     variant: Variant, dtype: str, tmp_path: Path, families_table: FamiliesTable
 ) -> None:

@@ -29,7 +29,6 @@ class Variant:
         oracle: Opens a checkpoint as `Oracle` does; another one where transformers has no class for the family.
         exact_dtype: The dtype that the oracle computes in where we compute in 16 bits, if not the same: where
             transformers rounds in between what we keep in float, and is further off than the tolerance allows.
-        gpu: False where a card runs nothing that another variant does not.
         in_16_bits: More of `config` where numbers have 16 bits: what keeps rounding from deciding between experts.
     """
 
@@ -40,7 +39,6 @@ class Variant:
     write: Callable[..., Path] = write_checkpoint
     oracle: Callable[..., Oracle] = Oracle
     exact_dtype: str = ""
-    gpu: bool = True
     in_16_bits: Mapping[str, Any] = field(default_factory=dict)
 
     def __str__(self) -> str:
