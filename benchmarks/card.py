@@ -78,8 +78,8 @@ READ_OUT_OF_BOUNDS = """
 import torch
 from mii.ops import abi, native
 x, out = torch.ones(1, 4096, device="cuda"), torch.empty(2, 4096, device="cuda")
-args = abi.MiiNorm(out.data_ptr(), x.data_ptr(), None, None, None, 2, 4096, 1 << 38, 4096, 1e-6, abi.RMS,
-                   abi.DTYPE_CODES[x.dtype])
+args = abi.MiiNorm(out=out.data_ptr(), x=x.data_ptr(), rows=2, width=4096, x_stride=1 << 38, out_stride=4096, eps=1e-6,
+                   kind=abi.RMS, dtype=abi.DTYPE_CODES[x.dtype])
 native.library(x.device).call("mii_norm", args, native.stream(x.device))
 try:
     torch.cuda.synchronize()

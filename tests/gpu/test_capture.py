@@ -56,7 +56,7 @@ def test_what_graphs_take_is_no_more_than_was_set_aside(tiny_llama: Path) -> Non
     from mii.engine.capture import capture_steps, graph_memory
     from mii.engine.devices import free_memory
 
-    engine = card_engine(tiny_llama, "bf16", max_tokens=512, max_sequences=128)
+    engine = card_engine(tiny_llama, "bf16", max_tokens=512, max_sequences=64)
     runner = engine.runner
     assert runner is not None
     reserved = graph_memory(runner, lambda: free_memory(runner.device))
