@@ -29,7 +29,7 @@ LAYER = {
     "down": (HIDDEN, INTERMEDIATE),
 }
 WEIGHTS = LAYER | {"head": (128256, HIDDEN)}
-VARIANTS = {1: 4, 8: 4, 16: 4, 32: 2, 64: 2}  # of our kernel's cuts, for each number of rows
+VARIANTS = {1: 4, 8: 4, 16: 4, 32: 3, 64: 4}  # of our kernel's cuts, for each number of rows
 MORE_ROWS = (64, 128, 256, 384, 512)
 CHAIN_ROWS, LAYERS = (1, 8, 16, 64), 32
 # How the streaming kernel runs in a chain: its cut, MiB of the next weight to fetch, units under way when that begins,
@@ -39,12 +39,13 @@ CHAINS = (
     (None, 0, 0, True),
     (0, 16, 0, False),
     (0, 16, 0, True),
+    (2, 16, 0, False),
+    (2, 16, 0, True),
     (1, 0, 0, True),
     (1, 8, 0, True),
     (1, 16, 0, True),
-    (2, 0, 0, True),
-    (2, 8, 0, True),
-    (2, 16, 0, True),
+    (3, 0, 0, True),
+    (3, 8, 0, True),
     (3, 16, 0, True),
 )
 DTYPE, SIZE = torch.bfloat16, 2
@@ -136,7 +137,7 @@ def _chains(device: torch.device) -> Iterator[dict[str, Any]]:
     for rows in CHAIN_ROWS:
         chain = _Chain(device, rows)
         for name, run_layer in (("four products", chain.products), ("layer but attention", chain.layer)):
-            for variant, fetch, lag, early in CHAINS if rows <= 16 else CHAINS[:2]:
+            for variant, fetch, lag, early in CHAINS:
                 _choose(0 if variant is None else max(VARIANTS), variant or 0, fetch, lag)
                 os.environ["MII_PDL_EARLY"] = str(int(early))  # the library asks for it at every launch
                 calls = [

@@ -29,17 +29,20 @@ template <typename T>
 int32_t launch_rows(const LinearStreamArgs<T>& args, int variant, void* stream) {
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // other cuts, to compare on a card
     if (args.rows <= 8) {
-      if (variant == 1) return launch_stream<T, StreamShape<8, 1, 256, 3>>(args, stream);
-      if (variant == 2) return launch_stream<T, StreamShape<8, 1, 256, 3, 4, 1, 8>>(args, stream);
-      if (variant == 3) return launch_stream<T, StreamShape<8, 1, 256, 5, 4, 1, 8>>(args, stream);
+      if (variant == 1) return launch_stream<T, StreamShape<8, 1, 256, 3, 4, 1, 4, true>>(args, stream);
+      if (variant == 2) return launch_stream<T, StreamShape<8, 1, 256, 5, 4, 1, 4, true>>(args, stream);
+      if (variant == 3) return launch_stream<T, StreamShape<8, 1, 128, 5, 4, 1, 4, true>>(args, stream);
     } else if (args.rows <= 16) {
-      if (variant == 1) return launch_stream<T, StreamShape<16, 1, 256, 2>>(args, stream);
-      if (variant == 2) return launch_stream<T, StreamShape<16, 1, 256, 2, 4, 1, 8>>(args, stream);
-      if (variant == 3) return launch_stream<T, StreamShape<16, 1, 256, 5, 4, 1, 8>>(args, stream);
+      if (variant == 1) return launch_stream<T, StreamShape<16, 1, 256, 2, 4, 1, 4, true>>(args, stream);
+      if (variant == 2) return launch_stream<T, StreamShape<16, 1, 256, 5, 4, 1, 4, true>>(args, stream);
+      if (variant == 3) return launch_stream<T, StreamShape<16, 1, 128, 5, 4, 1, 4, true>>(args, stream);
     } else if (args.rows <= 32) {
-      if (variant == 1) return launch_stream<T, StreamShape<32, 1, 256, 4, 4, 1, 8>>(args, stream);
+      if (variant == 1) return launch_stream<T, StreamShape<32, 1, 256, 4, 4, 1, 4, true>>(args, stream);
+      if (variant == 2) return launch_stream<T, StreamShape<32, 2, 128, 5, 4, 1, 4, true>>(args, stream);
     } else {
-      if (variant == 1) return launch_stream<T, StreamShape<64, 2, 128, 4, 4, 2, 8>>(args, stream);
+      if (variant == 1) return launch_stream<T, StreamShape<64, 2, 128, 4, 4, 2, 4, true>>(args, stream);
+      if (variant == 2) return launch_stream<T, StreamShape<64, 2, 64, 4, 8, 1, 4, true>>(args, stream);
+      if (variant == 3) return launch_stream<T, StreamShape<64, 2, 128, 4, 4, 1, 4, true>>(args, stream);
     }
   }
   if (args.rows <= 8) return launch_stream<T, StreamShape<8, 1, 256, 5>>(args, stream);

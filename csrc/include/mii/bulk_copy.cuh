@@ -36,6 +36,13 @@ MII_DEVICE void barrier_wait(uint32_t barrier, int parity) {
   }
 }
 
+// True in one lane of a warp that is here as a whole. The compiler knows that it is one alone.
+MII_DEVICE bool elect_lane() {
+  uint32_t elected;
+  asm volatile("{\n.reg .pred one;\nelect.sync _|one, 0xffffffff;\nselp.u32 %0, 1, 0, one;\n}" : "=r"(elected));
+  return elected != 0;
+}
+
 // How the L2 cache treats what is read once: it goes first.
 MII_DEVICE uint64_t read_once_policy() {
   uint64_t policy;

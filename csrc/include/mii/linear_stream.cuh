@@ -44,11 +44,14 @@ struct LinearStreamArgs {
 // units in the ring. Where there are many tokens, Split warps share them. A bulk copy takes its operands from registers
 // that a whole warp shares, so a warp starts one lane's after the other, each in about 100 cycles, whatever its size; that,
 // not memory, is the limit where rows of a unit are short.
-template <int Tokens_, int Groups_, int Depth_, int Stages_, int RowWarps_ = 4, int Split_ = 1, int CopyWarps_ = 4>
+// OneLane has one lane of a warp start all of its copies, one right after the other.
+template <int Tokens_, int Groups_, int Depth_, int Stages_, int RowWarps_ = 4, int Split_ = 1, int CopyWarps_ = 4,
+          bool OneLane_ = false>
 struct StreamShape {
   static constexpr int kTokens = Tokens_, kGroups = Groups_, kDepth = Depth_, kStages = Stages_;
   static constexpr int kRowWarps = RowWarps_, kWarps = RowWarps_ * Split_;  // that multiply
   static constexpr int kConsumers = kWarps * kWarp;
+  static constexpr bool kOneLane = OneLane_;
   static constexpr int kCopyWarps = CopyWarps_, kThreads = kConsumers + kCopyWarps * kWarp;
   static constexpr int kTileRows = 16 * kRowWarps * kGroups;
   static constexpr int kRowBytes = 2 * kDepth + 16;
@@ -115,6 +118,23 @@ MII_DEVICE void deal_rows(int rows, Copy&& copy) {
   }
 }
 
+// The same by one lane of each warp: calls copy(first, i) for i below 8, with blocks of 8 rows dealt out to the warps.
+// `count(first)` says how many rows of a block there are.
+template <typename S, int MaxRows, typename Count, typename Copy>
+MII_DEVICE void deal_blocks(Count&& count, Copy&& copy) {
+  if (!elect_lane()) return;
+  for (int first = (threadIdx.x - S::kConsumers) / kWarp * 8; first < MaxRows; first += S::kCopyWarps * 8) {
+    const int rows = count(first);
+    const auto one = copy(first);
+    if (rows >= 8) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) one(i);
+    } else {
+      for (int i = 0; i < rows; ++i) one(i);
+    }
+  }
+}
+
 template <typename T, typename S>
 MII_DEVICE void load_weights(const Stream<T, S>& s, int unit, uint64_t policy) {
   const int tile = s.tile(unit), bytes = 2 * s.depth(unit), gate_end = s.a.activation == kPlain ? s.a.n : s.a.n / 2;
@@ -122,20 +142,40 @@ MII_DEVICE void load_weights(const Stream<T, S>& s, int unit, uint64_t policy) {
   // arrival. Of a gated weight's last tile the valid rows are not the first ones, but as many.
   if (threadIdx.x == S::kConsumers) barrier_expect(s.full(unit), bytes * (s.valid_rows(tile) + s.a.rows));
   const T* source = s.a.weight + s.column(unit);
-  deal_rows<S, S::kTileRows>(S::kTileRows, [&](int row) {
-    const int n = s.weight_row(tile, row);
-    if (n >= (row % 16 < 8 ? gate_end : s.a.n)) return;
-    bulk_copy(s.stage(unit) + row * S::kRowBytes, source + int64_t(n) * s.a.k, bytes, s.full(unit), policy);
-  });
+  const uint32_t target = s.stage(unit), full = s.full(unit);
+  if constexpr (S::kOneLane) {
+    __syncwarp();
+    deal_blocks<S, S::kTileRows>(
+        [&](int first) { return (first % 16 < 8 ? gate_end : s.a.n) - s.weight_row(tile, first); },
+        [&](int first) {
+          const T* rows = source + int64_t(s.weight_row(tile, first)) * s.a.k;
+          const uint32_t into = target + first * S::kRowBytes;
+          return [=](int i) { bulk_copy(into + i * S::kRowBytes, rows + int64_t(i) * s.a.k, bytes, full, policy); };
+        });
+  } else {
+    deal_rows<S, S::kTileRows>(S::kTileRows, [&](int row) {
+      const int n = s.weight_row(tile, row);
+      if (n >= (row % 16 < 8 ? gate_end : s.a.n)) return;
+      bulk_copy(target + row * S::kRowBytes, source + int64_t(n) * s.a.k, bytes, full, policy);
+    });
+  }
 }
 
 template <typename T, typename S>
 MII_DEVICE void load_tokens(const Stream<T, S>& s, int unit) {
   const T* source = s.a.x + s.column(unit);
-  const uint32_t target = s.stage(unit) + S::kWeightBytes;
-  deal_rows<S, S::kTokens>(s.a.rows, [&](int token) {
-    bulk_copy(target + token * S::kRowBytes, source + token * s.a.x_stride, 2 * s.depth(unit), s.full(unit));
-  });
+  const uint32_t target = s.stage(unit) + S::kWeightBytes, full = s.full(unit);
+  const int bytes = 2 * s.depth(unit);
+  const auto copy = [&](int token) {
+    bulk_copy(target + token * S::kRowBytes, source + token * s.a.x_stride, bytes, full);
+  };
+  if constexpr (S::kOneLane) {
+    __syncwarp();
+    deal_blocks<S, S::kTokens>([&](int first) { return s.a.rows - first; },
+                               [&](int first) { return [=, &copy](int i) { copy(first + i); }; });
+  } else {
+    deal_rows<S, S::kTokens>(s.a.rows, copy);
+  }
 }
 
 // This CTA's share of the next weight, in pieces of 4 KB.

@@ -138,4 +138,6 @@ int main() {
   check<StreamShape<64, 2, 64, 4, 8>>({40, 520, 208, 3, true, false});
   check<StreamShape<8, 1, 256, 3, 4, 1, 8>>({8, 200, 1040, 7, false, true});
   check<StreamShape<64, 2, 128, 4, 4, 2, 8>>({61, 300, 400, 5, true, true});
+  check<StreamShape<8, 1, 256, 3, 4, 1, 4, true>>({5, 200, 1040, 7, false, true});
+  check<StreamShape<64, 2, 128, 4, 4, 2, 8, true>>({61, 296, 400, 5, true, true});
 }

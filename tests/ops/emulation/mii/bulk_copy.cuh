@@ -23,6 +23,11 @@ inline void barrier_wait(uint32_t barrier, int parity) {
   } while (card::barriers.at(barrier).phase % 2 == parity);
 }
 
+inline bool elect_lane() {
+  __syncwarp();
+  return card::lane() == 0;
+}
+
 inline uint64_t read_once_policy() { return 0; }
 inline void bulk_copy(uint32_t target, const void* source, int bytes, uint32_t barrier) {
   card::must_have_waited();
