@@ -49,9 +49,9 @@ EACH_SANITIZED = 60  # seconds of one group under the sanitizer
 OURS = "kns=3mii"  # names of our kernels start with _ZN3mii
 QUIET = ["--report-api-errors", "no"]  # torch tries calls that may fail
 FILTERS = (  # what the sanitizer is told, as far as its version takes it; padding tells neighbouring allocations apart
-    [*QUIET, "--kernel-regex", OURS, "--padding", "256"],
-    [*QUIET, "--kernel-regex", OURS],
+    [*QUIET, "--kernel-name", OURS, "--padding", "256"],
     [*QUIET, "--kernel-name", OURS],
+    [*QUIET, "--kernel-regex", OURS],  # older ones
     QUIET,
 )
 
@@ -275,7 +275,18 @@ def read_from(path: Path, start: int) -> str:
 
 
 def pytest_on(path: str, report: Path) -> list[str]:
-    return [sys.executable, "-m", "pytest", path, "-q", "-p", "no:cacheprovider", f"--junit-xml={report}"]
+    return [
+        sys.executable,
+        "-m",
+        "pytest",
+        path,
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:benchmark",
+        f"--junit-xml={report}",
+    ]
 
 
 def read_report(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "card.py"
 
@@ -91,6 +92,19 @@ def test_a_group_in_which_nothing_ran_fails(card: ModuleType, place: object, mon
     assert "0 passed" in run(card, place, "sanitizer").figures["one"]
     monkeypatch.setattr(card, "SANITIZED", {"two": ("test_two.py", "")})
     assert run(card, place, "sanitizer").figures["two"] == "no tests/gpu/test_two.py"
+
+
+def test_the_planted_call_is_one_that_the_kernel_takes(card: ModuleType) -> None:
+    """Within bounds, and on the CPU: the struct has these fields and the norm of ones is ones."""
+    script = card.READ_OUT_OF_BOUNDS
+    for name, value in {'"cuda"': '"cpu"', "rows=2": "rows=1", "torch.cuda.synchronize()": "pass"}.items():
+        assert name in script
+        script = script.replace(name, value)
+    found: dict[str, object] = {}
+    exec(script, found)
+    out = found["out"]
+    assert isinstance(out, torch.Tensor)
+    torch.testing.assert_close(out[0], torch.ones(4096))
 
 
 def test_what_takes_too_long_is_ended_with_all_its_processes(card: ModuleType, place: object) -> None:
