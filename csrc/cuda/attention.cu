@@ -90,16 +90,14 @@ MII_API int32_t mii_attention(const MiiAttention* args, void* stream) {
   if (const int32_t code = check(*args)) return code;
   const Bounds bounds = bounds_of(*args);
   if (bounds.ctas == 0 || !copies_fit(*args)) return launch_generic(*args, stream);
-  AttentionParams p = {*args,
-                       work_list(*args, bounds),
-                       workspace(*args, bounds),
-                       args->q_heads / args->kv_heads,
-                       log2_of(args->block_size),
-                       args->scale * kLog2e,
-                       false};
+  const AttentionParams p = {*args,
+                             work_list(*args, bounds),
+                             workspace(*args, bounds),
+                             args->q_heads / args->kv_heads,
+                             log2_of(args->block_size),
+                             args->scale * kLog2e};
   if (hopper_serves(*args)) {
     if (const int32_t code = launch_hopper(p, stream)) return code;
-    p.prompts_apart = true;
   }
   return dispatch_head(args->head_dim, int32_t(MII_UNSUPPORTED),
                        [&](auto head) { return launch_tiled<decltype(head)::value>(p, bounds, stream); });

@@ -5,8 +5,8 @@
 
 namespace mii {
 
-// Fills a.work on the device. `prompts_apart`: the prompts have a launch of their own, so decode has all CTAs.
-int32_t launch_plan(const MiiAttention& a, Bounds bounds, bool prompts_apart, void* stream);
+// Fills a.work on the device. `may_part`: launch_hopper goes before launch_tiled, for prompts that the list gives it.
+int32_t launch_plan(const MiiAttention& a, Bounds bounds, bool may_part, void* stream);
 
 // The tensor-core kernel, for D in 64, 80, 96, 128 and 256, in attention_d<D>.cu.
 template <int D>
@@ -15,7 +15,7 @@ int32_t launch_tiled(const AttentionParams& p, Bounds bounds, void* stream);
 template <int D>
 int tiled_occupancy();
 
-// The prompts of a step by Hopper's warpgroup products, in attention_hopper.cu; launch_tiled then has the rest to do.
+// The prompts of a step by Hopper's warpgroup products, in attention_hopper.cu, where the work list says so.
 // `hopper_serves` answers from what plan and layers of a step have in common.
 bool hopper_serves(const MiiAttention& a);
 int32_t launch_hopper(const AttentionParams& p, void* stream);

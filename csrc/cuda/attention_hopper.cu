@@ -1,11 +1,11 @@
-// Launches the Hopper kernel of prompts: heads of 64 and 128 elements on compute capability 9.0, asked for by MII_WGMMA.
+// Launches the Hopper kernel of prompts: heads of 64 and 128 elements on compute capability 9.0, asked for by
+// MII_WGMMA.
 //
-// MII_WGMMA=0: no; 1: keys and values are copied row by row by threads; 2: in boxes by the copy engine (TMA). 3 and 4 are
-// 1 and 2 without turns of the warpgroups.
+// MII_WGMMA=0: no; 1: keys and values are copied row by row by threads; 2: in boxes by the copy engine (TMA). 3 and 4
+// are 1 and 2 without turns of the warpgroups.
 #include <cuda.h>
 
 #include <cstdlib>
-#include <cstring>
 #include <mutex>
 
 #include "attention.cuh"
@@ -16,7 +16,7 @@ namespace {
 
 static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= alignof(CUtensorMap));
 
-constexpr int kByDefault = 0;  // until its speed has been measured; it is right on an H100 in all four ways
+constexpr int kByDefault = 0;  // until its speed has been measured
 
 // The number that MII_WGMMA has; 0: the kernel is not asked for.
 int asked_for() {

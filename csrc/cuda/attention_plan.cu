@@ -7,13 +7,16 @@ namespace {
 
 constexpr int kThreads = 1024;
 constexpr int kBuckets = 256;  // of context lengths, for the order of the prompts
+// Prompts go to a kernel of their own, which is faster at them but leaves the memory idle meanwhile, where their key
+// tiles are at least this many times the units of the decode axis.
+constexpr int64_t kApart = 2;
 
 struct PlanParams {
   MiiAttention a;
   WorkList work;
   Bounds bounds;
   int32_t group;
-  bool prompts_apart;
+  bool may_part;  // there is a kernel for prompts alone
 };
 
 struct Sequence {
@@ -171,8 +174,9 @@ __device__ PrefillItem row_tile(const PlanParams& p, int prefills, const int* or
   return item;
 }
 
-// Writes the prefill items. A row tile with more keys than the average CTA has to work on is split along its keys.
-__device__ int list_prefills(const PlanParams& p, int tiles, const int* order, const int* tile_base, Shared& shared) {
+// Key tiles of all row tiles, for one KV head.
+__device__ int64_t count_key_tiles(const PlanParams& p, int tiles, const int* order, const int* tile_base,
+                                   Shared& shared) {
   const int prefills = shared.prefills;
   int2 total;
   int64_t all = 0;
@@ -186,6 +190,15 @@ __device__ int list_prefills(const PlanParams& p, int tiles, const int* order, c
     scan_before(make_int2(mine, 0), total, shared);
     all += total.x;
   }
+  return all;
+}
+
+// Writes the prefill items. A row tile with more keys than the average CTA has to work on (of `all`) is split along its
+// keys.
+__device__ int list_prefills(const PlanParams& p, int tiles, int64_t all, const int* order, const int* tile_base,
+                             Shared& shared) {
+  const int prefills = shared.prefills;
+  int2 total;
   const int limit = max(kMinPrefillPart, static_cast<int>((all * p.a.kv_heads + p.bounds.ctas - 1) / p.bounds.ctas));
   int items = 0, slots = 0;
   for (int i = 0; i < tiles; i += kThreads) {
@@ -223,11 +236,13 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ 
   const int seqs = min(p.a.counts[MII_NUM_SEQS], static_cast<int>(p.a.max_seqs));
   PlanHeader header = {};
   const int2 decodes = list_decodes(p, seqs, decode_base, shared);
-  cut_axis(p, decodes, decode_base, header, p.prompts_apart || shared.prefills == 0);
   if (shared.prefills > 0) {
     const int tiles = order_prefills(p, seqs, order, tile_base, shared);
-    header.items = list_prefills(p, tiles, order, tile_base, shared);
+    const int64_t all = count_key_tiles(p, tiles, order, tile_base, shared);
+    header.prompts_apart = p.may_part && kApart * decodes.y <= all * p.a.kv_heads;
+    header.items = list_prefills(p, tiles, all, order, tile_base, shared);
   }
+  cut_axis(p, decodes, decode_base, header, header.prompts_apart || shared.prefills == 0);
   if (threadIdx.x == 0) *p.work.header = header;
 }
 
@@ -235,12 +250,12 @@ size_t plan_shared(int64_t max_seqs) { return sizeof(Shared) + 3 * (max_seqs + 1
 
 }  // namespace
 
-int32_t launch_plan(const MiiAttention& a, Bounds bounds, bool prompts_apart, void* stream) {
+int32_t launch_plan(const MiiAttention& a, Bounds bounds, bool may_part, void* stream) {
   const size_t shared = plan_shared(a.max_seqs);
   MII_REQUIRE(shared <= static_cast<size_t>(card().shared_per_block), MII_UNSUPPORTED,
               "attention plan: %lld sequences in a step are more than one CTA can list", (long long)a.max_seqs);
   if (shared > 48 * 1024) cudaFuncSetAttribute(plan_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-  const PlanParams p = {a, work_list(a, bounds), bounds, a.q_heads / a.kv_heads, prompts_apart};
+  const PlanParams p = {a, work_list(a, bounds), bounds, a.q_heads / a.kv_heads, may_part};
   return launch("mii_attention_plan", plan_kernel, {dim3(1), dim3(kThreads), shared}, stream, p);
 }
 

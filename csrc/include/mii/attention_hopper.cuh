@@ -229,7 +229,7 @@ struct HopperCopier {
   }
 
   MII_DEVICE void run() {
-    const int limit = Queue::limit(p, Queue::kPrefill);  // p.prompts_apart is for the launch after this one
+    const int limit = p.work.header->prompts_apart ? p.work.header->items * p.a.kv_heads : 0;
     int number = blockIdx.x;  // of the work at hand; known to thread 0 alone
     RingPlace<Shape::kQueries> buffer;
 #pragma unroll 1

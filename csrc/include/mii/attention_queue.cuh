@@ -125,8 +125,8 @@ struct Queue {
   static constexpr int kPrefill = 0, kDecode = 1, kDone = -1;
 
   MII_DEVICE static int limit(const AttentionParams& p, int kind) {
-    if (kind == kPrefill) return p.prompts_apart ? 0 : p.work.header->items * p.a.kv_heads;
-    return p.work.header->chunks;
+    if (kind == kDecode) return p.work.header->chunks;
+    return p.work.header->prompts_apart ? 0 : p.work.header->items * p.a.kv_heads;
   }
 
   __device__ static void enter(const AttentionParams& p, SharedNotes* notes) {

@@ -25,6 +25,7 @@ constexpr int prefill_keys(int head_dim) { return head_dim <= 128 ? 64 : 32; }
 struct alignas(16) PlanHeader {
   int32_t chunks, chunk_units, units;  // the decode axis
   int32_t items;                       // prefill items, each to be done for every KV head
+  int32_t prompts_apart;               // whether a kernel of their own does them, or the one that does the rest
 };
 
 // Jobs of a sequence lie at base + head * (tiles + kJobOverhead); the first kJobOverhead units of each are empty.
@@ -119,7 +120,6 @@ struct AttentionParams {
   int32_t group;       // query heads of a KV head
   int32_t block_bits;  // log2(block_size)
   float unit;          // scale in units of log2
-  bool prompts_apart;  // the prompts have a launch of their own: this one does the rest
 };
 
 }  // namespace mii

@@ -27,7 +27,7 @@ using namespace mii;
 // then those of arrivals.
 extern "C" const char* hopper_on_host(const MiiAttention* a, PrefillItem* items, int count, int32_t* counters, float* parts,
                                int box_rows, bool turns, int ctas) {
-  PlanHeader header = {0, 0, 0, count};
+  PlanHeader header = {0, 0, 0, count, 1};
   HopperParams all = {};
   all.p.a = *a;
   all.p.work.header = &header;
