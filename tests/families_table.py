@@ -16,8 +16,9 @@ _HEAD = """# Model families and their measured errors
 Each row is a small checkpoint with random weights that turns one option on. The figures are the largest difference of
 a logit from transformers' on the same weights: in fp32 as a share of the largest logit (at most 1e-4 is allowed), in
 bf16 and fp16 in units in the last place of the largest logit (at most 8). Where a figure stands, greedy decoding gave
-transformers' tokens too, but for ties within that difference in bf16 and fp16. The test runs write this file
-(`--families-table`).
+transformers' tokens too, but for ties within that difference in bf16 and fp16. In these, checkpoints with experts make
+the choice of experts plain: between two that are nearly alike rounding would decide, and a right program could take
+either. The test runs write this file (`--families-table`).
 """
 Row = tuple[str, str]
 
