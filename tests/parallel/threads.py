@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from queue import Queue
 from typing import Any, TypeVar
@@ -13,6 +13,7 @@ import torch
 from torch import distributed as dist
 
 from mii.engine import build_engine
+from mii.errors import GenerationError
 from mii.modeling.checkpoint import open_checkpoint
 from mii.parallel.engines import FirstEngine
 from mii.parallel.group import Group
@@ -47,16 +48,20 @@ def on_ranks(size: int, work: Callable[[Group], T]) -> list[T]:
 
 
 @contextmanager
-def ranked_engine(folder: Path, size: int, **options: Any) -> Iterator[FirstEngine]:
-    """Rank 0's engine of a model that is divided among `size` ranks; the others follow in threads of their own."""
+def ranked_engine(folder: Path, size: int, *, folders: Sequence[Path] = (), **options: Any) -> Iterator[FirstEngine]:
+    """Rank 0's engine of a model that is divided among `size` ranks; the others follow in threads of their own.
+
+    `folders`: another one for each rank.
+    """
     started: Queue[FirstEngine | BaseException] = Queue()
     store = dist.HashStore()
 
     def run(rank: int) -> None:
         try:
             ranks = Ranks(dist.PrefixStore("test", store), rank, size, torch.device("cpu"))
-            config = small_config(folder, tensor_parallel=size, **options)
-            with ranks.loading(), open_checkpoint(folder) as checkpoint:
+            mine = folders[rank] if folders else folder
+            config = small_config(mine, tensor_parallel=size, **options)
+            with ranks.loading(), open_checkpoint(mine) as checkpoint:
                 engine = build_engine(config, checkpoint, False, ranks)
         except BaseException as error:
             if rank == 0:
@@ -65,7 +70,8 @@ def ranked_engine(folder: Path, size: int, **options: Any) -> Iterator[FirstEngi
         if isinstance(engine, FirstEngine):
             started.put(engine)
         else:
-            engine.follow()
+            with suppress(GenerationError):  # rank 0 was told
+                engine.follow()
             engine.destroy()
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]

@@ -12,7 +12,7 @@ import pytest
 
 import mii
 from mii.config.registry import deployment_folder
-from mii.errors import DeploymentError
+from mii.errors import DeploymentError, ServerUnavailableError
 from mii.launch.state import read_state
 from tests.parallel.test_sharded_models import NINE_HEADS
 from tests.serving.deployments import pid_of, processes_of, wait_until
@@ -57,4 +57,20 @@ def test_two_replicas_of_two_ranks_answer_as_one_process_and_survive_the_death_o
 def test_a_model_that_cannot_be_divided_so_says_why_and_leaves_nothing(tiny_llama: Path, cache: Path) -> None:
     with pytest.raises(DeploymentError, match=r"has 3 attention heads.*use 1 to 3"):
         mii.serve(str(tiny_llama), deployment_name=NAME, device="cpu", tensor_parallel=4, progress=False)
+    wait_until(lambda: not processes_of(cache))
+
+
+def test_a_rank_that_hangs_ends_its_replica_within_ten_seconds(model: str, cache: Path) -> None:
+    client = mii.serve(model, deployment_name=NAME, device="cpu", tensor_parallel=2, progress=False, max_restarts=3)
+    expected = [str(answer) for answer in client.generate(PROMPTS, do_sample=False, max_new_tokens=6)]
+    first, second = (pid_of(deployment_folder(NAME), role) or 0 for role in ("replica-0-engine", "replica-0-engine-1"))
+    os.kill(second, signal.SIGSTOP)
+    started = time.monotonic()
+    with pytest.raises(ServerUnavailableError, match=r"gone|failed|Timed out|rank"):
+        client.generate(PROMPTS, do_sample=False, max_new_tokens=6, timeout=60)
+    assert time.monotonic() - started < 12
+    for role, pid in (("replica-0-engine", first), ("replica-0-engine-1", second)):
+        wait_until(lambda role=role, pid=pid: state_of(role)[0] == "ready" and state_of(role)[1] != pid, 120)
+    assert [str(answer) for answer in client.generate(PROMPTS, do_sample=False, max_new_tokens=6)] == expected
+    client.terminate_server()
     wait_until(lambda: not processes_of(cache))
