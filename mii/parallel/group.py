@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from mii.ops import native
 
-STEP_SECONDS = 8.0
+STEP_SECONDS = 6.0
 """How long a rank waits for the others within a step before it takes them for dead."""
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 import mii
 from mii.config.registry import deployment_folder
-from mii.errors import DeploymentError, ServerUnavailableError
+from mii.errors import DeploymentError, ServingError
 from mii.launch.state import read_state
 from tests.parallel.test_sharded_models import NINE_HEADS
 from tests.serving.deployments import pid_of, processes_of, wait_until
@@ -25,6 +27,11 @@ def state_of(role: str) -> tuple[str, int | None]:
     state = read_state(deployment_folder(NAME).state_file)
     process = next(process for process in state.processes if process.role == role) if state else None
     return (process.stage, process.pid) if process else ("", None)
+
+
+def ask(client: mii.backend.MIIClient) -> None:
+    with suppress(ServingError):  # its tokens are lost with the rank
+        client.generate(PROMPTS, do_sample=False, max_new_tokens=6, timeout=60)
 
 
 @pytest.fixture
@@ -65,10 +72,10 @@ def test_a_rank_that_hangs_ends_its_replica_within_ten_seconds(model: str, cache
     expected = [str(answer) for answer in client.generate(PROMPTS, do_sample=False, max_new_tokens=6)]
     first, second = (pid_of(deployment_folder(NAME), role) or 0 for role in ("replica-0-engine", "replica-0-engine-1"))
     os.kill(second, signal.SIGSTOP)
-    started = time.monotonic()
-    with pytest.raises(ServerUnavailableError, match=r"gone|failed|Timed out|rank"):
-        client.generate(PROMPTS, do_sample=False, max_new_tokens=6, timeout=60)
-    assert time.monotonic() - started < 12
+    asked = threading.Thread(target=ask, args=(client,))
+    asked.start()
+    wait_until(lambda: state_of("replica-0-engine")[1] != first, 10)
+    asked.join()
     for role, pid in (("replica-0-engine", first), ("replica-0-engine-1", second)):
         wait_until(lambda role=role, pid=pid: state_of(role)[0] == "ready" and state_of(role)[1] != pid, 120)
     assert [str(answer) for answer in client.generate(PROMPTS, do_sample=False, max_new_tokens=6)] == expected
