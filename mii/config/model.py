@@ -99,9 +99,12 @@ class ModelConfig(ConfigModel):
         default=RaggedInferenceEngineConfig(), description="DeepSpeed's options of the engine"
     )
     torch_dist_port: Port = Field(
-        default=TORCH_DIST_PORT_DEFAULT, description="torch's rendezvous port; replica i uses this + 100 i"
+        default=TORCH_DIST_PORT_DEFAULT,
+        description="port of the launcher for replicas on other hosts; replica i uses this + 100 i",
     )
-    zmq_port_number: Port = Field(default=ZMQ_PORT_DEFAULT, description="port for steps; replica i uses this + i")
+    zmq_port_number: Port = Field(
+        default=ZMQ_PORT_DEFAULT, description="not used: the processes of a replica meet on free ports"
+    )
     replica_num: PositiveInt = Field(default=1, description="copies of the model in a deployment")
     replica_configs: list[ReplicaConfig] = Field(
         default=[], description="one ReplicaConfig per replica; empty: made from device_map"
