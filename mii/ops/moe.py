@@ -25,7 +25,7 @@ from mii.ops.moe_routing import ExpertRows, Routing
 
 # The best kernels that a GPU may take: "simple" (plain cores), "mma" (with the stream for few rows), "wgmma" (the same
 # and compute capability 9.0's tensor cores for prompts). benchmarks/kernels_moe.py measures them.
-KERNELS = os.environ.get("MII_MOE_KERNELS", "simple")
+KERNELS = os.environ.get("MII_MOE_KERNELS", "mma")
 WGMMA_ROWS = 192  # of a tile of warpgroup products; 128 has smaller ones
 STREAMED_ROWS = 48  # of an expert on average, up to which the weights' bytes take longer than the arithmetic
 
