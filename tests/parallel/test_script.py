@@ -21,7 +21,7 @@ import json, os, sys
 import mii
 
 folder, options, calls = sys.argv[-3], json.loads(sys.argv[-2]), json.loads(sys.argv[-1])
-pipe = mii.pipeline(folder, device="cpu", dtype="fp32", progress=False, **options)
+pipe = mii.pipeline(folder, **{"device": "cpu", "dtype": "fp32", "progress": False, **options})
 said = [[str(each) for each in pipe(["DeepSpeed is", "Seattle is"], max_new_tokens=12, **call)] for call in calls]
 streamed = ["".join(p.generated_text for p in pieces) for pieces in pipe.stream("A", max_new_tokens=6, do_sample=False)]
 print(json.dumps({"rank": int(os.environ["RANK"]), "first": pipe.is_rank_0, "said": said, "streamed": streamed}))
@@ -45,8 +45,8 @@ def by_rank(output: str) -> list[dict[str, Any]]:
     )
 
 
-def expected(folder: Path) -> list[list[str]]:
-    with mii.pipeline(str(folder), device="cpu", dtype="fp32", progress=False) as pipe:
+def expected(folder: Path, device: str = "cpu") -> list[list[str]]:
+    with mii.pipeline(str(folder), device=device, dtype="fp32", progress=False) as pipe:
         return [
             [str(each) for each in pipe(["DeepSpeed is", "Seattle is"], max_new_tokens=12, **call)] for call in CALLS
         ]
