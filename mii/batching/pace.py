@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+_ANY = 1 << 30  # tokens: as many as there are
+
 
 @dataclass(frozen=True, slots=True)
 class StepCosts:
@@ -42,10 +44,45 @@ class StepCosts:
         >>> costs.fitting(10e-3, start=0), costs.chunk(costs.fitting(10e-3, start=0), 0) <= 10e-3
         (396, True)
         """
-        if seconds <= 0:
-            return 0
-        each = self.token + self.pair * start  # solves chunk(tokens, start) = seconds
-        return int(2 * seconds / (each + math.sqrt(each * each + 2 * self.pair * seconds)))
+        return _most(seconds, self.token + self.pair * start, self.pair)
+
+    def attending(self, seconds: float, start: int) -> int:
+        """The same for their attention alone."""
+        return _most(seconds, self.pair * start, self.pair)
+
+
+def _most(seconds: float, each: float, pair: float) -> int:
+    """The largest whole n for which n * each + pair * n * n / 2 is no more than `seconds`."""
+    if seconds <= 0:
+        return 0
+    divisor = each + math.sqrt(each * each + 2 * pair * seconds)
+    return int(min(2 * seconds / divisor, _ANY)) if divisor else _ANY
+
+
+@dataclass(slots=True)
+class TimeLeft:
+    """What a step has left for prompts.
+
+    Args:
+        costs: Of the model on this device.
+        products: Seconds for what they add to products and attention together.
+        attention: Seconds for their attention alone: it comes on top of reading the weights, which no step is spared,
+            and under which the products of a few tokens hide.
+    """
+
+    costs: StepCosts
+    products: float
+    attention: float
+
+    def fitting(self, start: int) -> int:
+        """How many tokens of a prompt, from its token `start` on, fit in."""
+        return min(self.costs.fitting(self.products, start), self.costs.attending(self.attention, start))
+
+    def take(self, tokens: int, start: int) -> None:
+        """Takes off what so many tokens of a prompt need."""
+        seconds = self.costs.chunk(tokens, start)
+        self.products -= seconds
+        self.attention -= seconds - tokens * self.costs.token
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +99,11 @@ class Pace:
     seconds: float
     least: int = 16
 
-    def left(self, decodes: int, context: int) -> float:
-        """Seconds that a step with these decoding sequences has for prompts."""
+    def left(self, decodes: int, context: int) -> TimeLeft:
+        """What a step with these decoding sequences has for prompts."""
+        seconds, products = self.seconds - context * self.costs.context, decodes * self.costs.token
         # Weights are read once for both, so what the products of decoding leave of that time is not lost.
-        return self.seconds - context * self.costs.context - decodes * self.costs.token
+        return TimeLeft(self.costs, seconds - products, seconds - max(self.costs.step, products))
 
     def admits(self, running: int, context: int) -> bool:
         """Whether so many sequences, of so many tokens in all, decode in time. One always may."""

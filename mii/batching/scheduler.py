@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from mii.batching.pace import Pace
+from mii.batching.pace import Pace, TimeLeft
 from mii.engine.kv_cache import BlockPool
 from mii.engine.sequence import Sequence
 
@@ -55,7 +55,7 @@ class Plan:
         prompts: Everything else, in rows after theirs.
         grown: Those of `decodes` that got a new block for it.
         preempted: Sequences that lost their blocks.
-        seconds: What the pace leaves for prompts; None: as much as they take.
+        time: What the pace leaves for prompts; None: as much as they take.
     """
 
     decodes: list[Sequence] = field(default_factory=list)
@@ -65,7 +65,7 @@ class Plan:
     grown: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
     num_tokens: int = 0
-    seconds: float | None = None
+    time: TimeLeft | None = None
 
     @property
     def chunks(self) -> list[Chunk]:
@@ -126,7 +126,7 @@ class Scheduler:
         plan = Plan()
         rest = self._plan_decodes(plan)
         if self.limits.pace is not None and plan.decodes:
-            plan.seconds = self.limits.pace.left(len(plan.decodes), sum(plan.lengths))
+            plan.time = self.limits.pace.left(len(plan.decodes), sum(plan.lengths))
         self._plan_chunks(plan, rest)
         self._unblock(plan)
         self._admit(plan)
@@ -274,10 +274,10 @@ class Scheduler:
     def _in_time(self, plan: Plan, start: int, count: int) -> int:
         """How many of `count` tokens of a prompt the pace allows in this step; the first one gets some in any case."""
         pace = self.limits.pace
-        if pace is None or plan.seconds is None:
+        if pace is None or plan.time is None:
             return count
         least = 0 if plan.prompts else pace.least
-        return min(count, max(least, pace.costs.fitting(plan.seconds, start)))
+        return min(count, max(least, plan.time.fitting(start)))
 
     def _plan(self, plan: Plan, sequence: Sequence, count: int) -> None:
         start = sequence.computed
@@ -286,8 +286,8 @@ class Scheduler:
         if needed > 0:
             sequence.blocks.extend(self.pool.allocate(needed))
         samples = sequence.computed == sequence.length
-        if plan.seconds is not None and self.limits.pace is not None:
-            plan.seconds -= self.limits.pace.costs.chunk(count, start)
+        if plan.time is not None:
+            plan.time.take(count, start)
         plan.add(Chunk(sequence, start, count, samples))
         if start // self.pool.block_size != sequence.computed // self.pool.block_size:
             self._register(sequence)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mii.batching.pace import Pace, StepCosts, make_pace
-from mii.batching.scheduler import Plan, Scheduler, SchedulerLimits
+from mii.batching.scheduler import Chunk, Plan, Scheduler, SchedulerLimits
 from mii.engine.kv_cache import BlockPool
 from tests.batching.test_scheduler import Device, sequence
 
@@ -33,6 +33,15 @@ def test_as_many_tokens_fit_as_take_the_time(costs: StepCosts, seconds: float, s
     assert count >= 0
     assert costs.chunk(count, start) <= seconds + 1e-9
     assert costs.chunk(count + 2, start) > seconds
+
+
+def test_attention_comes_on_top_of_reading_the_weights() -> None:
+    """Products of a few tokens cost nothing beside the weights; their attention does."""
+    costs = StepCosts(step=8e-3, token=1e-6, pair=7e-6)
+    left = Pace(costs, 12e-3).left(decodes=1, context=4)
+    count = left.fitting(start=0)
+    assert seconds_of(Plan(prompts=[Chunk(None, 0, count, True)], num_tokens=count + 1), costs) <= 12e-3
+    assert seconds_of(Plan(prompts=[Chunk(None, 0, count + 1, True)], num_tokens=count + 2), costs) > 12e-3
 
 
 @given(COSTS, st.one_of(st.none(), st.floats(1e-4, 1)))
