@@ -19,7 +19,7 @@ def ask(name: str, prompts: list[str]) -> None:
     waiting = {pipe.put_request(prompt, {"max_new_tokens": 16}): prompt for prompt in prompts}
     while waiting:
         uid, response = pipe.get_response()  # in the order in which they end
-        print(f"{name}: {waiting.pop(uid)} ->{response}")
+        print(f"{name}: {waiting.pop(uid)} ->{response}\n", end="")  # one write: another thread prints too
 
 
 threads = [

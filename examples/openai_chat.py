@@ -19,7 +19,7 @@ try:
     client = OpenAI(base_url=f"http://localhost:{config.restful_api_port}/v1", api_key="none")
     stream = client.chat.completions.create(
         model="openai-example",
-        messages=[{"role": "user", "content": "What is the capital of France?"}],
+        messages=[{"role": "user", "content": "Tell me the capital of France."}],
         max_tokens=64,
         temperature=0,
         stream=True,

@@ -24,7 +24,8 @@ folder, options, calls = sys.argv[-3], json.loads(sys.argv[-2]), json.loads(sys.
 pipe = mii.pipeline(folder, **{"device": "cpu", "dtype": "fp32", "progress": False, **options})
 said = [[str(each) for each in pipe(["DeepSpeed is", "Seattle is"], max_new_tokens=12, **call)] for call in calls]
 streamed = ["".join(p.generated_text for p in pieces) for pieces in pipe.stream("A", max_new_tokens=6, do_sample=False)]
-print(json.dumps({"rank": int(os.environ["RANK"]), "first": pipe.is_rank_0, "said": said, "streamed": streamed}))
+line = json.dumps({"rank": int(os.environ["RANK"]), "first": pipe.is_rank_0, "said": said, "streamed": streamed})
+sys.stdout.write(line + "\\n")  # one write: the ranks share a pipe
 pipe.destroy()
 """
 CALLS: list[dict[str, Any]] = [{"do_sample": False}, {"seed": 7, "top_k": 50}]

@@ -85,9 +85,8 @@ def vanish(cluster: Cluster) -> None:
     cluster.wait_idle()
 
 
-def test_clients_that_vanish_leave_nothing(cluster: Cluster) -> None:
-    for _ in range(2):  # what is made once and kept: pools, code, the allocator's own
-        vanish(cluster)
+def growth(cluster: Cluster) -> dict[str, int]:
+    """Bytes that each process has grown by in two rounds; its threads and descriptors have not become more."""
     before = usage(cluster)
     for _ in range(2):
         vanish(cluster)
@@ -101,8 +100,16 @@ def test_clients_that_vanish_leave_nothing(cluster: Cluster) -> None:
         )
 
     wait_until(back)
-    grown = {role: after[role].resident - before[role].resident for role in ROLES}
-    assert max(grown.values()) < SPARE_BYTES, grown
+    return {role: after[role].resident - before[role].resident for role in ROLES}
+
+
+def test_clients_that_vanish_leave_nothing(cluster: Cluster) -> None:
+    for _ in range(2):  # what is made once and kept: pools, code, the allocator's own
+        vanish(cluster)
+    grown: list[dict[str, int]] = []
+    while not grown or max(grown[-1].values()) >= SPARE_BYTES:
+        assert len(grown) < 3, grown  # an allocator goes up and down by a megabyte; what is forgotten grows each time
+        grown.append(growth(cluster))
     counts = cluster.client.stats()
     assert counts["replicas"][0]["finished"].get("cancelled", 0) >= 4 * VANISHING
     with crowd(cluster.config, 8, 5) as clients:
