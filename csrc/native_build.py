@@ -93,11 +93,14 @@ class Object:
         except OSError:
             return False
 
-    def compile(self) -> None:
+    def compile(self) -> float:
+        """Compiles, and returns the seconds that it took."""
+        started = time.monotonic()
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self.key_file.unlink(missing_ok=True)
         _run([*self.command, "-MMD", "-MF", str(self.dependency_file), "-c", str(self.source), "-o", str(self.output)])
         self.key_file.write_text(self.key())
+        return time.monotonic() - started
 
 
 @dataclass(frozen=True)
@@ -203,12 +206,12 @@ def _compile(objects: Sequence[Object], jobs: int, say: Callable[[str], None]) -
         pending = {pool.submit(o.compile): o for o in objects}
         for count, done in enumerate(as_completed(pending), 1):
             try:
-                done.result()
+                own = done.result()
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
-            seconds = time.monotonic() - started
-            say(f"[{count}/{len(objects)}] {pending[done].output.relative_to(CACHE)} ({seconds:.0f} s)")
+            so_far = time.monotonic() - started
+            say(f"[{count}/{len(objects)}] {pending[done].output.relative_to(CACHE)} {own:.1f} s ({so_far:.0f} s)")
 
 
 def _link(target: Target, say: Callable[[str], None]) -> None:

@@ -3,6 +3,7 @@
 #include <stdint.h>
 
 #include "cpu.h"
+#include "mii/abi/attention.h"
 
 namespace mii::cpu {
 

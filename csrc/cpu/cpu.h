@@ -9,7 +9,20 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "../include/mii/abi.h"
+#include "mii/abi/base.h"
+
+struct MiiActivation;
+struct MiiAttention;
+struct MiiEmbedding;
+struct MiiGather;
+struct MiiLinear;
+struct MiiLinearPack;
+struct MiiMoeCombine;
+struct MiiMoeLinear;
+struct MiiMoePack;
+struct MiiMoeRoute;
+struct MiiNorm;
+struct MiiRopeKv;
 
 namespace mii::cpu {
 

@@ -1,6 +1,7 @@
 // Unpacking of GGUF's quantised blocks for every instruction set; csrc/cpu/gguf.cpp has checked the arguments.
 #pragma once
 #include "cpu.h"
+#include "mii/abi/gguf.h"
 
 namespace mii::cpu {
 

@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 
 #include "cpu.h"
+#include "mii/abi.h"
 
 namespace mii::cpu {
 namespace {

@@ -1,5 +1,6 @@
 // Mixture of experts in libmii_cpu.so: argument checks, then the kernel table of the chosen instruction set.
 #include "cpu.h"
+#include "mii/abi/moe.h"
 
 namespace mii::cpu {
 namespace {

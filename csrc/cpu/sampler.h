@@ -1,6 +1,7 @@
 // The sampler of every instruction set: rows 0 .. rows-1 of arguments that csrc/cpu/sampler.cpp has checked.
 #pragma once
 #include "cpu.h"
+#include "mii/abi/sample.h"
 
 namespace mii::cpu {
 

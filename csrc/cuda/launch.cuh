@@ -4,7 +4,7 @@
 
 #include <utility>
 
-#include "mii/abi.h"
+#include "mii/abi/base.h"
 #include "mii/common.cuh"
 
 namespace mii {

@@ -7,6 +7,7 @@
 #include <mutex>
 
 #include "launch.cuh"
+#include "mii/abi.h"
 
 namespace mii {
 namespace {

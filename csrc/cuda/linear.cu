@@ -1,5 +1,6 @@
 // Launcher of the matrix product for few rows. More rows, and formats it does not take, belong to cuBLASLt.
 #include "launch.cuh"
+#include "mii/abi/linear.h"
 #include "mii/linear_stream.cuh"
 #include "shared_memory.cuh"
 

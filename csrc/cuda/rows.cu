@@ -1,5 +1,6 @@
 // Launchers of the embedding and the gather.
 #include "launch.cuh"
+#include "mii/abi/rows.h"
 #include "mii/rows.cuh"
 
 namespace mii {

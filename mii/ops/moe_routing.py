@@ -124,8 +124,8 @@ def route(
         logits: [tokens, experts], rows may be strided.
         routing: The rules.
         bias: [experts] float32, added to the scores for the choice only, or None.
-        counts: The step's counts (`MII_COUNTS` in abi.h), of which the number of tokens is read on the device; None:
-            all tokens count.
+        counts: The step's counts (`MII_COUNTS` in abi/base.h), of which the number of tokens is read on the device;
+            None: all tokens count.
 
     Raises:
         ValueError: Shapes or dtypes that do not fit together.

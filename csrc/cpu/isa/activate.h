@@ -1,5 +1,6 @@
 // The activations on vectors: equations in mii/ops/activation.py.
 #pragma once
+#include "mii/abi/activation.h"
 #include "simd.h"
 
 namespace mii::cpu::MII_ISA {

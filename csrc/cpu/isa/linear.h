@@ -1,5 +1,6 @@
 // The layout of packed weights, shared by the bodies of the matrix product.
 #pragma once
+#include "mii/abi/linear.h"
 #include "simd.h"
 
 namespace mii::cpu::MII_ISA {

@@ -1,10 +1,11 @@
-// Mixture of experts: routing, the experts' products, the sum of a token's choices (struct MiiMoe... of abi.h).
+// Mixture of experts: routing, the experts' products, the sum of a token's choices (struct MiiMoe... of abi/moe.h).
 //
 // An expert's weight is packed as for a plain product (linear.cpp); that of gate and up has panels of 16 gate features and
 // of the same 16 up features in turn, so a span of panels yields both halves of its outputs. A part of the work is a run
 // of panels of one expert that has rows: experts without any are never touched, and a few rows stream each weight once.
 #include "activate.h"
 #include "linear.h"
+#include "mii/abi/moe.h"
 
 namespace mii::cpu::MII_ISA {
 namespace {

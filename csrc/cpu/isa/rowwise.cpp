@@ -1,5 +1,8 @@
 // Operations that treat every row alone: embedding, gather, norms, rotary embedding with the KV write, activations.
 #include "activate.h"
+#include "mii/abi/norm.h"
+#include "mii/abi/rope_kv.h"
+#include "mii/abi/rows.h"
 
 namespace mii::cpu::MII_ISA {
 namespace {

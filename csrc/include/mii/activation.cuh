@@ -1,6 +1,6 @@
-// Gated and plain activations: equations in mii/ops/activation.py, layout in abi.h (MiiActivation).
+// Gated and plain activations: equations in mii/ops/activation.py, layout in abi/activation.h (MiiActivation).
 #pragma once
-#include "mii/abi.h"
+#include "mii/abi/activation.h"
 #include "mii/common.cuh"
 
 namespace mii {

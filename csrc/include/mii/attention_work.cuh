@@ -5,7 +5,7 @@
 // into equal chunks, one for each CTA. Any other sequence is cut into tiles of packed rows, each an item of the
 // prefill list.
 #pragma once
-#include "mii/abi.h"
+#include "mii/abi/attention.h"
 #include "mii/common.cuh"
 
 namespace mii {

@@ -1,6 +1,6 @@
-// The sum of a token's choices in a mixture of experts: equation in mii/ops/moe.py, struct in abi.h (MiiMoeCombine).
+// The sum of a token's choices in a mixture of experts: equation in mii/ops/moe.py, struct in abi/moe.h (MiiMoeCombine).
 #pragma once
-#include "mii/abi.h"
+#include "mii/abi/moe.h"
 #include "mii/common.cuh"
 
 namespace mii {

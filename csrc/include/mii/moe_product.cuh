@@ -1,9 +1,9 @@
 // What the experts' products share: their arguments, where rows come from and go to, and the simple kernel.
 //
-// Equations in mii/ops/moe.py, structs in abi.h (MiiMoeLinear). Every kernel takes its work from the list of tiles that
+// Equations in mii/ops/moe.py, structs in abi/moe.h (MiiMoeLinear). Every kernel takes its work from the list of tiles that
 // mii_moe_route left on the device; grids depend on nothing but the card and upper bounds.
 #pragma once
-#include "mii/abi.h"
+#include "mii/abi/moe.h"
 #include "mii/activation.cuh"
 #include "mii/attention_mma.cuh"
 #include "mii/dynamic_shared.cuh"

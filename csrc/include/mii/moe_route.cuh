@@ -1,11 +1,11 @@
-// Routing of a mixture of experts: equations in mii/ops/moe_routing.py, lists in abi.h (MiiMoeRoute).
+// Routing of a mixture of experts: equations in mii/ops/moe_routing.py, lists in abi/moe.h (MiiMoeRoute).
 //
 // One launch. A warp chooses for one token after the other: each lane holds every 32nd expert's score, and a choice is a
 // maximum over the warp of keys that order as the scores do. The CTA that arrives last then sorts the pairs by expert: its
 // warps count equal stretches of the list, the counts become places, and the warps put the pairs there, so rows ascend by
 // pair within an expert and runs repeat.
 #pragma once
-#include "mii/abi.h"
+#include "mii/abi/moe.h"
 #include "mii/attention_mma.cuh"
 
 namespace mii {

@@ -1,9 +1,9 @@
-// RMSNorm and LayerNorm with the residual addition in front: equations in abi.h (MiiNorm).
+// RMSNorm and LayerNorm with the residual addition in front: equations in abi/norm.h (MiiNorm).
 //
 // A row stays in registers, as packs of T: with a residual what is normed is the sum rounded to T, without one it is x,
 // so nothing is lost by keeping T and half the registers are saved. Global memory is read once and written once.
 #pragma once
-#include "mii/abi.h"
+#include "mii/abi/norm.h"
 #include "mii/common.cuh"
 
 namespace mii {
@@ -22,7 +22,7 @@ struct NormArgs {
   bool early;  // see begin()
 };
 
-// Weight and bias applied to one normed value; see abi.h for where each kind rounds.
+// Weight and bias applied to one normed value; see abi/norm.h for where each kind rounds.
 template <typename T>
 __device__ __forceinline__ float norm_affine(float value, int kind, bool has_weight, float weight, float bias) {
   if (kind == MII_RMS) value = rounded<T>(value);

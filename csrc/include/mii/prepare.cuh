@@ -1,9 +1,9 @@
-// Expansion of a step's inputs on the device: equations in mii/ops/prepare.py, layout in abi.h (MiiPrepare).
+// Expansion of a step's inputs on the device: equations in mii/ops/prepare.py, layout in abi/prepare.h (MiiPrepare).
 //
 // One CTA: the block table's updates have to be in place before any token reads the table, and at 8192 tokens of 512
 // sequences the whole work is some 130 KB. Each token finds its sequence by binary search in q_start.
 #pragma once
-#include "mii/abi.h"
+#include "mii/abi/prepare.h"
 #include "mii/common.cuh"
 
 namespace mii {

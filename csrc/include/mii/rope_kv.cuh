@@ -1,11 +1,11 @@
-// Rotary embedding, per-head norm and KV write in one pass: see mii/ops/rope_kv.py and abi.h (MiiRopeKv).
+// Rotary embedding, per-head norm and KV write in one pass: see mii/ops/rope_kv.py and abi/rope_kv.h (MiiRopeKv).
 //
 // One CTA for each token. A head is cut into packs of N elements and handled by a group of lanes; lane `item` of the
 // group holds two packs, a and b. With half-split pairs, b is the partner of a: dimension i of a rotates with dimension
 // i of b. With interleaved pairs both hold whole pairs. Dimensions past rotary_dim are dealt out two packs a lane after
 // the rotated ones. What a thread reads is what it writes, so q and k change in place without a barrier.
 #pragma once
-#include "mii/abi.h"
+#include "mii/abi/rope_kv.h"
 #include "mii/common.cuh"
 
 namespace mii {

@@ -5,7 +5,7 @@
 // leading digit first: the CTAs of a cluster each add up a slice of the bins over all of them. All sums are integers,
 // so neither the cluster's size nor the order of the atomics can change a token.
 #pragma once
-#include "mii/abi.h"
+#include "mii/abi/sample.h"
 #include "mii/cluster.cuh"
 #include "mii/common.cuh"
 #include "mii/sampling.h"

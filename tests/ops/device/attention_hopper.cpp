@@ -1,5 +1,5 @@
 // Hopper's kernel of prompts on the host, for tests/ops/test_attention_hopper.py.
-#include "mii/abi.h"
+#include "mii/abi/attention.h"
 #include "mii/attention_hopper.cuh"
 
 namespace mii {

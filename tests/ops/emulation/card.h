@@ -19,7 +19,7 @@
 #include <utility>
 #include <vector>
 
-#include "mii/abi.h"
+#include "mii/abi/base.h"
 
 using std::max;
 using std::min;

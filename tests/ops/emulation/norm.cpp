@@ -55,7 +55,7 @@ struct Tensors {
         out(size_t(kRows) * out_stride, mii::from_float<T>(NAN)) {}
 };
 
-// The norm of a row as abi.h has it, every rounding where it says.
+// The norm of a row as abi/norm.h has it, every rounding where it says.
 template <typename T>
 std::vector<float> normed(const std::vector<float>& v, const std::vector<T>& weight, int kind) {
   double mean = 0.0, squares = 0.0;

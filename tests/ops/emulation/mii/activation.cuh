@@ -1,5 +1,6 @@
 // In place of csrc/include/mii/activation.cuh: SiLU.
 #pragma once
+#include "mii/abi/activation.h"
 #include "mii/attention_mma.cuh"
 
 namespace mii {

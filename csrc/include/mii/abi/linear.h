@@ -1,0 +1,39 @@
+// Matrix products.
+#pragma once
+#include "mii/abi/activation.h"
+
+// out = x @ weight^T + bias, on the CPU with a weight that mii_linear_pack packed.
+struct MiiLinear {
+  void* out;           // [rows, out_features], row stride out_stride
+  const void* x;       // [rows, in_features], row stride x_stride
+  const void* weight;
+  const void* bias;    // [out_features] or null
+  int64_t rows, in_features, out_features, x_stride, out_stride;
+  int32_t dtype;
+  void* workspace;     // CUDA: of mii_linear_workspace_bytes(), zeroed before its first use; one for calls of one stream
+};
+MII_API int32_t mii_linear(const struct MiiLinear* args, void* stream);
+
+// CUDA: the product of up to 64 rows as a stream of the weight, which is row-major and contiguous. cuBLASLt serves more.
+// gated: the weight's rows are [gate | up], out = act(gate product) * (up product), both rounded before.
+struct MiiLinearStreamed {
+  struct MiiLinear product;  // gated: out is [rows, out_features / 2]
+  const void* next;          // memory that the product after this one reads, next_bytes of it, or null. About next_fetch
+  int64_t next_bytes, next_fetch;  // bytes of it, evenly spread, come into the L2 cache while this product ends
+  int32_t next_lag;                // units of 16 to 32 KB that a CTA still waits for when it begins with that
+  int32_t gated, activation;       // a MiiActivationKind
+  int32_t variant;                 // how the work is cut; 0 unless kernels are compared
+};
+MII_API int32_t mii_linear_streamed(const struct MiiLinearStreamed* args, void* stream);
+MII_API int64_t mii_linear_workspace_bytes(const struct MiiLinear* args);
+
+// Packs a row-major weight into the layout that mii_linear reads, once at load. Padding is zeros. The layout depends on
+// dtype and instruction set only, so a packed weight is never stored.
+struct MiiLinearPack {
+  void* packed;        // out: of mii_linear_packed_bytes(), 64-byte aligned
+  const void* weight;  // [out_features, in_features], row stride weight_stride
+  int64_t in_features, out_features, weight_stride;
+  int32_t dtype;
+};
+MII_API int32_t mii_linear_pack(const struct MiiLinearPack* args, void* stream);
+MII_API int64_t mii_linear_packed_bytes(const struct MiiLinearPack* args);
