@@ -2,7 +2,7 @@
 
     mii generate "DeepSpeed is" "Seattle is"
     mii bench offline    mii bench serve --deployment NAME
-    mii serve MODEL    mii list    mii health NAME    mii stop NAME
+    mii serve MODEL    mii list    mii health NAME    mii scale NAME 3    mii stop NAME
     mii --version
 
 Exit codes: 0 done, 1 it went wrong, 2 the command line is wrong, 130 Ctrl-C, 141 the reader of the output is gone.

@@ -1,4 +1,4 @@
-"""`mii serve`, `mii list`, `mii health` and `mii stop`: deployments from a shell."""
+"""`mii serve`, `mii list`, `mii health`, `mii scale` and `mii stop`: deployments from a shell."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EXAMPLES = """examples:
   mii serve path/to/model --replicas 2 --detach
   mii serve path/to/model --device-map '[[0, 1], [2, 3]]' --tensor-parallel 2
 """
-_COLUMNS = ("NAME", "STAGE", "MODEL", "GRPC", "HTTP", "UP", "RESTARTS")
+_COLUMNS = ("NAME", "STAGE", "REPLICAS", "MODEL", "GRPC", "HTTP", "UP", "RESTARTS")
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
 
 
@@ -43,6 +43,19 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser], 
     health = commands.add_parser("health", help="ask a deployment how it is", description="Asks a deployment.")
     health.add_argument("name", metavar="NAME", help="deployment, or its model")
     finish(health, run_health)
+    scale = commands.add_parser(
+        "scale",
+        help="add replicas to a deployment, or take some away",
+        description="Gives a running deployment another number of replicas, and returns when it has them. Those that "
+        "go may finish what they have.",
+    )
+    scale.add_argument("name", metavar="NAME", help="deployment, or its model")
+    scale.add_argument("replicas", metavar="N", type=int, help="replicas that it is to have")
+    scale.add_argument(
+        "--device-map", type=_json, metavar="JSON", help="devices of those that are added, as [[2], [3]]"
+    )
+    scale.add_argument("--progress", action=argparse.BooleanOptionalAction, help="how far it is (default: show it)")
+    finish(scale, run_scale)
     stop = commands.add_parser("stop", help="end deployments", description="Ends deployments and what is left of them.")
     stop.add_argument("names", metavar="NAME", nargs="*", help="deployment, or its model")
     stop.add_argument("--all", action="store_true", help="all of yours")
@@ -125,6 +138,14 @@ def run_health(args: argparse.Namespace) -> int:
     return 0 if health["ready"] else 1
 
 
+def run_scale(args: argparse.Namespace) -> int:
+    """Adds replicas or takes some away."""
+    from mii.backend.scaling import scale
+
+    scale(args.name, args.replicas, device_map=args.device_map, progress=args.progress)
+    return 0
+
+
 def run_stop(args: argparse.Namespace) -> int:
     """Ends deployments."""
     from mii.backend.deployment import statuses, stop
@@ -166,6 +187,7 @@ def _row(status: Status) -> tuple[str, ...]:
     return (
         status.name,
         status.stage,
+        _replicas(status),
         config.model_conf.model_name_or_path,
         f"{config.host}:{config.port_number}",
         http,
@@ -179,7 +201,18 @@ def _as_json(status: Status) -> dict[str, Any]:
 
     state = msgspec.to_builtins(status.state) if status.state else {}
     row = dict(zip((column.lower() for column in _COLUMNS), _row(status), strict=True))
-    return {**row, "restarts": _restarts(status), **state, "stage": status.stage}
+    numbers = {"restarts": _restarts(status), "replicas": status.config.model_conf.replica_num}
+    return {**row, **numbers, **state, "stage": status.stage}
+
+
+def _replicas(status: Status) -> str:
+    """How many there are, and how many of them are ready where not all are."""
+    count, unready = len(status.config.model_conf.replica_configs), set()
+    for process in status.state.processes if status.state else ():
+        kind, _, rest = process.role.partition("-")
+        if kind == "replica" and process.stage != "ready":
+            unready.add(rest.partition("-")[0])
+    return f"{count - len(unready)} of {count}" if unready else str(count)
 
 
 def _restarts(status: Status) -> int:

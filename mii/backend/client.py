@@ -23,6 +23,7 @@ from mii.errors import (
     RequestTimeoutError,
     ServerUnavailableError,
     ServingError,
+    UnsupportedFeatureError,
 )
 from mii.grpc_related.convert import pack_request
 from mii.grpc_related.options import REQUEST_ID, TOKEN
@@ -217,6 +218,28 @@ class MIIClient:
             if deadline is not None and time.monotonic() + _LOOK_SECONDS > deadline:
                 raise RequestTimeoutError(f"{self._where()} was not ready within {timeout:g} s: {reason}")
             time.sleep(_LOOK_SECONDS)
+
+    def scale(self, replicas: int, *, device_map: Any = None, progress: bool | None = False) -> None:
+        """Gives the deployment another number of replicas, and returns when it has them.
+
+        New ones come on devices that are free. The last ones go: they get no more requests, and what they have may end
+        within the config's `drain_seconds`. On the deployment's machine only.
+
+        Args:
+            replicas: how many it is to have, from 1 up.
+            device_map: devices of those that are added, as `mii.serve` takes them; None: those that are free.
+            progress: as in `mii.serve`.
+
+        Raises:
+            PlacementError: fewer than one, or more than there are devices for.
+            DeploymentError: it cannot be changed now, or a new replica did not start; then it has those that it had.
+            UnsupportedFeatureError: the deployment runs on another machine.
+        """
+        if not self._is_registered():
+            raise UnsupportedFeatureError(f"{self._where()} is on another machine; use 'mii scale' there")
+        from mii.backend.scaling import scale
+
+        self.mii_config = scale(self.mii_config.deployment_name, replicas, device_map=device_map, progress=progress)
 
     def terminate_server(self) -> None:
         """Ends the deployment; what runs may finish first, for the config's `drain_seconds`.

@@ -36,7 +36,7 @@ from mii.launch.lock import acquire, is_held, locked, wait_released
 from mii.launch.state import SUPERVISOR, Event, Failure, State, read_plan, read_state, start_ticks, write_private
 from mii.launch.supervisor import END_SECONDS, STARTER_ENV
 
-__all__ = ["Launch", "Status", "find", "find_alive", "launch", "statuses", "stop"]
+__all__ = ["Launch", "Status", "find", "find_alive", "launch", "reserved_ports", "statuses", "stop"]
 
 _LOOK_SECONDS = 0.02
 _CHUNK = 65536
@@ -153,7 +153,7 @@ def launch(config: MIIConfig, *, attached: bool = False) -> Launch:
                 "this one another deployment_name"
             )
         _end_leftover_processes(folder)
-        config = choose_ports(config, _reserved_ports())
+        config = choose_ports(config, reserved_ports())
         plan = make_plan(config, folder, attached=attached)
         try:
             folder.create()
@@ -292,7 +292,7 @@ def _supervisor_pid(folder: DeploymentFolder) -> int | None:
     return None
 
 
-def _reserved_ports() -> set[int]:
+def reserved_ports() -> set[int]:
     """Those of deployments that run, or start and do not listen yet."""
     return {port for status in statuses() if status.alive for port in ports_of(status.config)}
 

@@ -15,15 +15,16 @@ from typing import TypeAlias
 
 import msgspec
 
+import mii
 from mii.backend.cpus import cores_by_place, split_cores
 from mii.config import MIIConfig
 from mii.config.placement import local_gpu_count
 from mii.errors import UnsupportedFeatureError
 from mii.launch.folder import DeploymentFolder
 from mii.launch.remote import check_launcher
-from mii.launch.state import BALANCER, GATEWAY, Plan, Spec, engine_role, front_role
+from mii.launch.state import BALANCER, GATEWAY, Machine, Plan, Spec, engine_role, front_role
 
-__all__ = ["make_plan", "python_environment"]
+__all__ = ["make_plan", "python_environment", "this_machine"]
 
 # Set by launchers around the caller; in a deployment's processes they would be somebody else's.
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -31,20 +32,30 @@ _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _THREADS = "OMP_NUM_THREADS"
 
 
-def make_plan(config: MIIConfig, folder: DeploymentFolder, *, attached: bool = False) -> Plan:
+def this_machine() -> Machine:
+    """As this process sees it."""
+    cores, threads = sorted(os.sched_getaffinity(0)), _THREADS in os.environ
+    return Machine(sys.executable, mii.__version__, os.environ.get(_VISIBLE), cores, threads)
+
+
+def make_plan(
+    config: MIIConfig, folder: DeploymentFolder, *, attached: bool = False, machine: Machine | None = None
+) -> Plan:
     """Every process of a deployment.
 
     Args:
         config: with its ports and replicas (see `mii.backend.ports.choose_ports`).
         folder: of the deployment.
         attached: see `Plan`.
+        machine: what the deployment's processes see; None: what this one does.
 
     Raises:
         LauncherError: a replica is on another host and what starts processes there is missing.
     """
+    machine = machine or this_machine()
     no_gpu: dict[str, str | None] = {_VISIBLE: ""}  # nothing but an engine ever touches one
     processes = [_python(folder, "load_balancer", BALANCER, no_gpu)]
-    replicas = zip(config.model_conf.replica_configs, _devices(config, os.environ), strict=True)
+    replicas = zip(config.model_conf.replica_configs, _devices(config, machine), strict=True)
     for index, (replica, ranks) in enumerate(replicas):
         if replica.is_local:
             processes.append(_python(folder, "front", front_role(index), no_gpu, index))
@@ -60,6 +71,7 @@ def make_plan(config: MIIConfig, folder: DeploymentFolder, *, attached: bool = F
             processes.extend(_python(folder, "remote", role, no_gpu, index) for role in roles)
     if config.enable_restful_api:
         processes.append(_python(folder, "gateway", GATEWAY, no_gpu))
+    processes = [msgspec.structs.replace(spec, command=[machine.python, *spec.command[1:]]) for spec in processes]
     return Plan(
         config.deployment_name,
         processes,
@@ -67,6 +79,7 @@ def make_plan(config: MIIConfig, folder: DeploymentFolder, *, attached: bool = F
         config.max_restarts,
         config.start_seconds,
         attached,
+        machine,
     )
 
 
@@ -93,17 +106,17 @@ def _engine(
     return msgspec.structs.replace(spec, group=engine_role(replica))
 
 
-def _devices(config: MIIConfig, environment: Mapping[str, str]) -> list[list[_Place]]:
+def _devices(config: MIIConfig, machine: Machine) -> list[list[_Place]]:
     """What each rank of each replica's engine runs on: variables that say so, and cores (none: all of them).
 
     Replicas on other hosts get nothing: their launcher sees to it.
     """
     replicas = config.model_conf.replica_configs
-    gpus = 0 if config.model_conf.device == "cpu" else local_gpu_count()
-    pool = _pool(gpus, environment.get(_VISIBLE))
+    gpus = 0 if config.model_conf.device == "cpu" else local_gpu_count(machine.visible)
+    pool = _pool(gpus, machine.visible)
     size = config.model_conf.tensor_parallel
     engines = size * sum(replica.is_local for replica in replicas)
-    shares = iter(split_cores(cores_by_place(sorted(os.sched_getaffinity(0))), max(1, engines)))
+    shares = iter(split_cores(cores_by_place(machine.cores), max(1, engines)))
     devices: list[list[_Place]] = []
     for replica in replicas:
         places: list[_Place] = []
@@ -113,7 +126,7 @@ def _devices(config: MIIConfig, environment: Mapping[str, str]) -> list[list[_Pl
                 places.append(({_VISIBLE: ",".join(pool[device] for device in replica.gpu_indices), **local_rank}, []))
                 continue
             cores = next(shares) if engines > 1 else []
-            threads = {_THREADS: str(len(cores))} if cores and _THREADS not in environment else {}
+            threads = {_THREADS: str(len(cores))} if cores and not machine.threads else {}
             places.append(({_VISIBLE: "", **threads, **local_rank}, cores))
         devices.append(places)
     return devices

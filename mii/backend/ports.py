@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import errno
 import socket
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from mii.config import MIIConfig, ReplicaConfig
-from mii.config.placement import check_ports
+from mii.config.placement import Placement, check_ports, make_replica_configs
 from mii.errors import PlacementError, PortTakenError
 
-__all__ = ["choose_ports", "is_free", "port_owner", "ports_of"]
+__all__ = ["add_replicas", "choose_ports", "is_free", "port_owner", "ports_of"]
 
 _LAST_PORT = 65535
 _LISTEN = "0A"  # state of a socket in /proc/net/tcp
@@ -51,6 +51,30 @@ def choose_ports(config: MIIConfig, reserved: Collection[int] = ()) -> MIIConfig
             config.__dict__["restful_api_port"] = free.next(config.restful_api_port, used, config.restful_api_host)
     check_ports({name: [port] for name, port in _named(config).items()}, config.model_conf.replica_configs)
     return config
+
+
+def add_replicas(config: MIIConfig, placements: Sequence[Placement], reserved: Collection[int]) -> list[ReplicaConfig]:
+    """The replicas of a deployment that runs, and more of them on ports that are free.
+
+    Args:
+        config: of the deployment.
+        placements: where the new ones run.
+        reserved: ports that start to be used, the deployment's own among them.
+
+    Raises:
+        PlacementError: there are no ports for them.
+    """
+    model = config.model_conf
+    before = model.replica_configs
+    nowhere = [Placement("localhost", ())] * len(before)
+    added = make_replica_configs(model, config.port_number, [*nowhere, *placements])[len(before) :]
+    free, used = _Free(reserved), set(ports_of(config))
+    for index, replica in enumerate(added, start=len(before)):
+        if replica.is_local:
+            _settle_replica(replica, index, False, free, used)
+    replicas = [*before, *added]
+    check_ports({name: [port] for name, port in _named(config).items()}, replicas)
+    return replicas
 
 
 def ports_of(config: MIIConfig) -> list[int]:

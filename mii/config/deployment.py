@@ -131,7 +131,7 @@ class MIIConfig(ConfigModel):
         """
         model = self.model_conf
         if not model.replica_configs:
-            slots = available_slots(self.hostfile, model)
+            slots = available_slots(self.hostfile, model, os.environ.get("CUDA_VISIBLE_DEVICES"))
             model.replica_configs = make_replica_configs(
                 model,
                 self.port_number,

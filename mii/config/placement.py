@@ -28,6 +28,7 @@ __all__ = [
     "check_ports",
     "local_gpu_count",
     "make_replica_configs",
+    "place_more",
     "place_replicas",
     "read_hostfile",
 ]
@@ -70,10 +71,13 @@ def read_hostfile(path: str | os.PathLike[str]) -> dict[str, int]:
     return slots
 
 
-def local_gpu_count() -> int:
-    """NVIDIA GPUs that this process may use: the driver's count, cut down by ``CUDA_VISIBLE_DEVICES``.
+def local_gpu_count(visible: str | None) -> int:
+    """NVIDIA GPUs that may be used: the driver's count, cut down by what is visible.
 
     Asks NVML, which takes milliseconds and leaves the GPUs untouched; without a driver the answer is 0.
+
+    Args:
+        visible: ``CUDA_VISIBLE_DEVICES``; None: it is not set.
     """
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
@@ -87,7 +91,7 @@ def local_gpu_count() -> int:
             return 0
     finally:
         nvml.nvmlShutdown()
-    return _visible(count.value, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return _visible(count.value, visible)
 
 
 def _visible(count: int, devices: str | None) -> int:
@@ -103,8 +107,13 @@ def _visible(count: int, devices: str | None) -> int:
     return visible
 
 
-def available_slots(hostfile: str | None, model: ModelConfig) -> dict[str, int]:
+def available_slots(hostfile: str | None, model: ModelConfig, visible: str | None) -> dict[str, int]:
     """Slots per host for `model`: the hostfile's, else this machine's GPUs, else one per process on its CPU.
+
+    Args:
+        hostfile: see `mii.config.MIIConfig`.
+        model: how many processes are wanted.
+        visible: see `local_gpu_count`.
 
     Raises:
         HostfileError: a hostfile was named and cannot be read.
@@ -112,7 +121,7 @@ def available_slots(hostfile: str | None, model: ModelConfig) -> dict[str, int]:
     """
     if hostfile is not None and (hostfile != HOSTFILE_DEFAULT or Path(hostfile).exists()):
         return read_hostfile(hostfile)
-    gpus = 0 if model.device == "cpu" else local_gpu_count()
+    gpus = 0 if model.device == "cpu" else local_gpu_count(visible)
     if gpus:
         return {"localhost": gpus}
     if model.device == "cuda":
@@ -143,10 +152,10 @@ def place_replicas(
     """
     if isinstance(device_map, str):
         assert device_map == DEVICE_MAP_DEFAULT, device_map
-        placements = _automatic(slots, replica_num, tensor_parallel)
+        placements = _automatic(slots, (), tensor_parallel)[:replica_num]
     else:
-        placements = [Placement(host, tuple(group)) for host, groups in device_map.items() for group in groups]
-        _check_map(placements, slots, tensor_parallel)
+        placements = _groups_of(device_map)
+        _check_map(placements, slots, (), tensor_parallel)
     if len(placements) < replica_num:
         have = ", ".join(f"{host}: {count}" for host, count in slots.items())
         raise PlacementError(
@@ -161,17 +170,72 @@ def place_replicas(
     return placements
 
 
-def _automatic(slots: Mapping[str, int], replica_num: int, tensor_parallel: int) -> list[Placement]:
-    placements = [
-        Placement(host, tuple(range(first, first + tensor_parallel)))
-        for host, count in slots.items()
-        for first in range(0, count - tensor_parallel + 1, tensor_parallel)
-    ]
-    return placements[:replica_num]
+def place_more(
+    device_map: str | DeviceMap,
+    slots: Mapping[str, int],
+    taken: Sequence[Placement],
+    count: int,
+    tensor_parallel: int,
+    added: DeviceMap | None = None,
+) -> list[Placement]:
+    """A host and devices for replicas that are added to others.
+
+    Args:
+        device_map: as the others were placed. The groups of a map that are free are taken in their order.
+        slots: devices of each host.
+        taken: where the others are.
+        count: replicas to place.
+        tensor_parallel: devices of each.
+        added: devices for these replicas; None: those that are free.
+
+    Raises:
+        PlacementError: too few devices are free, or `added` has wrong ones.
+    """
+    if added is not None:
+        placements = _groups_of(added)
+        _check_map(placements, slots, taken, tensor_parallel)
+        if len(placements) != count:
+            raise PlacementError(
+                f"device_map has {len(placements)} groups of devices and {count} replicas are added; give one for each"
+            )
+    elif isinstance(device_map, str):
+        placements = _automatic(slots, taken, tensor_parallel)
+    else:
+        here = _devices_of(taken)
+        placements = [group for group in _groups_of(device_map) if here.isdisjoint(_devices_of([group]))]
+    if len(placements) < count:
+        of = "the devices" if isinstance(device_map, str) else "the groups of device_map"
+        have = ", ".join(f"{host}: {number}" for host, number in slots.items())
+        raise PlacementError(
+            f"{count} more replicas with tensor_parallel={tensor_parallel} do not fit: {len(taken)} run, and {of} that "
+            f"are free have room for {len(placements)} (devices: {have}). Ask for {len(taken) + len(placements)} "
+            "replicas at most, or give more devices in device_map or the hostfile"
+        )
+    return placements[:count]
 
 
-def _check_map(placements: Sequence[Placement], slots: Mapping[str, int], tensor_parallel: int) -> None:
-    taken: set[tuple[str, int]] = set()
+def _automatic(slots: Mapping[str, int], taken: Sequence[Placement], tensor_parallel: int) -> list[Placement]:
+    """All that fit on what is free, host by host."""
+    here, placements = _devices_of(taken), []
+    for host, count in slots.items():
+        free = [device for device in range(count) if (host, device) not in here]
+        firsts = range(0, len(free) - tensor_parallel + 1, tensor_parallel)
+        placements += [Placement(host, tuple(free[first : first + tensor_parallel])) for first in firsts]
+    return placements
+
+
+def _groups_of(device_map: DeviceMap) -> list[Placement]:
+    return [Placement(host, tuple(group)) for host, groups in device_map.items() for group in groups]
+
+
+def _devices_of(placements: Sequence[Placement]) -> set[tuple[str, int]]:
+    return {(placement.host, device) for placement in placements for device in placement.devices}
+
+
+def _check_map(
+    placements: Sequence[Placement], slots: Mapping[str, int], others: Sequence[Placement], tensor_parallel: int
+) -> None:
+    taken = _devices_of(others)
     for host, devices in ((placement.host, placement.devices) for placement in placements):
         where = f"device_map group {list(devices)} on host {host!r}"
         if host not in slots:

@@ -23,6 +23,7 @@ from mii.validation import explain
 
 __all__ = [
     "check_can_be_saved",
+    "config_json",
     "deployment_folder",
     "deployment_names",
     "forget_deployment",
@@ -52,18 +53,18 @@ def save_deployment(config: MIIConfig) -> Path:
     # mkstemp makes the file with mode 600, and the rename shows readers the old file or the new one, never half of one.
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".")
     with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(_options(config), file, indent=2)
+        file.write(config_json(config))
     os.replace(temporary, path)
     return path
 
 
-def _options(config: MIIConfig) -> dict[str, Any]:
+def config_json(config: MIIConfig) -> str:
     """What was given, as JSON, so that a reader still sees what was left to the defaults; and what was chosen here."""
-    options = config.model_dump(mode="json", by_alias=True, exclude_unset=True)
+    options: dict[str, Any] = config.model_dump(mode="json", by_alias=True, exclude_unset=True)
     for name in ("deployment_name", "port_number", "restful_api_port"):
         options[name] = getattr(config, name)
     options["model_config"]["tensor_parallel"] = config.model_conf.tensor_parallel
-    return options
+    return json.dumps(options, indent=2)
 
 
 def check_can_be_saved(config: MIIConfig) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -24,6 +25,10 @@ __all__ = ["BalancerServer"]
 _MORE_CALLS = 1024
 _LAST_WORDS_SECONDS = 1.0
 _OTHERS_SECONDS, _LOOK_SECONDS = 1.0, 0.02
+# gRPC's bound on open calls stays as it is made; replicas may be added later.
+_REPLICAS_TO_COME = 64
+# What was about to be sent over a connection finds it open for so long.
+_LAST_CALLS_SECONDS = 1.0
 
 
 class BalancerServer:
@@ -46,10 +51,12 @@ class BalancerServer:
         terminate: Callable[[str], None],
         stall_seconds: float = STALL_SECONDS,
     ) -> None:
+        self._queue_size = queue_size
         self._links = [Link(index, address, queue_size) for index, address in enumerate(addresses)]
+        self._watches: dict[Link, asyncio.Task[None]] = {}
         self._service = LoadBalancer(self._links, token=token, terminate=terminate)
         self._health = health.HealthServicer()
-        most = queue_size * len(addresses) + _MORE_CALLS
+        most = queue_size * max(len(addresses), _REPLICAS_TO_COME) + _MORE_CALLS
         self._server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=most)
         self._server.add_generic_rpc_handlers((self._service.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -74,16 +81,40 @@ class BalancerServer:
         await self._set_health(False)
         await self._server.start()
         for link in self._links:
-            self._spawn(link.watch(self._on_change))
+            self._watch(link)
         self._spawn(self._end_stalled())
         return int(port)
+
+    def set_replicas(self, addresses: Sequence[str]) -> None:
+        """Takes in which replicas there are now. New ones get calls once they can answer; those that are gone get no
+        more, and what they have goes on.
+        """
+        for link in [link for link in self._links if link.address not in addresses]:
+            self._links.remove(link)
+            self._watches.pop(link).cancel()
+            link.retire()
+            self._service.on_removal(link)
+            self._spawn(self._let_go(link))
+        here = {link.address for link in self._links}
+        for address in dict.fromkeys(addresses):
+            if address not in here:
+                taken = {link.index for link in self._links}
+                index = next(number for number in range(len(taken) + 1) if number not in taken)
+                self._links.append(Link(index, address, self._queue_size))
+                self._watch(self._links[-1])
+        self._links.sort(key=lambda link: link.index)
+        self._tell_health()
+
+    async def wait_all_ready(self) -> None:
+        """Sleeps until every replica can answer, or for a moment: one that has just said so is reached at once."""
+        deadline = time.monotonic() + _OTHERS_SECONDS
+        while not all(link.ready for link in self._links) and time.monotonic() < deadline:
+            await asyncio.sleep(_LOOK_SECONDS)
 
     async def wait_ready(self) -> None:
         """Sleeps until a replica can answer, and a little longer for the others: they come up at the same time."""
         await self._first.wait()
-        deadline = time.monotonic() + _OTHERS_SECONDS
-        while not all(link.ready for link in self._links) and time.monotonic() < deadline:
-            await asyncio.sleep(_LOOK_SECONDS)
+        await self.wait_all_ready()
 
     async def stop(self, drain_seconds: float) -> None:
         """Refuses new calls, lets those that run end, and ends the rest after `drain_seconds`."""
@@ -102,17 +133,31 @@ class BalancerServer:
     def _on_change(self, link: Link) -> None:
         self._service.on_change(link)
         self._first.set()
-        self._spawn(self._set_health(any(other.ready for other in self._links) and not self._draining))
+        self._tell_health()
+
+    def _watch(self, link: Link) -> None:
+        self._watches[link] = self._spawn(link.watch(self._on_change))
+
+    async def _let_go(self, link: Link) -> None:
+        """Closes the connection to a replica that is gone, when nothing runs over it any more."""
+        await asyncio.sleep(_LAST_CALLS_SECONDS)
+        while link.prompts:
+            await asyncio.sleep(_LOOK_SECONDS)
+        await link.close()
+
+    def _tell_health(self) -> None:
+        self._spawn(self._set_health(any(link.ready for link in self._links) and not self._draining))
 
     async def _end_stalled(self) -> None:
         while True:
             await asyncio.sleep(self._stall_seconds / 4)
             self._service.end_stalled(self._stall_seconds)
 
-    def _spawn(self, work: object) -> None:
-        task = asyncio.ensure_future(work)  # type: ignore[call-overload]
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _set_health(self, ready: bool) -> None:
         status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING

@@ -60,7 +60,7 @@ class Dispatcher:
     """Sends calls to replicas. Made within a running event loop.
 
     Args:
-        links: the replicas.
+        links: the replicas; they may come and go, see `on_change` and `on_removal`.
     """
 
     def __init__(self, links: Sequence[Link]) -> None:
@@ -82,6 +82,11 @@ class Dispatcher:
         """A replica has come or gone. One that comes back has nothing in its cache."""
         if not link.ready:
             self._prefixes.forget(link.index)
+        self.wake()
+
+    def on_removal(self, link: Link) -> None:
+        """A replica is not among `links` any more."""
+        self._prefixes.forget(link.index)
         self.wake()
 
     def wake(self) -> None:
@@ -122,10 +127,10 @@ class Dispatcher:
             grpc.aio.AioRpcError: how the last attempt ended.
             ServerUnavailableError: the same, where the connection ended and the replica has not said why.
         """
-        tried: dict[int, int] = {}
+        tried: dict[Link, int] = {}
         for runs in itertools.count(1):
             link = shard.link
-            tried[link.index] = link.life
+            tried[link] = link.life
             try:
                 with link.carrying(len(shard.places), shard.tokens):
                     result = await run(link)
@@ -164,11 +169,11 @@ class Dispatcher:
         self._prefixes.record(work.keys, link.index)
         return link
 
-    async def _another(self, shard: Shard, tried: dict[int, int], runs: int, code: grpc.StatusCode) -> Link | None:
+    async def _another(self, shard: Shard, tried: dict[Link, int], runs: int, code: grpc.StatusCode) -> Link | None:
         """A replica for what one could not do; None: nobody. The same one counts again once it has been away."""
 
         def fresh() -> list[Link]:
-            return [link for link in self.links if link.ready and link.room() and tried.get(link.index) != link.life]
+            return [link for link in self.links if link.ready and link.room() and tried.get(link) != link.life]
 
         if code is grpc.StatusCode.UNAVAILABLE:
             if runs >= _MOST_RUNS or not await self._hold(lambda: bool(fresh())):
@@ -201,7 +206,7 @@ class Dispatcher:
     def _nobody(self) -> ServerUnavailableError:
         if self.draining:
             return ServerUnavailableError("the deployment is shutting down")
-        reasons = "; ".join(f"replica {link.index}: {link.reason}" for link in self.links)
+        reasons = "; ".join(f"replica {link.index}: {link.reason}" for link in self.links) or "there is none"
         return ServerUnavailableError(f"no replica can answer now ({reasons}); try again soon")
 
     def _busy(self, count: int) -> ServerBusyError:

@@ -119,6 +119,10 @@ class Link:
             return b"{}"
         return bytes(reply.json)
 
+    def retire(self) -> None:
+        """Says that it gets no more calls. What it carries goes on."""
+        self.ready, self.reason = False, "it is being taken away"
+
     async def close(self) -> None:
         """Ends every call that still runs."""
         await self.bundle.close()

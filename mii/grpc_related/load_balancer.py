@@ -99,7 +99,7 @@ class LoadBalancer:
     """Serves calls over replicas. Made within a running event loop.
 
     Args:
-        links: the replicas.
+        links: the replicas; they may come and go, see `on_change` and `on_removal`.
         token: what `Terminate` asks for.
         terminate: ends the deployment; returns at once.
     """
@@ -131,6 +131,10 @@ class LoadBalancer:
     def on_change(self, link: Link) -> None:
         """A replica has come or gone."""
         self._dispatcher.on_change(link)
+
+    def on_removal(self, link: Link) -> None:
+        """A replica is not among the links any more; what it carries goes on."""
+        self._dispatcher.on_removal(link)
 
     def drain(self) -> None:
         """Calls that wait for a replica are refused from now on."""
@@ -197,9 +201,10 @@ class LoadBalancer:
 
     async def _health(self, request: Any, context: Context) -> HealthReply:
         """Asks every replica; ready means that one at least is."""
-        answers = await asyncio.gather(*(link.health(_ASK_SECONDS) for link in self._links))
+        links = list(self._links)  # they may change meanwhile
+        answers = await asyncio.gather(*(link.health(_ASK_SECONDS) for link in links))
         reply, reasons = HealthReply(), []
-        for link, answer in zip(self._links, answers, strict=True):
+        for link, answer in zip(links, answers, strict=True):
             entry = reply.replicas.add(ready=answer.ready, reason=answer.reason)
             if answer.replicas:
                 entry.MergeFrom(answer.replicas[0])
@@ -211,7 +216,8 @@ class LoadBalancer:
 
     async def _stats(self, request: Any, context: Context) -> StatsReply:
         """What this process counts, and each replica."""
-        answers = await asyncio.gather(*(link.stats(_ASK_SECONDS) for link in self._links))
+        links = list(self._links)  # they may change meanwhile
+        answers = await asyncio.gather(*(link.stats(_ASK_SECONDS) for link in links))
         replicas = [
             {
                 **json.loads(answer),
@@ -222,7 +228,7 @@ class LoadBalancer:
                 "sent_prompts": link.prompts,
                 "sent_tokens": link.tokens,
             }
-            for link, answer in zip(self._links, answers, strict=True)
+            for link, answer in zip(links, answers, strict=True)
         ]
         return StatsReply(json=json.dumps({"balancer": self._numbers(), "replicas": replicas}).encode())
 

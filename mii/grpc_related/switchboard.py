@@ -9,6 +9,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import grpc
 
@@ -43,7 +44,7 @@ class Switchboard:
         self._dispatcher, self._send, self._status, self._ended = dispatcher, send, status, ended
         self._calls: dict[int, asyncio.Task[None]] = {}
         self._shards: dict[int, Shard] = {}
-        self._trunks: dict[int, Trunk] = {}
+        self._trunks: WeakKeyDictionary[Link, Trunk] = WeakKeyDictionary()  # replicas may come and go
         self._outbox: deque[bytes] = deque()
         self._waiting = 0  # bytes in the outbox
         self._something, self._room = asyncio.Event(), asyncio.Event()
@@ -108,9 +109,9 @@ class Switchboard:
             self._shards.pop(start.call, None)
 
     async def _run(self, start: CallStart, link: Link) -> None:
-        trunk = self._trunks.get(link.index)
+        trunk = self._trunks.get(link)
         if trunk is None:
-            trunk = self._trunks[link.index] = Trunk(link.multiplex, self._deliver)
+            trunk = self._trunks[link] = Trunk(link.multiplex, self._deliver)
         await trunk.run(start)
 
     async def _deliver(self, raw: bytes, message: ServerMessage) -> None:

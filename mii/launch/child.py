@@ -162,6 +162,14 @@ class Child:
         """Marks it as not to be started again."""
         self.state.stage = "given up"
 
+    def leave(self) -> None:
+        """Marks it as one that is wanted no more."""
+        self.state.stage = "leaving"
+
+    def revive(self) -> None:
+        """What happened to it before counts no more."""
+        self.reason, self._deaths = "", 0
+
     def log_tail(self) -> str:
         """The last lines of its log."""
         return read_tail(self._folder, self.spec.role)

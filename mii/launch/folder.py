@@ -63,6 +63,16 @@ class DeploymentFolder:
         """A ZeroMQ address within this folder, ``ipc://.../<name>.sock``."""
         return f"ipc://{self.run / name}.sock"
 
+    @property
+    def control_socket(self) -> Path:
+        """Where the supervisor is asked for changes."""
+        return self.run / "control.sock"
+
+    @property
+    def balancer_socket(self) -> Path:
+        """Whoever connects makes the load balancer look which replicas there are; it answers with one byte."""
+        return self.run / "balancer.sock"
+
     def engine_address(self, replica: int) -> str:
         """Where the engine process of a replica (the first rank) listens for its front."""
         return self.socket(f"engine-{replica}")
@@ -94,6 +104,13 @@ class DeploymentFolder:
             shutil.rmtree(os.readlink(run), ignore_errors=True)
             run.unlink()
         shutil.rmtree(run, ignore_errors=True)
+
+    def forget_replica(self, replica: int) -> None:
+        """Removes what a replica has left."""
+        for folder in (self.path, self.path / "logs", self.run):
+            for pattern in (f"replica-{replica}-*", f"engine-{replica}.sock"):
+                for file in folder.glob(pattern):
+                    file.unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Removes the whole folder; one that is not there is fine."""

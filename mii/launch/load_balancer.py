@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+from typing import TYPE_CHECKING
 
+from mii.launch.folder import DeploymentFolder
 from mii.launch.loop import run
 from mii.launch.process import Process
+
+if TYPE_CHECKING:
+    from mii.grpc_related.balancer_server import BalancerServer
 
 
 def main() -> None:
@@ -30,6 +36,7 @@ async def serve(process: Process) -> None:
         terminate=process.stop_deployment,
     )
     port = await server.start(address_of(config.host, config.port_number))
+    changes = await _follow(process.folder, server)
     # What was made so far stays; without it in the collector's sight a collection is short.
     gc.collect()
     gc.freeze()
@@ -37,7 +44,29 @@ async def serve(process: Process) -> None:
     await server.wait_ready()
     process.ready(grpc=port)
     await process.stopping()
+    changes.close()
     await server.stop(process.drain_seconds)
+
+
+async def _follow(folder: DeploymentFolder, server: BalancerServer) -> asyncio.Server:
+    """Takes in which replicas there are, now and whenever somebody connects to the deployment's socket for it."""
+    from mii.config import MIIConfig
+
+    def look() -> None:
+        config = MIIConfig.model_validate_json(folder.config_file.read_bytes())
+        server.set_replicas([replica.address for replica in config.model_conf.replica_configs])
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        look()
+        await server.wait_all_ready()
+        writer.write(b"x")
+        writer.close()
+
+    path = folder.balancer_socket
+    path.unlink(missing_ok=True)  # of an earlier load balancer
+    listener = await asyncio.start_unix_server(answer, path)
+    look()
+    return listener
 
 
 if __name__ == "__main__":

@@ -13,13 +13,18 @@ __all__ = [
     "BALANCER",
     "GATEWAY",
     "SUPERVISOR",
+    "Accepted",
     "Event",
     "Failure",
+    "Machine",
     "Notice",
     "Part",
     "Plan",
     "ProcessState",
+    "Refused",
     "Running",
+    "Scale",
+    "Scaled",
     "Spec",
     "State",
     "engine_role",
@@ -61,6 +66,24 @@ class Spec(msgspec.Struct, frozen=True):
     group: str = ""
 
 
+class Machine(msgspec.Struct, frozen=True):
+    """What whoever started a deployment saw of the machine; replicas that are added later are to see the same.
+
+    Args:
+        python: the program that runs Python.
+        version: of mii.
+        visible: CUDA_VISIBLE_DEVICES; None: it was not set.
+        cores: that processes may run on.
+        threads: whether OMP_NUM_THREADS is set.
+    """
+
+    python: str
+    version: str
+    visible: str | None
+    cores: list[int]
+    threads: bool
+
+
 class Plan(msgspec.Struct, frozen=True):
     """What a supervisor does.
 
@@ -71,6 +94,7 @@ class Plan(msgspec.Struct, frozen=True):
         max_restarts: see `mii.config.MIIConfig`.
         start_seconds: see `mii.config.MIIConfig`.
         attached: the deployment ends when whoever started it does.
+        machine: what it was made for; None: replicas cannot be added.
     """
 
     name: str
@@ -79,6 +103,7 @@ class Plan(msgspec.Struct, frozen=True):
     max_restarts: int
     start_seconds: float | None = None
     attached: bool = False
+    machine: Machine | None = None
 
 
 class ProcessState(msgspec.Struct):
@@ -88,7 +113,8 @@ class ProcessState(msgspec.Struct):
         role: its name.
         pid: None while it does not run.
         start_ticks: when it was started, in the kernel's units; tells it from a later process with the same number.
-        stage: "starting", "ready", "waiting" (to be started again), "given up" or "ended".
+        stage: "starting", "ready", "waiting" (to be started again), "given up", "leaving" (its replica is being taken
+            away) or "ended".
         restarts: how often it was started again in all.
         ports: what it listens on.
         last_end: how it ended the last time; empty: it never did.
@@ -152,7 +178,33 @@ class Notice(msgspec.Struct, tag="notice", frozen=True):
     text: str
 
 
-Event = Part | Running | Failure | Notice
+class Scale(msgspec.Struct, tag="scale", frozen=True):
+    """A request for other replicas.
+
+    Args:
+        plan: of the deployment with them.
+        config: ``deployment.json`` with them.
+    """
+
+    plan: Plan
+    config: str
+
+
+class Accepted(msgspec.Struct, tag="accepted", frozen=True):
+    """A `Scale` has begun: its ports are in the registry."""
+
+
+class Refused(msgspec.Struct, tag="refused", frozen=True):
+    """A `Scale` is not done, and why."""
+
+    reason: str
+
+
+class Scaled(msgspec.Struct, tag="scaled", frozen=True):
+    """A `Scale` is done."""
+
+
+Event = Part | Running | Failure | Notice | Accepted | Refused | Scaled
 
 
 def read_plan(file: Path) -> Plan:

@@ -26,6 +26,7 @@ from mii.launch.child import Child
 from mii.launch.folder import DeploymentFolder
 from mii.launch.lock import locked
 from mii.launch.process import StopWanted
+from mii.launch.rescale import Rescale
 from mii.launch.state import (
     BALANCER,
     GATEWAY,
@@ -35,11 +36,14 @@ from mii.launch.state import (
     Notice,
     Part,
     Plan,
+    Refused,
     Running,
+    Scale,
     State,
     read_plan,
     write_private,
 )
+from mii.launch.watcher import Door, Watcher
 from mii.logging import logger
 
 __all__ = ["END_SECONDS", "STARTER_ENV", "Supervisor", "main"]
@@ -50,42 +54,7 @@ _QUICK_SECONDS = 3.0  # for processes that have nothing left to finish
 _KILL_SECONDS = 1.0  # after the time to drain, before SIGKILL
 # Everything that an end may take apart from the time to drain, and some more on a busy machine.
 END_SECONDS = _KILL_SECONDS + _QUICK_SECONDS + 6.0
-_OUTBOX_BYTES = 65536
 _LOG_SECONDS = 60.0  # between two looks at the length of logs
-
-
-class _Starter:
-    """The socket to whoever started the deployment. Events wait here while that process does not read."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-        self.gone = False
-        connection.setblocking(False)
-        self._outbox = b""
-
-    def tell(self, event: Event) -> None:
-        """Sends an event; the progress of a part is dropped when too much is waiting."""
-        if not self.gone and not (isinstance(event, Part) and len(self._outbox) > _OUTBOX_BYTES):
-            self._outbox += msgspec.json.encode(event) + b"\n"
-            self.flush()
-
-    def flush(self) -> bool:
-        """Sends what is waiting; returns whether anything still is."""
-        with contextlib.suppress(BlockingIOError):
-            try:
-                while self._outbox:
-                    self._outbox = self._outbox[self.connection.send(self._outbox) :]
-            except (BrokenPipeError, ConnectionResetError):
-                self.gone, self._outbox = True, b""
-        return bool(self._outbox)
-
-    def listen(self) -> None:
-        """It never says anything, but it ends."""
-        with contextlib.suppress(BlockingIOError):
-            try:
-                self.gone = self.gone or not self.connection.recv(1)
-            except ConnectionResetError:
-                self.gone = True
 
 
 class Supervisor:
@@ -98,11 +67,13 @@ class Supervisor:
     """
 
     def __init__(self, folder: DeploymentFolder, plan: Plan, starter: socket.socket) -> None:
-        self._folder, self._plan = folder, plan
-        self._starter = _Starter(starter)
-        self._children = [Child(spec, folder, plan.max_restarts) for spec in plan.processes]
-        self._state = State(os.getpid(), started_at=time.time(), processes=[child.state for child in self._children])
-        self._selector = selectors.DefaultSelector()
+        self.folder, self.plan = folder, plan
+        self.children = [Child(spec, folder, plan.max_restarts) for spec in plan.processes]
+        self.selector = selectors.DefaultSelector()
+        self._starter = Watcher(starter, self.selector, self._on_starter_gone)
+        self._door: Door | None = None
+        self._change: Rescale | None = None
+        self._state = State(os.getpid(), started_at=time.time())
         self._stops = 0
         """How often somebody asked for the end: once drains; twice, or SIGINT, hurries."""
         self._starter_counts = True
@@ -130,8 +101,8 @@ class Supervisor:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_stop_signal)
-        self._selector.register(self._wake_up, selectors.EVENT_READ, self._drop_wake_ups)
-        self._selector.register(self._starter.connection, selectors.EVENT_READ, self._on_starter)
+        self.selector.register(self._wake_up, selectors.EVENT_READ, self._drop_wake_ups)
+        self._door = Door(self.folder.control_socket, self.selector, self._on_request)
 
     def _on_stop_signal(self, number: int, frame: FrameType | None) -> None:
         self._stops += 2 if number == signal.SIGINT else 1
@@ -141,35 +112,28 @@ class Supervisor:
         with contextlib.suppress(BlockingIOError):
             self._wake_up.recv(4096)
 
-    def _on_starter(self) -> None:
-        self._starter.listen()
-        if self._starter.gone:
-            self._selector.unregister(self._starter.connection)
-            if self._starter_counts:
-                logger.info("whoever started this deployment is gone, so it ends")
-                self._stops += 1
-        elif not self._starter.flush():
-            self._selector.modify(self._starter.connection, selectors.EVENT_READ, self._on_starter)
+    def _on_starter_gone(self, watcher: Watcher) -> None:
+        if self._starter_counts:
+            logger.info("whoever started this deployment is gone, so it ends")
+            self._stops += 1
 
-    def _tell(self, event: Event) -> None:
+    def tell(self, event: Event) -> None:
+        """For whoever started the deployment, as long as that process listens."""
         if isinstance(event, Notice):
             logger.warning(event.text)
         self._starter.tell(event)
-        if self._starter.flush() and not self._starter.gone:
-            both = selectors.EVENT_READ | selectors.EVENT_WRITE
-            self._selector.modify(self._starter.connection, both, self._on_starter)
 
     # Start
 
     def _start(self) -> bool:
         """Starts everything at once and waits until all of it is ready; False when it never will be."""
-        self._save()
-        deadline = None if self._plan.start_seconds is None else time.monotonic() + self._plan.start_seconds
-        for child in self._children:
-            if not self._try(child):
+        self.save()
+        deadline = None if self.plan.start_seconds is None else time.monotonic() + self.plan.start_seconds
+        for child in self.children:
+            if not self.start(child):
                 return self._fail(child)
-        self._save()
-        while not all(child.ready for child in self._children):
+        self.save()
+        while not all(child.ready for child in self.children):
             ended = self._turn(self._patience(deadline))
             if self._stops:
                 return False
@@ -177,23 +141,24 @@ class Supervisor:
                 culprit = min(ended, key=lambda child: not child.reason)  # the one that can say why
                 return self._fail(culprit)
             if deadline is not None and time.monotonic() > deadline:
-                late = next(child for child in self._children if not child.ready)
-                late.reason = f"it was not ready within start_seconds={self._plan.start_seconds:g}"
+                late = next(child for child in self.children if not child.ready)
+                late.reason = f"it was not ready within start_seconds={self.plan.start_seconds:g}"
                 return self._fail(late)
         self._state.stage, self._state.ready_at = "running", time.time()
-        self._save()
-        self._starter_counts = self._plan.attached
-        self._tell(Running())
+        self.save()
+        self._starter_counts = self.plan.attached
+        self.tell(Running())
         return True
 
-    def _try(self, child: Child) -> bool:
+    def start(self, child: Child) -> bool:
+        """Starts one and listens to it; False where it cannot be started."""
         try:
             child.start()
         except OSError as error:
             child.reason = f"it cannot be started: {error}"
             return False
         assert child.pipe is not None
-        self._selector.register(child.pipe, selectors.EVENT_READ, lambda: self._on_child(child))
+        self.selector.register(child.pipe, selectors.EVENT_READ, lambda: self._on_child(child))
         return True
 
     def _fail(self, child: Child, addition: str = "") -> bool:
@@ -204,7 +169,9 @@ class Supervisor:
 
     def _patience(self, deadline: float | None) -> float | None:
         """Seconds until something is due that nobody will tell of."""
-        times = [child.start_at for child in self._children if child.state.stage == "waiting"]
+        times = [child.start_at for child in self.children if child.state.stage == "waiting"]
+        if self._change is not None:
+            times.append(self._change.wake_at)
         if deadline is not None:
             times.append(deadline)
         return max(0.0, min(times) - time.monotonic()) if times else None
@@ -216,17 +183,36 @@ class Supervisor:
         logs_at = time.monotonic() + _LOG_SECONDS
         while not self._stops:
             for child in self._turn(self._patience(logs_at)):
-                self._restart(child)
+                if self._change is None or not self._change.takes(child):
+                    self._restart(child)
+            if self._change is not None and not self._change.go_on():
+                self._change = None
             if time.monotonic() >= logs_at:
                 logs_at = time.monotonic() + _LOG_SECONDS
-                for child in self._children:
+                for child in self.children:
                     child.trim_log()
-            for child in self._children:
-                if child.state.stage == "waiting" and child.start_at <= time.monotonic() and not self._try(child):
+            for child in self.children:
+                if child.state.stage == "waiting" and child.start_at <= time.monotonic() and not self.start(child):
                     self._restart(child)
-                    self._save()
+                    self.save()
             if self._failed is not None:
                 return
+
+    def _on_request(self, watcher: Watcher, line: bytes) -> None:
+        """Somebody asks for other replicas."""
+        try:
+            request = msgspec.json.decode(line, type=Scale)
+        except msgspec.DecodeError as error:
+            watcher.tell(Refused(f"the request is not understood: {error}"))
+            return
+        if self._change is not None:
+            watcher.tell(Refused("replicas are being added or taken away already; wait until that is done"))
+        elif self._state.stage != "running":
+            watcher.tell(
+                Refused(f"the deployment is {self._state.stage}; its replicas can be changed once it is running")
+            )
+        else:
+            self._change = Rescale(self, request, watcher, _QUICK_SECONDS)
 
     def _restart(self, child: Child) -> None:
         notice, alone = None, not child.taken_down
@@ -242,36 +228,37 @@ class Supervisor:
             self._give_up_replica(child)
             if self._is_lost(child):
                 self._fail(child, "too often to be started again")
-        self._save()
+        self.save()
         if notice:
-            self._tell(Notice(notice))
+            self.tell(Notice(notice))
 
     def _take_down_group(self, child: Child) -> None:
         """Kills the other ranks of an engine, which cannot go on without this one."""
-        for other in self._children:
+        for other in self.children:
             if other is not child and child.spec.group and other.spec.group == child.spec.group and other.running:
                 other.taken_down = True
                 other.signal(signal.SIGKILL)
 
     def _give_up_replica(self, child: Child) -> None:
-        for other in self._children:
+        for other in self.children:
             if other is not child and child.spec.replica is not None and other.spec.replica == child.spec.replica:
                 other.give_up()
                 other.signal(signal.SIGKILL)
 
     def _is_lost(self, child: Child) -> bool:
         """Whether nothing can be served without this child."""
-        replicas = [other for other in self._children if other.spec.replica is not None]
+        replicas = [other for other in self.children if other.spec.replica is not None]
+        gone = ("given up", "leaving")
         return child.spec.role == BALANCER or (
-            child.spec.replica is not None and all(other.state.stage == "given up" for other in replicas)
+            child.spec.replica is not None and all(other.state.stage in gone for other in replicas)
         )
 
     def _turn(self, timeout: float | None) -> list[Child]:
         """Sleeps until something happens, takes it in, and returns the children that have ended."""
-        for key, _ in self._selector.select(timeout):
+        for key, _ in self.selector.select(timeout):
             callback: Callable[[], None] = key.data
             callback()
-        return [child for child in self._children if child.running and self._has_ended(child)]
+        return [child for child in self.children if child.running and self._has_ended(child)]
 
     def _has_ended(self, child: Child) -> bool:
         pipe = child.pipe
@@ -285,7 +272,7 @@ class Supervisor:
     def _forget_pipe(self, pipe: int | None) -> None:
         with contextlib.suppress(KeyError, ValueError):
             if pipe is not None:
-                self._selector.unregister(pipe)
+                self.selector.unregister(pipe)
 
     def _on_child(self, child: Child) -> None:
         pipe = child.pipe
@@ -295,27 +282,34 @@ class Supervisor:
                 logger.info("%s asks for the end: %s", child.spec.role, message.reason or "no reason given")
                 self._stops = max(1, self._stops)
             else:
-                self._tell(Part(child.spec.role, message))
+                part = Part(child.spec.role, message)
+                self.tell(part)
+                if self._change is not None:
+                    self._change.hear(part, child)
         if child.pipe is None:
             self._forget_pipe(pipe)
         if child.ready and not was_ready and self._state.stage == "running":
-            self._save()
-            self._tell(Notice(f"{child.spec.role} is back"))
+            self.save()
+            self.tell(Notice(f"{child.spec.role} is back"))
 
     # End
 
     def _end_all(self) -> None:
         """What answers callers drains first, and has its replicas until it is done."""
+        if self._change is not None:
+            self._change.give_up()
+        if self._door is not None:
+            self._door.close(_KILL_SECONDS)
         draining = self._state.stage == "running" and self._failed is None
         self._state.stage = "stopping"
-        self._save()
-        doors = [child for child in self._children if child.spec.role in (GATEWAY, BALANCER)]
-        rest = [child for child in self._children if child not in doors]
+        self.save()
+        doors = [child for child in self.children if child.spec.role in (GATEWAY, BALANCER)]
+        rest = [child for child in self.children if child not in doors]
         if draining:
-            self._end(doors, self._plan.drain_seconds + _KILL_SECONDS)
+            self._end(doors, self.plan.drain_seconds + _KILL_SECONDS)
             self._end(rest, _QUICK_SECONDS)
         else:
-            self._end(self._children, _QUICK_SECONDS)
+            self._end(self.children, _QUICK_SECONDS)
 
     def _end(self, children: Iterable[Child], seconds: float) -> None:
         """SIGTERM, and SIGKILL to what is still there after `seconds` or when somebody hurries."""
@@ -337,22 +331,21 @@ class Supervisor:
         if self._failed is not None:
             part = self._failed
             failure = Failure(part.spec.role, self._state.reason, part.log_tail(), part.port_taken)
-        with locked(self._folder.path.parent / ".lock"):
+        with locked(self.folder.path.parent / ".lock"):
             if failure is not None and self._state.ready_at is not None:
                 self._state.stage = "failed"
-                self._save()
-                self._folder.clear_run()
+                self.save()
+                self.folder.clear_run()
             else:
-                self._folder.remove()
+                self.folder.remove()
         if failure is not None:
-            self._tell(failure)
-        with contextlib.suppress(OSError):
-            self._starter.connection.setblocking(True)
-            self._starter.connection.settimeout(_KILL_SECONDS)
-            self._starter.flush()
+            self.tell(failure)
+        self._starter.close(_KILL_SECONDS)
 
-    def _save(self) -> None:
-        write_private(self._folder.state_file, msgspec.json.encode(self._state))
+    def save(self) -> None:
+        """Writes down how everything is."""
+        self._state.processes = [child.state for child in self.children]
+        write_private(self.folder.state_file, msgspec.json.encode(self._state))
 
 
 def main() -> None:

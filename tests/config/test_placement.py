@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -67,7 +69,7 @@ def test_visible_devices_are_counted_as_cuda_does(devices: str | None, count: in
 
 def test_gpus_are_counted_without_torch_and_agree_with_it() -> None:
     torch = pytest.importorskip("torch")
-    assert local_gpu_count() == torch.cuda.device_count()
+    assert local_gpu_count(os.environ.get("CUDA_VISIBLE_DEVICES")) == torch.cuda.device_count()
 
 
 def model(**options: object) -> ModelConfig:
@@ -76,20 +78,20 @@ def model(**options: object) -> ModelConfig:
 
 def test_slots_come_from_the_hostfile_where_one_is_named(hostfile: Path) -> None:
     hostfile.write_text("a slots=3\n")
-    assert available_slots(str(hostfile), model(device="cpu")) == {"a": 3}
+    assert available_slots(str(hostfile), model(device="cpu"), None) == {"a": 3}
     with pytest.raises(HostfileError):
-        available_slots(str(hostfile.with_name("absent")), model())
+        available_slots(str(hostfile.with_name("absent")), model(), None)
 
 
 def test_slots_are_this_machines_gpus_or_what_the_replicas_need_of_its_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "local_gpu_count", lambda: 8)
-    assert available_slots(None, model()) == {"localhost": 8}
-    assert available_slots(None, model(device="cpu", replica_num=3, tensor_parallel=2)) == {"localhost": 6}
-    monkeypatch.setattr(placement, "local_gpu_count", lambda: 0)
-    assert available_slots(None, model(replica_num=2)) == {"localhost": 2}
-    assert available_slots(None, model(device_map=[5])) == {"localhost": 6}
+    monkeypatch.setattr(placement, "local_gpu_count", lambda visible: 8)
+    assert available_slots(None, model(), None) == {"localhost": 8}
+    assert available_slots(None, model(device="cpu", replica_num=3, tensor_parallel=2), None) == {"localhost": 6}
+    monkeypatch.setattr(placement, "local_gpu_count", lambda visible: 0)
+    assert available_slots(None, model(replica_num=2), None) == {"localhost": 2}
+    assert available_slots(None, model(device_map=[5]), None) == {"localhost": 6}
     with pytest.raises(PlacementError, match="no usable NVIDIA GPU; use device='cpu'"):
-        available_slots(None, model(device="cuda"))
+        available_slots(None, model(device="cuda"), None)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +127,39 @@ def test_automatic_placement_goes_host_by_host(
 def test_a_map_that_does_not_fit_is_refused(device_map: dict[str, list[list[int]]], words: str) -> None:
     with pytest.raises(PlacementError, match=words):
         place_replicas(device_map, {"a": 4, "b": 4}, replica_num=2, tensor_parallel=2)
+
+
+TAKEN = [placement.Placement("a", (0, 1)), placement.Placement("b", (2, 3))]
+
+
+@pytest.mark.parametrize(
+    ("device_map", "added", "expected"),
+    [
+        ("auto", None, [("a", (2, 3)), ("b", (0, 1))]),
+        ({"a": [[0, 1], [3, 2]], "b": [[0, 1], [2, 3]]}, None, [("a", (3, 2)), ("b", (0, 1))]),
+        ({"a": [[0, 1]], "b": [[2, 3]]}, {"b": [[1, 0]], "a": [[2, 3]]}, [("b", (1, 0)), ("a", (2, 3))]),
+    ],
+)
+def test_replicas_that_are_added_get_devices_that_are_free(device_map: Any, added: Any, expected: Any) -> None:
+    placed = placement.place_more(device_map, {"a": 4, "b": 4}, TAKEN, 2, 2, added)
+    assert [(place.host, place.devices) for place in placed] == expected
+
+
+@pytest.mark.parametrize(
+    ("device_map", "count", "added", "words"),
+    [
+        ("auto", 3, None, "3 more.*2 run, and the devices that are free have room for 2.*Ask for 4 replicas at most"),
+        ({"a": [[0, 1]], "b": [[2, 3]]}, 1, None, "the groups of device_map that are free have room for 0"),
+        ("auto", 1, {"a": [[1, 2]]}, "device 1 is used twice"),
+        ("auto", 2, {"a": [[2, 3]]}, "1 groups of devices and 2 replicas are added"),
+        ("auto", 1, {"c": [[2, 3]]}, "no such host; known hosts: a, b"),
+    ],
+)
+def test_replicas_that_are_added_and_do_not_fit_are_refused(
+    device_map: Any, count: int, added: Any, words: str
+) -> None:
+    with pytest.raises(PlacementError, match=words):
+        placement.place_more(device_map, {"a": 4, "b": 4}, TAKEN, count, 2, added)
 
 
 @given(

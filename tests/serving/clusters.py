@@ -15,12 +15,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from mii.backend import MIIClient, MIIServer, deployment
+from mii.backend import MIIClient, MIIServer, deployment, scaling
 from mii.backend.plan import make_plan
 from mii.config import MIIConfig
 from mii.config.registry import deployment_folder
 from mii.launch.folder import DeploymentFolder
-from mii.launch.state import BALANCER, Plan, engine_role, front_role, read_state
+from mii.launch.state import BALANCER, Machine, Plan, engine_role, front_role, read_state
 from tests.serving.deployments import nothing_left, wait_until
 from tests.serving.standin import Options
 
@@ -90,11 +90,13 @@ def running_cluster(
 ) -> Iterator[Cluster]:
     """A deployment that is ready, and is gone afterwards. MII_CACHE_PATH says where its files lie."""
 
-    def plan(config: MIIConfig, folder: DeploymentFolder, *, attached: bool = False) -> Plan:
+    def plan(
+        config: MIIConfig, folder: DeploymentFolder, *, attached: bool = False, machine: Machine | None = None
+    ) -> Plan:
         folder.path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for index in range(replicas):
+        for index in range(config.model_conf.replica_num):
             (folder.path / f"standin-{index}.json").write_bytes(msgspec.json.encode(options or Options()))
-        made = make_plan(config, folder, attached=attached)
+        made = make_plan(config, folder, attached=attached, machine=machine)
         swapped = [
             msgspec.structs.replace(
                 process, command=[_STAND_IN if part == _ENGINE else part for part in process.command]
@@ -104,6 +106,7 @@ def running_cluster(
         return msgspec.structs.replace(made, processes=swapped)
 
     monkeypatch.setattr(deployment, "make_plan", plan)
+    monkeypatch.setattr(scaling, "make_plan", plan)
     model_config = {"model_name_or_path": str(model), "device": "cpu", "replica_num": replicas, "progress": False}
     server = MIIServer(
         MIIConfig(deployment_name=NAME, model_config=model_config, port_number=_free_ports(replicas + 1), **config)

@@ -226,6 +226,15 @@ class Balancer:
         self.server = BalancerServer(addresses, token="secret", terminate=self.ended.append, **options)
         return await self.server.start("127.0.0.1:0")
 
+    def set_replicas(self, addresses: Sequence[str]) -> None:
+        """See `BalancerServer.set_replicas`."""
+
+        async def work() -> None:
+            self.server.set_replicas(addresses)
+            await self.server.wait_all_ready()
+
+        self._run(work())
+
     def stop(self, drain_seconds: float = 0.0) -> None:
         """Drains and ends it."""
         if self._thread.is_alive():

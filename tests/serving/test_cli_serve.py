@@ -101,8 +101,8 @@ def test_detached_it_returns_and_shows_what_each_part_did(
     assert f"deployment 'a b/c': gRPC on 127.0.0.1:{chosen.port_number}, HTTP on http://localhost:" in lines[-1]
     assert main(["list"]) == 0
     header, row = capfd.readouterr().out.splitlines()
-    assert header.split() == ["NAME", "STAGE", "MODEL", "GRPC", "HTTP", "UP", "RESTARTS"]
-    assert row.startswith(f"a b/c  running  org/model  127.0.0.1:{chosen.port_number}  localhost:")
+    assert header.split() == ["NAME", "STAGE", "REPLICAS", "MODEL", "GRPC", "HTTP", "UP", "RESTARTS"]
+    assert row.startswith(f"a b/c  running  2         org/model  127.0.0.1:{chosen.port_number}  localhost:")
     assert main(["list", "--json"]) == 0
     (listed,) = json.loads(capfd.readouterr().out)
     assert (listed["name"], listed["restarts"], len(listed["processes"])) == ("a b/c", 0, 6)

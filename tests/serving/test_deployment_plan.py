@@ -78,12 +78,12 @@ def test_a_number_of_threads_that_the_user_set_stays(tmp_path: Path, monkeypatch
 def test_each_replica_sees_its_own_gpus_of_those_that_the_caller_may_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str | None, device_map: Any, expected: list[str]
 ) -> None:
-    monkeypatch.setattr(plan, "local_gpu_count", lambda: 2)
+    monkeypatch.setattr(plan, "local_gpu_count", lambda visible: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     config = MIIConfig(model_config={"model_name_or_path": "m", "replica_num": 2, "device_map": device_map})
-    monkeypatch.setattr("mii.config.placement.local_gpu_count", lambda: 2)
+    monkeypatch.setattr("mii.config.placement.local_gpu_count", lambda visible: 2)
     config.generate_replica_configs()
     found = environments(make_plan(config, DeploymentFolder(tmp_path)))
     assert [found[f"replica-{index}-engine"]["CUDA_VISIBLE_DEVICES"] for index in range(2)] == expected

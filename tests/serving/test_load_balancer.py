@@ -290,6 +290,40 @@ def test_a_replica_that_is_gone_is_found_again() -> None:
 # Split calls whose parts fail
 
 
+def test_a_replica_that_is_taken_away_ends_what_it_has_and_gets_no_more(setup: Setup) -> None:
+    first, second = (f"127.0.0.1:{replica.port}" for replica in setup.replicas)
+    go_on = threading.Event()
+
+    def slow(request: Any, context: Any, call: int) -> Iterator[Any]:
+        for reply in echo(request, context, call):
+            yield reply
+            assert call > 1 or go_on.wait(20)
+
+    for replica in setup.replicas:
+        replica.script = slow
+    streams = [setup.stub.GeneratorReplyStream(pack_request([text], {}), timeout=20) for text in "ab"]
+    for stream in streams:
+        next(stream)
+    assert setup.calls == [1, 1]
+    setup.balancer.set_replicas([first])
+    assert [len(setup.ask(["x"], method)) for method in METHODS for _ in range(3)] == [1] * 6
+    go_on.set()
+    assert ["".join(answer.response for reply in stream for answer in reply.response) for stream in streams]
+    assert setup.calls == [7, 1]
+    setup.balancer.set_replicas([first, second])
+    setup.wait_ready()
+    assert len(set(map(tuple, (setup.ask([text * 9]) for text in "abcdef")))) == 6
+    assert [entry.address for entry in setup.stub.Health(Empty()).replicas] == [first, second]
+
+
+def test_without_replicas_calls_are_refused_and_one_that_comes_takes_the_next(setup: Setup) -> None:
+    setup.balancer.set_replicas([])
+    assert "there is none" in setup.error(["x"]).details()
+    setup.balancer.set_replicas([f"127.0.0.1:{setup.replicas[1].port}"])
+    assert setup.ask(["x"]) == setup.ask(["x"])
+    assert setup.calls == [0, 2]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_part_that_failed_leaves_the_others(setup: Setup, method: str) -> None:
     setup.replicas[1].script = ends_with(grpc.StatusCode.INTERNAL)
