@@ -55,8 +55,10 @@ class Row:
 
 ROWS = {
     "grpc-512": Row("grpc", 512, 20_000),
+    "rpc-512": Row("rpc", 512, 20_000),
     "http-512": Row("completions", 512, 10_000),
     "grpc-32": Row("grpc", 32, 1_600),
+    "rpc-32": Row("rpc", 32, 1_600),
     "http-32": Row("completions", 32, 1_600),
 }
 
@@ -87,8 +89,8 @@ def deployment(row: Row, folder: Path) -> Iterator[Cluster]:
 
 
 def target_of(row: Row, cluster: Cluster) -> TargetSpec:
-    if row.api == "grpc":
-        return TargetSpec("grpc", cluster.address, options={"ignore_eos": True, "do_sample": False})
+    if row.api in ("grpc", "rpc"):
+        return TargetSpec(row.api, cluster.address, options={"ignore_eos": True, "do_sample": False})
     url = f"http://127.0.0.1:{cluster.config.restful_api_port}/v1/completions"
     model = cluster.config.model_conf.model_name_or_path
     return TargetSpec(row.api, url, model=model, options={"ignore_eos": True, "temperature": 0})

@@ -11,15 +11,17 @@ import contextlib
 import os
 import threading
 import weakref
+from dataclasses import dataclass
 
 import grpc
 import grpc.aio
 
 from mii.errors import ServingError
-from mii.grpc_related.options import CHANNEL_OPTIONS
+from mii.grpc_related.options import CHANNEL_OPTIONS, SERVICE_NAME
 from mii.grpc_related.proto.modelresponse_pb2_grpc import ModelResponseStub
+from mii.grpc_related.trunk import Bundle
 
-__all__ = ["address_of", "async_stub", "join", "leave", "leave_async", "stub"]
+__all__ = ["AsyncConnection", "address_of", "async_connection", "join", "leave", "leave_async", "stub"]
 
 # A program that talks to more servers than this one after the other has their oldest connections closed.
 _MOST_ADDRESSES = 64
@@ -30,13 +32,33 @@ def address_of(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
 
 
+@dataclass(frozen=True)
+class AsyncConnection:
+    """A connection of one event loop.
+
+    Args:
+        loop: it is of use here only.
+        channel: what is closed.
+        stub: makes calls.
+        bundle: makes calls whose answers are streamed, all in one stream.
+    """
+
+    loop: asyncio.AbstractEventLoop
+    channel: grpc.aio.Channel
+    stub: ModelResponseStub
+    bundle: Bundle
+
+    async def close(self) -> None:
+        """Ends every call that still runs."""
+        await self.bundle.close()
+        await self.channel.close()
+
+
 class _Connections:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.sync: dict[str, tuple[grpc.Channel, ModelResponseStub]] = {}
-        self.asynchronous: dict[
-            tuple[str, int], tuple[asyncio.AbstractEventLoop, grpc.aio.Channel, ModelResponseStub]
-        ] = {}
+        self.asynchronous: dict[tuple[str, int], AsyncConnection] = {}
         self.users: dict[str, weakref.WeakSet[object]] = {}
         self.used_async = False
         self.parent_used_async = False
@@ -76,8 +98,8 @@ def stub(address: str) -> ModelResponseStub:
     return found[1]
 
 
-def async_stub(address: str) -> ModelResponseStub:
-    """The asynchronous stub for an address, for the event loop that runs.
+def async_connection(address: str) -> AsyncConnection:
+    """The connection to an address for the event loop that runs.
 
     Raises:
         ServingError: gRPC's part for event loops was in use when this process was forked; it does not survive that.
@@ -90,14 +112,16 @@ def async_stub(address: str) -> ModelResponseStub:
     _connections.used_async = True
     loop = asyncio.get_running_loop()
     found = _connections.asynchronous.get((address, id(loop)))
-    if found is None or found[0] is not loop:
+    if found is None or found.loop is not loop:
         with _connections.lock:
-            for key, (other, _, _) in list(_connections.asynchronous.items()):
-                if other.is_closed():
+            for key, other in list(_connections.asynchronous.items()):
+                if other.loop.is_closed():
                     del _connections.asynchronous[key]
             channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
-            found = _connections.asynchronous[address, id(loop)] = loop, channel, ModelResponseStub(channel)
-    return found[2]
+            bundle = Bundle(channel.stream_stream(f"/{SERVICE_NAME}/Multiplex"), lasting=False)
+            found = AsyncConnection(loop, channel, ModelResponseStub(channel), bundle)
+            _connections.asynchronous[address, id(loop)] = found
+    return found
 
 
 def leave(address: str, user: object) -> None:
@@ -105,10 +129,8 @@ def leave(address: str, user: object) -> None:
     sync, asynchronous = _leave(address, user)
     if sync is not None:
         sync.close()
-    for loop, channel in asynchronous:
-        if not loop.is_closed():
-            with contextlib.suppress(RuntimeError):  # it was closed just now
-                asyncio.run_coroutine_threadsafe(channel.close(), loop)
+    for connection in asynchronous:
+        _close_from_afar(connection)
 
 
 async def leave_async(address: str, user: object) -> None:
@@ -117,17 +139,20 @@ async def leave_async(address: str, user: object) -> None:
     sync, asynchronous = _leave(address, user)
     if sync is not None:
         sync.close()
-    for loop, channel in asynchronous:
-        if loop is running:
-            await channel.close()
-        elif not loop.is_closed():
-            with contextlib.suppress(RuntimeError):
-                asyncio.run_coroutine_threadsafe(channel.close(), loop)
+    for connection in asynchronous:
+        if connection.loop is running:
+            await connection.close()
+        else:
+            _close_from_afar(connection)
 
 
-def _leave(
-    address: str, user: object
-) -> tuple[grpc.Channel | None, list[tuple[asyncio.AbstractEventLoop, grpc.aio.Channel]]]:
+def _close_from_afar(connection: AsyncConnection) -> None:
+    if not connection.loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # it was closed just now
+            asyncio.run_coroutine_threadsafe(connection.close(), connection.loop)
+
+
+def _leave(address: str, user: object) -> tuple[grpc.Channel | None, list[AsyncConnection]]:
     """Takes out what nobody uses any more."""
     with _connections.lock:
         users = _connections.users.get(address)
@@ -139,7 +164,7 @@ def _leave(
         del _connections.users[address]
         sync = _connections.sync.pop(address, None)
         keys = [key for key in _connections.asynchronous if key[0] == address]
-        asynchronous = [_connections.asynchronous.pop(key)[:2] for key in keys]
+        asynchronous = [_connections.asynchronous.pop(key) for key in keys]
         return sync[0] if sync else None, asynchronous
 
 

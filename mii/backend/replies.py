@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from mii.batching.data_classes import Response, StreamedResponse
@@ -10,7 +10,7 @@ from mii.errors import GenerationError
 from mii.grpc_related.convert import read_reply
 from mii.grpc_related.proto.modelresponse_pb2 import HealthReply, MultiGenerationReply, SingleGenerationReply
 
-__all__ = ["check_complete", "health_of", "pieces_of", "responses_of"]
+__all__ = ["check_complete", "health_of", "read_pieces", "responses_of"]
 
 _HEALTH = ("address", "ready", "reason", "max_length", "vocab_size", "device", "dtype", "outstanding")
 
@@ -30,10 +30,11 @@ def responses_of(reply: MultiGenerationReply) -> list[Response]:
     return responses
 
 
-def pieces_of(reply: MultiGenerationReply, errors: list[str]) -> list[StreamedResponse]:
-    """The pieces of a message. Errors are put aside in `errors` until the other answers have ended."""
-    errors.extend(answer.error for answer in reply.response if answer.error)
-    return [read_reply(answer) for answer in reply.response if not answer.error]
+def read_pieces(pieces: Iterable[SingleGenerationReply], errors: list[str]) -> list[StreamedResponse]:
+    """Pieces that came. Errors are put aside in `errors` until the other answers have ended."""
+    given = list(pieces)
+    errors.extend(piece.error for piece in given if piece.error)
+    return [read_reply(piece) for piece in given if not piece.error]
 
 
 def check_complete(errors: Sequence[str], responses: Sequence[Response | None] | None = None) -> None:

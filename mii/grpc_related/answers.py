@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
 from mii.grpc_related.pacer import Pacer
@@ -34,7 +34,19 @@ class Answers:
         self._most = _MOST_PIECES
         self._failure: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
+        self._tell: Callable[[], object] | None = None
         self._asked = False
+
+    @property
+    def over(self) -> bool:
+        """Whether everything was taken."""
+        return not self._pieces and not self._parts
+
+    def listen(self, tell: Callable[[], object] | None) -> None:
+        """Has `tell` called, in place of a reader who waits in `take`, whenever something has come or all has."""
+        self._tell = tell
+        if tell is not None:
+            tell()
 
     def push(self, pieces: Sequence[Piece]) -> None:
         """Takes in what has come."""
@@ -43,7 +55,9 @@ class Answers:
         if len(self._pieces) > self._most:
             self._pieces = merged(self._pieces)
             self._most = max(_MOST_PIECES, 2 * len(self._pieces))
-        if self._reader is not None:
+        if self._tell is not None:
+            self._tell()
+        elif self._reader is not None:
             self._call_reader()
 
     def end_part(self) -> None:
@@ -71,6 +85,14 @@ class Answers:
             await self._wait()
             if self._pieces:
                 break
+        return self.take_now()
+
+    def take_now(self) -> list[Piece]:
+        """What has come since the last time; may be nothing.
+
+        Raises:
+            Exception: what `fail` was given.
+        """
         if self._failure is not None:
             raise self._failure
         pieces, self._pieces = self._pieces, []
@@ -98,6 +120,8 @@ class Answers:
         self._wake()
 
     def _wake(self) -> None:
+        if self._tell is not None:
+            self._tell()
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 

@@ -23,7 +23,7 @@ from mii.grpc_related.proto.modelresponse_pb2 import (
     SingleGenerationReply,
 )
 
-__all__ = ["MESSAGE_BYTES", "Bundle", "Trunk", "end_of", "error_of_end"]
+__all__ = ["MESSAGE_BYTES", "Bundle", "Trunk", "end_of", "ended_call", "error_of_end"]
 
 MESSAGE_BYTES = 4 << 20
 """A message of many calls grows no further than by one more call from here on."""
@@ -54,8 +54,9 @@ class Trunk:
 
     async def close(self) -> None:
         """Ends the stream, and with it every call."""
-        if self._stream is not None:
-            await self._stream.close()
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            await stream.close()
 
 
 class Bundle:
@@ -63,10 +64,11 @@ class Bundle:
 
     Args:
         method: see `Trunk`.
+        lasting: whether the stream stays open while no call is in it; else nothing is left when the last one has ended.
     """
 
-    def __init__(self, method: Any) -> None:
-        self._trunk = Trunk(method, self._deliver)
+    def __init__(self, method: Any, *, lasting: bool = True) -> None:
+        self._trunk, self._lasting = Trunk(method, self._deliver), lasting
         self._numbers = itertools.count(1)
         self._takers: dict[int, Callable[[Sequence[SingleGenerationReply]], object]] = {}
 
@@ -84,6 +86,8 @@ class Bundle:
             await self._trunk.run(start)
         finally:
             del self._takers[start.call]
+            if not self._lasting and not self._takers:
+                await self.close()
 
     async def close(self) -> None:
         """Ends every call that still runs."""
@@ -189,8 +193,13 @@ def error_of_end(end: CallEnd) -> grpc.aio.AioRpcError:
     return grpc.aio.AioRpcError(_CODES[end.code], grpc.aio.Metadata(), metadata, details=end.details)
 
 
+def ended_call(code: grpc.StatusCode, details: str) -> grpc.aio.AioRpcError:
+    """The end of a call that nobody but this side knows of."""
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details=details)
+
+
 def _lost(details: str) -> grpc.aio.AioRpcError:
-    return grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, grpc.aio.Metadata(), grpc.aio.Metadata(), details=details)
+    return ended_call(grpc.StatusCode.UNAVAILABLE, details)
 
 
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}

@@ -15,7 +15,7 @@ import grpc.aio
 import pytest
 
 from mii.entrypoints.http.backend import Backend, Call
-from mii.entrypoints.http.errors import ApiError
+from mii.errors import ServerUnavailableError
 from mii.grpc_related.answers import Answers, Piece, merged
 from mii.grpc_related.convert import pack_request
 from mii.grpc_related.options import CHANNEL_OPTIONS, SERVICE_NAME
@@ -248,18 +248,18 @@ def test_the_http_side_tries_again_while_nothing_of_an_answer_has_come(cluster: 
             killed = cluster.kill(cluster.balancer)
             call = Call(["one", "two"], {"max_new_tokens": 6})
             texts: dict[int, str] = defaultdict(str)
-            async for pieces in backend.stream(call):
-                for piece in pieces:
-                    texts[piece.index] += piece.response
+            async with backend.stream(call) as stream:
+                while pieces := await stream.take():
+                    for piece in pieces:
+                        texts[piece.index] += piece.response
             assert texts == {0: stand_in_text("one", 6), 1: stand_in_text("two", 6)}
             await asyncio.to_thread(cluster.wait_back, cluster.balancer, killed)
-            endless = backend.stream(Call(["x"], {"max_new_tokens": 90_000}))
-            await endless.__anext__()
-            killed = cluster.kill(cluster.balancer)
-            with pytest.raises(ApiError) as caught:
-                async for _ in endless:
-                    pass
-            assert caught.value.status == 503
+            async with backend.stream(Call(["x"], {"max_new_tokens": 90_000})) as endless:
+                await endless.take()
+                killed = cluster.kill(cluster.balancer)
+                with pytest.raises(ServerUnavailableError):
+                    while await endless.take():
+                        pass
             await asyncio.to_thread(cluster.wait_back, cluster.balancer, killed)
         finally:
             await backend.close()

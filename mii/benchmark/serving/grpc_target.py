@@ -6,31 +6,39 @@ Below the stubs and the client of mii, so that a message costs as little as gRPC
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import grpc
 import grpc.aio
 
+from mii.backend.bundled import BundledCall
+from mii.backend.calls import Attempts
 from mii.benchmark.serving.target import TargetSpec
 from mii.benchmark.serving.trace import Failed, Trace
 from mii.benchmark.serving.work import Ask
+from mii.errors import MIIError
 from mii.grpc_related.convert import pack_request
 from mii.grpc_related.options import CHANNEL_OPTIONS, SERVICE_NAME
-from mii.grpc_related.proto.modelresponse_pb2 import MultiGenerationReply
+from mii.grpc_related.proto.modelresponse_pb2 import MultiGenerationReply, SingleGenerationReply
 from mii.grpc_related.statuses import KIND
+from mii.grpc_related.trunk import Bundle
 
 __all__ = ["GrpcTarget"]
 
 
 class GrpcTarget:
-    """See `mii.benchmark.serving.target.Target`."""
+    """See `mii.benchmark.serving.target.Target`. With the API "grpc" streams share one RPC, as `MIIClient.astream` has
+    it; with "rpc" each is an RPC of its own.
+    """
 
     def __init__(self, spec: TargetSpec) -> None:
         self._spec = spec
         self._channel = grpc.aio.insecure_channel(spec.address, options=CHANNEL_OPTIONS)
-        read = MultiGenerationReply.FromString
-        self._stream = self._channel.unary_stream(f"/{SERVICE_NAME}/GeneratorReplyStream", None, read)
-        self._unary = self._channel.unary_unary(f"/{SERVICE_NAME}/GeneratorReply", None, read)
+        read, service = MultiGenerationReply.FromString, f"/{SERVICE_NAME}"
+        self._bundle = Bundle(self._channel.stream_stream(f"{service}/Multiplex"))
+        self._stream = self._channel.unary_stream(f"{service}/GeneratorReplyStream", None, read)
+        self._unary = self._channel.unary_unary(f"{service}/GeneratorReply", None, read)
 
     def pack(self, ask: Ask) -> bytes:
         options = {"max_new_tokens": ask.new_tokens, **self._spec.options}
@@ -38,29 +46,42 @@ class GrpcTarget:
         return payload
 
     async def send(self, payload: bytes, trace: Trace) -> None:
+        timeout = self._spec.timeout
         try:
-            if self._spec.stream:
-                await self._read(self._stream(payload, timeout=self._spec.timeout), trace)
+            if not self._spec.stream:
+                _note((await self._unary(payload, timeout=timeout)).response, trace)
+            elif self._spec.api == "rpc":
+                await self._read(self._stream(payload, timeout=timeout), trace)
             else:
-                _note(await self._unary(payload, timeout=self._spec.timeout), trace)
+                await self._share(payload, trace)
         except grpc.aio.AioRpcError as error:
             named = dict(error.trailing_metadata() or ()).get(KIND)
             raise Failed(str(named or error.code().name), error.details() or "") from None
 
     async def close(self) -> None:
+        await self._bundle.close()
         await self._channel.close()
+
+    async def _share(self, payload: bytes, trace: Trace) -> None:
+        once = Attempts(self._spec.timeout, lambda: "nothing is tried again", self._spec.address)
+        try:
+            async with BundledCall(self._bundle, [payload], once) as call:
+                while pieces := await call.take():
+                    _note(pieces, trace)
+        except MIIError as error:
+            raise Failed(type(error).__name__, str(error)) from None
 
     async def _read(self, call: Any, trace: Trace) -> None:
         try:
             while (reply := await call.read()) is not grpc.aio.EOF:
-                _note(reply, trace)
+                _note(reply.response, trace)
         finally:
             call.cancel()
 
 
-def _note(reply: MultiGenerationReply, trace: Trace) -> None:
+def _note(pieces: Iterable[SingleGenerationReply], trace: Trace) -> None:
     now = time.monotonic()
-    for piece in reply.response:
+    for piece in pieces:
         if piece.error:
             raise Failed("GenerationError", piece.error)
         new = piece.generated_tokens - trace.tokens

@@ -1,6 +1,6 @@
 """HTTP/1.1 for a load generator: a connection whose answers are handed on as they arrive, with the time.
 
-An answer's parts go from the socket through h11 to a callback, with no task to wake in between.
+An answer's parts go from the socket through a parser in C to a callback, with no task to wake in between.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import cast
 from urllib.parse import urlsplit
 
-import h11
+import httptools
 
 from mii.benchmark.serving.trace import Failed
 
@@ -55,9 +55,11 @@ class _Connection(asyncio.Protocol):
     """One connection, with one request at a time."""
 
     def __init__(self) -> None:
-        self._parser = h11.Connection(h11.CLIENT)
+        self._parser = httptools.HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
         self._answer: Answer | None = None
+        self._now = 0.0
+        self._until_end = False
         self.usable = True
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -65,66 +67,67 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.usable = False
-        if self._answer is not None:
+        if self._answer is None:
+            return
+        if self._until_end and error is None:  # the end of the connection is that of the answer
+            self._finish()
+        else:
             self._answer.end(Failed("connection lost", str(error or _CLOSED)))
 
     def data_received(self, data: bytes) -> None:
-        now = time.monotonic()
-        self._parser.receive_data(data)
-        self._take(now)
+        self._now = time.monotonic()
+        answer = self._answer
+        if answer is None:  # nothing was asked: the server hangs up
+            self.close()
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserCallbackError as error:
+            self.close()
+            failure = error.__context__
+            answer.end(failure if isinstance(failure, Failed) else Failed("broken answer", repr(failure)))
+        except httptools.HttpParserError as error:
+            self.close()
+            answer.end(Failed("broken answer", f"this is no HTTP answer: {error}"))
 
-    def eof_received(self) -> None:
-        self._parser.receive_data(b"")
-        self._take(time.monotonic(), Failed("connection lost", _CLOSED))
-
-    def send(self, head: h11.Request, body: bytes, answer: Answer) -> None:
+    def send(self, data: bytes, answer: Answer) -> None:
+        """Sends a request, whose answer goes to `answer`."""
         assert self._transport is not None
         self._answer = answer
-        data = (self._parser.send(each) or b"" for each in (head, h11.Data(data=body), h11.EndOfMessage()))
-        self._transport.write(b"".join(data))
+        self._transport.write(data)
 
     def close(self) -> None:
         self.usable = False
         if self._transport is not None:
             self._transport.abort()
 
-    def _take(self, now: float, at_end: Failed | None = None) -> None:
-        answer = self._answer
-        if answer is None:  # nothing was asked: the server hangs up
-            self.close()
-            return
-        try:
-            self._hand_on(answer, now)
-        except Failed as failure:
-            self.close()
-            answer.end(failure)
-        except h11.RemoteProtocolError as error:
-            self.close()
-            answer.end(at_end or Failed("broken answer", str(error)))
+    # What the parser finds
 
-    def _hand_on(self, answer: Answer, now: float) -> None:
-        while True:
-            event = self._parser.next_event()
-            if event is h11.NEED_DATA:
-                return
-            if isinstance(event, h11.Response):
-                answer.status = event.status_code
-            elif isinstance(event, h11.Data):
-                answer.add(bytes(event.data), now)
-            elif isinstance(event, h11.EndOfMessage):
-                self._finish(answer)
-                return
-            elif event is h11.PAUSED or isinstance(event, h11.ConnectionClosed):
-                self.usable = False
-                return
+    def on_message_begin(self) -> None:
+        self._framed = False
 
-    def _finish(self, answer: Answer) -> None:
-        self._answer = None
-        if self._parser.our_state is h11.DONE and self._parser.their_state is h11.DONE:
-            self._parser.start_next_cycle()
-        else:
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._framed = self._framed or name.lower() in (b"content-length", b"transfer-encoding")
+
+    def on_headers_complete(self) -> None:
+        if self._answer is not None:
+            self._answer.status = self._parser.get_status_code()
+        self._until_end = not self._framed
+
+    def on_body(self, data: bytes) -> None:
+        if self._answer is not None:
+            self._answer.add(data, self._now)
+
+    def on_message_complete(self) -> None:
+        if self._answer is not None and self._answer.status >= 200:  # others only say that one is on its way
+            self._finish()
+
+    def _finish(self) -> None:
+        answer, self._answer = self._answer, None
+        if self._until_end or not self._parser.should_keep_alive():
             self.close()
-        answer.end()
+        if answer is not None:
+            answer.end()
 
 
 class Connections:
@@ -144,8 +147,10 @@ class Connections:
             raise ValueError(f"{url!r} is no URL of a server; give one such as http://localhost:28080/v1/completions")
         self._host, self._tls = parts.hostname, ssl.create_default_context() if parts.scheme == "https" else None
         self._port = parts.port or (443 if self._tls else 80)
-        self._target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        self._headers = {"Host": parts.netloc.rpartition("@")[2], "Content-Type": "application/json", **headers}
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        named = {"Host": parts.netloc.rpartition("@")[2], "Content-Type": "application/json", **headers}
+        lines = [f"POST {target} HTTP/1.1", *(f"{name}: {value}" for name, value in named.items()), ""]
+        self._head = "\r\n".join(lines).encode("latin-1")
         self._free: list[_Connection] = []
         self._all: set[_Connection] = set()
 
@@ -158,7 +163,7 @@ class Connections:
         connection, used = await self._connection()
         answer = Answer(on_data)
         try:
-            connection.send(self._request(body), body, answer)
+            connection.send(self._head + b"Content-Length: %d\r\n\r\n" % len(body) + body, answer)
             await asyncio.wait_for(answer.done, timeout)
         except asyncio.TimeoutError:
             raise Failed("timeout", f"the answer was not complete after {timeout:g} s") from None
@@ -179,10 +184,6 @@ class Connections:
             connection.close()
         self._all.clear()
         self._free.clear()
-
-    def _request(self, body: bytes) -> h11.Request:
-        headers = [*self._headers.items(), ("Content-Length", str(len(body)))]
-        return h11.Request(method="POST", target=self._target, headers=headers)
 
     async def _connection(self) -> tuple[_Connection, bool]:
         while self._free:

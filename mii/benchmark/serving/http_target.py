@@ -14,7 +14,40 @@ from mii.benchmark.serving.work import Ask
 __all__ = ["HttpTarget", "api_of"]
 
 _encode = msgspec.json.Encoder().encode
-_decode = msgspec.json.Decoder().decode
+
+
+class _Content(msgspec.Struct):
+    content: str | None = None
+
+
+class _Choice(msgspec.Struct):
+    text: str | None = None
+    delta: _Content | None = None
+    message: _Content | None = None
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class _Response(msgspec.Struct):
+    prompt_length: int
+    generated_length: int
+    error: str = ""
+
+
+class _Failure(msgspec.Struct):
+    message: str
+
+
+class _Completion(msgspec.Struct):
+    """What is read of OpenAI's answers and events; everything else is skipped."""
+
+    choices: list[_Choice] = []
+    usage: _Usage | None = None
+    error: Any = None
+    message: Any = None
 
 
 def api_of(url: str) -> str:
@@ -38,8 +71,13 @@ class _Format(Protocol):
     def body(self, ask: Ask) -> dict[str, Any]:
         """What a request has besides the options of all requests."""
 
-    def read(self, message: Any, trace: Trace) -> int:
-        """Takes in an event, or a whole answer; returns how much of the answer is in it, 0 where nothing is."""
+    def read(self, data: bytes, trace: Trace) -> int:
+        """Takes in an event, or a whole answer, as JSON; returns how much of the answer is in it, 0 where nothing is.
+
+        Raises:
+            msgspec.DecodeError: it is no such thing.
+            Failed: it says that the request failed.
+        """
 
     def finish(self, trace: Trace) -> None:
         """Turns what `read` returned, which is in the trace's counts, into tokens."""
@@ -49,13 +87,18 @@ class _MiiFormat:
     def body(self, ask: Ask) -> dict[str, Any]:
         return {"prompts": [ask.prompt], "max_new_tokens": ask.new_tokens}
 
-    def read(self, message: Any, trace: Trace) -> int:
-        new = 0
+    def __init__(self) -> None:
+        self._decode = msgspec.json.Decoder(_Failure | list[_Response]).decode
+
+    def read(self, data: bytes, trace: Trace) -> int:
+        message, new = self._decode(data), 0
+        if isinstance(message, _Failure):
+            raise Failed("error event", message.message)
         for response in message:
-            if response.get("error"):
-                raise Failed("GenerationError", str(response["error"]))
-            trace.prompt_tokens = response["prompt_length"]
-            new = max(new, response["generated_length"] - trace.tokens)
+            if response.error:
+                raise Failed("GenerationError", response.error)
+            trace.prompt_tokens = response.prompt_length
+            new = max(new, response.generated_length - trace.tokens)
         return new
 
     def finish(self, trace: Trace) -> None:
@@ -67,27 +110,28 @@ class _OpenAiFormat:
 
     def __init__(self, model: str) -> None:
         self._model = model
+        self._decode = msgspec.json.Decoder(_Completion).decode
         self._usage: dict[int, int] = {}
 
     def body(self, ask: Ask) -> dict[str, Any]:
         return {"model": self._model, "prompt": ask.prompt, "max_tokens": ask.new_tokens}
 
-    def read(self, message: Any, trace: Trace) -> int:
-        if message.get("error"):
-            raise Failed("error event", str(message.get("message") or message["error"]))
-        usage = message.get("usage")
-        if usage:
-            trace.prompt_tokens = usage["prompt_tokens"]
-            self._usage[id(trace)] = usage["completion_tokens"]
-        return sum(len(self.text(choice)) for choice in message.get("choices") or ())
+    def read(self, data: bytes, trace: Trace) -> int:
+        message = self._decode(data)
+        if message.error:
+            raise Failed("error event", str(message.message or message.error))
+        if message.usage is not None:
+            trace.prompt_tokens = message.usage.prompt_tokens
+            self._usage[id(trace)] = message.usage.completion_tokens
+        return sum(len(self.text(choice)) for choice in message.choices)
 
     def finish(self, trace: Trace) -> None:
         total = self._usage.pop(id(trace), None)
         trace.counts = [1] * len(trace.times) if total is None else share_out(total, trace.counts)
         trace.tokens = sum(trace.counts)
 
-    def text(self, choice: Any) -> str:
-        return choice.get("text") or ""
+    def text(self, choice: _Choice) -> str:
+        return choice.text or ""
 
 
 class _ChatFormat(_OpenAiFormat):
@@ -95,9 +139,9 @@ class _ChatFormat(_OpenAiFormat):
         messages = [{"role": "user", "content": ask.prompt}]
         return {"model": self._model, "messages": messages, "max_tokens": ask.new_tokens}
 
-    def text(self, choice: Any) -> str:
-        message = choice.get("delta") or choice.get("message") or {}
-        return message.get("content") or ""
+    def text(self, choice: _Choice) -> str:
+        content = choice.delta or choice.message
+        return (content.content if content else None) or ""
 
 
 def _format_of(spec: TargetSpec) -> _Format:
@@ -158,8 +202,8 @@ class _Reader:
         if data == b"[DONE]":
             return
         try:
-            amount = self._form.read(_decode(data), self._trace)
-        except (msgspec.DecodeError, KeyError, AttributeError, TypeError) as error:
+            amount = self._form.read(data, self._trace)
+        except msgspec.DecodeError as error:
             raise Failed("broken answer", f"{error!r} in {data[:200]!r}") from None
         if amount > 0:
             self._trace.add(self._arrived, amount)

@@ -16,8 +16,8 @@ class TargetSpec(msgspec.Struct, frozen=True):
     """Where requests go and what they say besides their prompts; travels to worker processes.
 
     Args:
-        api: "grpc", "mii", "completions" or "chat".
-        address: ``host:port`` for gRPC, else the URL that requests are posted to.
+        api: "grpc", "rpc", "mii", "completions" or "chat".
+        address: ``host:port`` for gRPC (the first two), else the URL that requests are posted to.
         model: the name that OpenAI's routes want.
         api_key: sent as ``Authorization: Bearer``; empty: none.
         options: generation options of every request, by their names in that API.
@@ -55,7 +55,7 @@ class Target(Protocol):
 
 def make_target(spec: TargetSpec) -> Target:
     """The target that `spec` says. Nothing is sent yet."""
-    if spec.api == "grpc":
+    if spec.api in ("grpc", "rpc"):
         from mii.benchmark.serving.grpc_target import GrpcTarget
 
         return GrpcTarget(spec)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +11,11 @@ import grpc.aio
 import msgspec
 from google.protobuf.empty_pb2 import Empty
 
+from mii.backend.bundled import BundledCall
 from mii.backend.calls import Attempts, unary_async
 from mii.entrypoints.http.errors import ApiError, api_error, no_permission
-from mii.errors import MIIError, RequestTimeoutError
-from mii.grpc_related.answers import Answers, Piece
+from mii.errors import MIIError
+from mii.grpc_related.answers import Piece
 from mii.grpc_related.convert import pack_request
 from mii.grpc_related.options import CHANNEL_OPTIONS, REQUEST_ID, SERVICE_NAME, TOKEN
 from mii.grpc_related.proto.modelresponse_pb2 import HealthReply
@@ -26,7 +25,6 @@ from mii.grpc_related.trunk import Bundle
 
 __all__ = ["Backend", "Call", "Piece", "error_of_answer"]
 
-_OURS = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNKNOWN)
 _WRONG_TOKEN = "the token is not this deployment's; it is in the file 'token' of the deployment's folder"
 _CONTROL_SECONDS = 8.0  # for calls that generate nothing
 
@@ -85,57 +83,17 @@ class Backend:
             raise api_error(error) from error
         return sorted(reply.response, key=lambda answer: answer.index)
 
-    async def stream(self, call: Call) -> AsyncGenerator[Sequence[Piece], None]:
-        """What comes of the answers, as it comes. Closing the iterator ends the call, wherever it is.
+    def stream(self, call: Call) -> BundledCall:
+        """The same as it comes: a stream for each of the prompts.
 
         Raises:
-            ApiError: the call has failed.
+            ApiError: a prompt or an option cannot be sent.
         """
         try:
             requests = [_alone(call, place) for place in range(len(call.prompts))]
-            attempts = self._attempts()
-            while True:
-                answers = Answers(len(requests))
-                try:
-                    async with self._running(requests, answers, attempts.remaining(), call.request_id):
-                        while pieces := await answers.take():
-                            yield pieces
-                    return
-                except grpc.aio.AioRpcError as error:
-                    seconds = attempts.pause(error, answers.started)
-                await asyncio.sleep(seconds)
         except MIIError as error:
             raise api_error(error) from error
-
-    @asynccontextmanager
-    async def _running(
-        self, requests: Sequence[bytes], answers: Answers, timeout: float | None, name: str
-    ) -> AsyncIterator[None]:
-        """Runs a call for each request while the block runs."""
-        alone = len(requests) == 1
-        runs = (self._run(request, name, place, answers, alone) for place, request in enumerate(requests))
-        tasks = [asyncio.ensure_future(run) for run in runs]
-        late = RequestTimeoutError(f"the answer was not complete within timeout={self._timeout} s")
-        timer = None if timeout is None else asyncio.get_running_loop().call_later(timeout, answers.fail, late)
-        try:
-            yield
-        finally:
-            if timer is not None:
-                timer.cancel()
-            for task in tasks:
-                task.cancel()
-
-    async def _run(self, request: bytes, name: str, place: int, answers: Answers, alone: bool) -> None:
-        try:
-            await self._streams.run(request, name, answers.push)
-        except grpc.aio.AioRpcError as error:
-            # One of several may fail alone, where that is our fault and some of the call has come.
-            if alone or error.code() not in _OURS or not answers.started:
-                answers.fail(error)
-            else:
-                answers.push([Piece(index=place, finish_reason="error", error=error.details() or "no reason given")])
-        finally:
-            answers.end_part()
+        return BundledCall(self._streams, requests, self._attempts(), call.request_id)
 
     async def health(self) -> HealthReply:
         """What the engines say.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -11,12 +10,14 @@ from prometheus_client import CollectorRegistry
 from starlette.requests import Request
 from starlette.responses import Response
 
+from mii.backend.bundled import BundledCall
 from mii.entrypoints.http.backend import Backend, Call, Piece
 from mii.entrypoints.http.bodies import ApiModel, read_body
-from mii.entrypoints.http.errors import CLIENT_GONE, ApiError
+from mii.entrypoints.http.errors import CLIENT_GONE, ApiError, api_error
 from mii.entrypoints.http.metrics import Measured, Meter
 from mii.entrypoints.http.settings import HttpSettings
 from mii.entrypoints.http.streaming import DONE, ClientGoneError, EventStream, while_connected
+from mii.errors import MIIError
 
 __all__ = ["EventFrames", "HttpService", "json_response"]
 
@@ -95,39 +96,66 @@ class HttpService:
         Raises:
             ApiError, ClientGoneError: see `generate`.
         """
-        measured = self.meter.begin(route)
-        replies = self.backend.stream(call)
+        call_events = _Events(self.backend.stream(call), frames, self.meter.begin(route))
         try:
-            first = await while_connected(request, _next(replies))
+            await while_connected(request, call_events.begin())
         except BaseException as error:
-            await replies.aclose()
-            measured.end(_status_of(error))
+            await call_events.close(_status_of(error))
             raise
-        return EventStream(_events(first, replies, frames, measured), measured.end)
+        return EventStream(call_events)
 
 
-async def _next(replies: AsyncGenerator[Sequence[Piece], None]) -> Sequence[Piece]:
-    """The first reply; none where there is nothing to answer."""
-    async for pieces in replies:
-        return pieces
-    return ()
+class _Events:
+    """The events of one call's stream.
 
+    Args:
+        call: what they are about.
+        frames: makes them.
+        measured: counts.
+    """
 
-async def _events(
-    first: Sequence[Piece],
-    replies: AsyncGenerator[Sequence[Piece], None],
-    frames: EventFrames,
-    measured: Measured,
-) -> AsyncGenerator[bytes, None]:
-    async with aclosing(replies):
-        measured.add(first)
-        yield frames.opening() + frames.pieces(first)
-        async for pieces in replies:
-            measured.add(pieces)
-            events = frames.pieces(pieces)
-            if events:
-                yield events
-        yield frames.closing() + DONE
+    def __init__(self, call: BundledCall, frames: EventFrames, measured: Measured) -> None:
+        self._call, self._frames, self._measured = call, frames, measured
+        self._first = b""
+        self._closed = False
+
+    async def begin(self) -> None:
+        """Sleeps until there are events.
+
+        Raises:
+            ApiError: the call has failed before anything came.
+        """
+        try:
+            pieces = await self._call.take()
+        except MIIError as error:
+            raise api_error(error) from error
+        self._measured.add(pieces)
+        self._first = self._frames.opening() + self._frames.pieces(pieces)
+
+    @property
+    def over(self) -> bool:
+        return self._closed
+
+    def take(self) -> bytes:
+        try:
+            pieces = self._call.take_now()
+        except MIIError as error:
+            raise api_error(error) from error
+        first, self._first = self._first, b""
+        if pieces:
+            self._measured.add(pieces)
+            first += self._frames.pieces(pieces)
+        if self._call.over and not self._closed:
+            self._closed = True
+            first += self._frames.closing() + DONE
+        return first
+
+    def listen(self, tell: Callable[[], object] | None) -> None:
+        self._call.listen(tell)
+
+    async def close(self, status: int) -> None:
+        await self._call.close()
+        self._measured.end(status)
 
 
 def json_response(content: Any, headers: dict[str, str] | None = None) -> Response:

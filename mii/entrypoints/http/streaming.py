@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -12,12 +12,11 @@ from starlette.types import Receive, Scope, Send
 
 from mii.entrypoints.http.errors import CLIENT_GONE, ApiError
 
-__all__ = ["DONE", "ClientGoneError", "EventStream", "on_client_gone", "while_connected"]
+__all__ = ["DONE", "ClientGoneError", "EventSource", "EventStream", "on_client_gone", "while_connected"]
 
 DONE = b"data: [DONE]\n\n"
 """The last event of a stream that is complete."""
 T = TypeVar("T")
-Events = AsyncGenerator[bytes, None]
 
 
 class ClientGoneError(Exception):
@@ -53,20 +52,44 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     return working.result()
 
 
+class EventSource(Protocol):
+    """Where a stream's events come from."""
+
+    @property
+    def over(self) -> bool:
+        """Whether there are no more events to `take`."""
+
+    def take(self) -> bytes:
+        """Whole events, all that are new; may be nothing.
+
+        Raises:
+            ApiError: the stream cannot go on.
+        """
+
+    def listen(self, tell: Callable[[], object] | None) -> None:
+        """Has `tell` called whenever there is something to take, or the stream is over."""
+
+    async def close(self, status: int) -> None:
+        """Ends what makes the events.
+
+        Args:
+            status: what the stream came to: 200, or that of what ended it.
+        """
+
+
 class EventStream(Response):
     """Server-sent events. What goes wrong once it has begun becomes its last event.
 
     Args:
-        events: whole events, as bytes; each item is written at once. It is closed when the client hangs up.
-        on_end: called when the stream is over, with the status to count: 200, or what it ended with.
+        source: it is closed when all was sent or the client hangs up.
         headers: of the answer.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: Events, on_end: Callable[[int], None], headers: dict[str, str] | None = None) -> None:
+    def __init__(self, source: EventSource, headers: dict[str, str] | None = None) -> None:
         # Proxies must pass events on as they come.
-        self._events, self._on_end = events, on_end
+        self._source = source
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
         del self.headers["content-length"]
 
@@ -82,20 +105,101 @@ class EventStream(Response):
             if not sending.done():
                 sending.cancel()
                 await asyncio.wait((sending,))
-            await self._events.aclose()
-            self._on_end(status)
+            await self._source.close(status)
 
     async def _send(self, send: Send) -> int:
         status = 200
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            async for events in self._events:
-                await send({"type": "http.response.body", "body": events, "more_body": True})
+            await _Pump(self._source, send).run()
         except ApiError as error:
             status = error.status
             await send({"type": "http.response.body", "body": error.event(), "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
         return status
+
+
+class _Pump:
+    """Sends events in the moment in which they come, with no task to wake in between. While the client has no room, a
+    task waits for it, and what comes meanwhile goes out together.
+    """
+
+    def __init__(self, source: EventSource, send: Send) -> None:
+        self._source, self._send = source, send
+        self._waiting: _Rest | None = None
+        self._failure: Exception | None = None
+        self._turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def run(self) -> None:
+        """Until all was sent.
+
+        Raises:
+            Exception: the source's, or what went wrong in sending.
+        """
+        self._source.listen(self._advance)
+        try:
+            while not await self._ended():
+                waiting, self._waiting = self._waiting, None
+                assert waiting is not None
+                await waiting
+                self._turn = asyncio.get_running_loop().create_future()
+                self._advance()
+        finally:
+            self._source.listen(None)
+            if self._waiting is not None:
+                self._waiting.close()
+
+    async def _ended(self) -> bool:
+        """Whether all was sent, once that is so or the client has no room."""
+        await self._turn
+        if self._failure is not None:
+            raise self._failure
+        return self._waiting is None
+
+    def _advance(self) -> None:
+        if self._turn.done():
+            return
+        try:
+            events = self._source.take()
+            if events:
+                self._waiting = _begin(self._send({"type": "http.response.body", "body": events, "more_body": True}))
+        except Exception as error:
+            self._failure = error
+        if self._failure is not None or self._waiting is not None or self._source.over:
+            self._turn.set_result(None)
+
+
+class _Rest:
+    """What is left of something awaitable that has begun and waits for a future.
+
+    Args:
+        steps: of the awaitable.
+        future: that it waits for.
+    """
+
+    def __init__(self, steps: Generator[Any, Any, None], future: Any) -> None:
+        self._steps, self._future = steps, future
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        try:
+            yield self._future
+        except BaseException:
+            self._steps.close()
+            raise
+        yield from self._steps
+
+    def close(self) -> None:
+        """Gives it up."""
+        self._steps.close()
+
+
+def _begin(work: Awaitable[None]) -> _Rest | None:
+    """Runs until it waits for something. Returns the rest of it; None: there is none."""
+    steps = work.__await__()
+    try:
+        return _Rest(steps, next(steps))
+    except StopIteration:
+        return None
 
 
 async def _hung_up(receive: Receive) -> None:

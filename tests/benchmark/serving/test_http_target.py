@@ -210,7 +210,7 @@ async def early_end(body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
         (hang_up_at_once, "connection lost", "closed"),
         (fail_midway, "error event", "the engine is lost"),
         (say_nothing, "timeout", "0.2 s"),
-        (nonsense, "broken answer", "illegal status line"),
+        (nonsense, "broken answer", "no HTTP answer"),
         (no_json, "broken answer", "{oh"),
         (early_end, "short answer", "1 tokens came of 4"),
     ],
