@@ -231,10 +231,13 @@ class Generation:
         if self._failure is not None:
             raise self._failure
         fresh, self._fresh = self._fresh, []
-        pieces = [answer.piece(_RUNS) for answer in fresh if answer.texts or answer.length > answer.shown]
-        last = [answer.piece(answer.reason, answer.error) for answer in fresh if answer.ended]
+        pieces, last = [], []
         for answer in fresh:
             answer.fresh = False
+            if answer.texts or answer.length > answer.shown:
+                pieces.append(answer.piece(_RUNS))
+            if answer.ended:
+                last.append(answer.piece(answer.reason, answer.error))
         return pieces, last
 
     async def _wait(self) -> None:

@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import grpc
 
@@ -37,13 +36,13 @@ class Calls:
     Args:
         open: begins a call, and tells when there is something to write of it.
         close: ends one, whatever state it is in.
-        write: puts what is new of a call that was begun at a time into a reply.
+        write: what is new of a call, given its number and when it began, as a part of a ServerMessage; may be nothing.
         ended: told of each call's status, its name, and the error that it ended with.
     """
 
     open: Callable[[MultiStringRequest, Callable[[], object]], Awaitable[Generation]]
     close: Callable[[Generation], object]
-    write: Callable[[Any, Generation, float], object]
+    write: Callable[[int, Generation, float], bytes]
     ended: Callable[[grpc.StatusCode, str, Exception | None], object]
 
 
@@ -62,10 +61,10 @@ class Multiplexer:
 
     Args:
         calls: does the work.
-        send: writes a message, and returns when there is room for the next one.
+        send: writes a ServerMessage, and returns when there is room for the next one.
     """
 
-    def __init__(self, calls: Calls, send: Callable[[ServerMessage], Awaitable[None]]) -> None:
+    def __init__(self, calls: Calls, send: Callable[[bytes], Awaitable[None]]) -> None:
         self._work, self._send = calls, send
         self._calls: dict[int, _Call] = {}
         self._fresh: dict[int, None] = {}
@@ -87,7 +86,7 @@ class Multiplexer:
                 self._something.clear()
                 while self._failure is None and (self._fresh or self._ends):
                     message = self._collect()
-                    if message.replies or message.ends:
+                    if message:
                         await self._send(message)
         finally:
             reading.cancel()
@@ -139,8 +138,9 @@ class Multiplexer:
 
     def _tell(self, number: int) -> None:
         """There is something to collect of a call."""
+        if not self._fresh:
+            self._something.set()
         self._fresh[number] = None
-        self._something.set()
 
     def _cancel(self, number: int) -> None:
         call = self._calls.pop(number, None)
@@ -162,33 +162,31 @@ class Multiplexer:
         self._something.set()
         self._work.ended(code, call.name, error)
 
-    def _collect(self) -> ServerMessage:
+    def _collect(self) -> bytes:
         """What is new, up to a size, in one message."""
-        message, size = ServerMessage(), 0
+        parts: list[bytes] = []
+        size = 0
         while self._fresh and size < MESSAGE_BYTES:
             number = next(iter(self._fresh))
             del self._fresh[number]
             call = self._calls.get(number)
             if call is not None and call.generation is not None:
-                size += self._add(message, number, call, call.generation)
-        ends, self._ends = self._ends, []
-        message.ends.extend(ends)
-        return message
+                parts.append(self._reply(number, call, call.generation))
+                size += len(parts[-1])
+        if self._ends:
+            ends, self._ends = self._ends, []
+            parts.append(ServerMessage(ends=ends).SerializeToString())
+        return b"".join(parts)
 
-    def _add(self, message: ServerMessage, number: int, call: _Call, generation: Generation) -> int:
-        """Adds what is new of a call to a message. Returns its size, roughly."""
-        reply = message.replies.add(call=number)
+    def _reply(self, number: int, call: _Call, generation: Generation) -> bytes:
+        """What is new of a call."""
         try:
-            self._work.write(reply, generation, call.started)
-            size = reply.ByteSize()
-            if size > _REPLY_BYTES:
-                raise RequestError(f"{size} bytes are too many for one message; ask for fewer log-probabilities")
+            reply = self._work.write(number, generation, call.started)
+            if len(reply) > _REPLY_BYTES:
+                raise RequestError(f"{len(reply)} bytes are too many for one message; ask for fewer log-probabilities")
         except Exception as error:
-            del message.replies[-1]
             self._end(number, error)
-            return 0
-        if not reply.response:
-            del message.replies[-1]
+            return b""
         if generation.ended:
             self._end(number)
-        return size
+        return reply

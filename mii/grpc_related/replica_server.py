@@ -15,7 +15,6 @@ from grpc_reflection.v1alpha import reflection
 
 from mii.errors import PortTakenError, ServerUnavailableError
 from mii.grpc_related.options import SERVER_OPTIONS, SERVICE_NAME
-from mii.grpc_related.proto.modelresponse_pb2_grpc import add_ModelResponseServicer_to_server
 from mii.grpc_related.replica_service import STALL_SECONDS, ReplicaService
 from mii.grpc_related.text_session import TextSession
 
@@ -50,7 +49,7 @@ class ReplicaServer:
         self._service = ReplicaService(session, token, terminate, stall_seconds=stall_seconds)
         self._health = health.HealthServicer()
         self._server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=queue_size + _MORE_CALLS)
-        add_ModelResponseServicer_to_server(self._service, self._server)
+        self._server.add_generic_rpc_handlers((self._service.handler(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((SERVICE_NAME, HEALTH_NAME, reflection.SERVICE_NAME), self._server)
         session.on_state = self._on_state

@@ -13,24 +13,25 @@ from typing import Any, TypeAlias
 
 import grpc
 import grpc.aio
+from google.protobuf.empty_pb2 import Empty
 
 from mii.errors import AccessError, GenerationError, RequestCancelledError, ServerUnavailableError
 from mii.grpc_related.convert import pack_logprobs, positions_of, prompts_of, unpack_options
 from mii.grpc_related.generation import Generation, Piece
 from mii.grpc_related.multiplex import Calls, Multiplexer
-from mii.grpc_related.options import REQUEST_ID, STALL_SECONDS, TOKEN
+from mii.grpc_related.options import REQUEST_ID, SERVICE_NAME, STALL_SECONDS, TOKEN
 from mii.grpc_related.proto.modelresponse_pb2 import (
     CallerMessage,
+    CallReply,
     HealthReply,
     MultiGenerationReply,
     MultiStringRequest,
     ReplicaHealth,
-    ServerMessage,
     StatsReply,
 )
-from mii.grpc_related.proto.modelresponse_pb2_grpc import ModelResponseServicer
 from mii.grpc_related.statuses import status_of
 from mii.grpc_related.text_session import TextSession
+from mii.grpc_related.wire import reply_bytes, running_bytes
 from mii.logging import logger
 
 __all__ = ["STALL_SECONDS", "ReplicaService"]
@@ -40,7 +41,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 GiveUp: TypeAlias = Callable[[Exception], object]
 
 
-class ReplicaService(ModelResponseServicer):
+class ReplicaService:
     """Answers calls over a `TextSession`.
 
     Args:
@@ -93,7 +94,7 @@ class ReplicaService(ModelResponseServicer):
 
     async def Multiplex(self, messages: AsyncIterator[CallerMessage], context: Context) -> None:
         """The same for many calls in one stream."""
-        calls = Calls(partial(self._open, streams=False), self._session.close_call, _write_new, self._count)
+        calls = Calls(partial(self._open, streams=False), self._session.close_call, _new_bytes, self._count)
         multiplexer = Multiplexer(calls, lambda message: self._send(context, multiplexer.fail, message))
         self._multiplexers.add(multiplexer)
         try:
@@ -104,6 +105,19 @@ class ReplicaService(ModelResponseServicer):
             await self._abort(error, context)
         finally:
             self._multiplexers.discard(multiplexer)
+
+    def handler(self) -> grpc.GenericRpcHandler:
+        """The service, for a server. What `Multiplex` says is bytes already."""
+        asked, replied, empty = MultiStringRequest.FromString, MultiGenerationReply.SerializeToString, Empty.FromString
+        methods = {
+            "GeneratorReply": grpc.unary_unary_rpc_method_handler(self.GeneratorReply, asked, replied),
+            "GeneratorReplyStream": grpc.unary_stream_rpc_method_handler(self.GeneratorReplyStream, asked, replied),
+            "Multiplex": grpc.stream_stream_rpc_method_handler(self.Multiplex, CallerMessage.FromString),
+            "Health": grpc.unary_unary_rpc_method_handler(self.Health, empty, HealthReply.SerializeToString),
+            "Stats": grpc.unary_unary_rpc_method_handler(self.Stats, empty, StatsReply.SerializeToString),
+            "Terminate": grpc.unary_unary_rpc_method_handler(self.Terminate, empty, Empty.SerializeToString),
+        }
+        return grpc.method_handlers_generic_handler(SERVICE_NAME, methods)
 
     def drain(self) -> None:
         """Refuses new calls from now on."""
@@ -147,7 +161,7 @@ class ReplicaService(ModelResponseServicer):
                 if since < latest:
                     give_up(error)
 
-    async def _send(self, context: Context, give_up: GiveUp, reply: MultiGenerationReply | ServerMessage) -> None:
+    async def _send(self, context: Context, give_up: GiveUp, reply: MultiGenerationReply | bytes) -> None:
         """Returns when there is room for the next message."""
         self._sending[context] = time.monotonic(), give_up
         try:
@@ -209,17 +223,24 @@ def _check_any_complete(pieces: Iterable[Piece]) -> None:
         raise GenerationError(str(wrong[0]))
 
 
-def _write_new(reply: Any, generation: Generation, started: float) -> None:
-    """Writes what is new of a call.
+def _new_bytes(call: int, generation: Generation, started: float) -> bytes:
+    """What is new of a call, as a part of a ServerMessage; may be nothing.
 
     Raises:
         Exception: how the call ends.
     """
     pieces, last = generation.collect()
+    if len(pieces) == 1 and not last:
+        (piece,) = pieces
+        if piece.logprobs is None and piece.prompt_logprobs is None:
+            seconds, lengths = time.monotonic() - started, (piece.index, piece.prompt_length)
+            return running_bytes(call, piece.text, piece.generated_length, seconds, piece.model_seconds, *lengths)
     if len(generation) == 1:
         _check_any_complete(last)
+    reply = CallReply(call=call)
     _write(reply, pieces, started)
     _write(reply, last, started)
+    return reply_bytes(reply) if reply.response else b""
 
 
 def _write(reply: Any, pieces: Iterable[Piece], started: float) -> None:

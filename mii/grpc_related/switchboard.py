@@ -46,7 +46,6 @@ class Switchboard:
         self._shards: dict[int, Shard] = {}
         self._trunks: WeakKeyDictionary[Link, Trunk] = WeakKeyDictionary()  # replicas may come and go
         self._outbox: deque[bytes] = deque()
-        self._waiting = 0  # bytes in the outbox
         self._something, self._room = asyncio.Event(), asyncio.Event()
         self._room.set()
         self._closing = False
@@ -115,7 +114,7 @@ class Switchboard:
         await trunk.run(start)
 
     async def _deliver(self, raw: bytes, message: ServerMessage) -> None:
-        """Passes on what a replica says, once there is room for it."""
+        """Passes on what a replica says, once nothing waits here: in the replica, what waits is merged."""
         await self._room.wait()
         for reply in message.replies:
             shard = self._shards.get(reply.call)
@@ -135,9 +134,7 @@ class Switchboard:
 
     def _put(self, raw: bytes) -> None:
         self._outbox.append(raw)
-        self._waiting += len(raw)
-        if self._waiting > MESSAGE_BYTES:
-            self._room.clear()
+        self._room.clear()
         self._something.set()
 
     def _take(self) -> bytes:
@@ -147,7 +144,6 @@ class Switchboard:
         while self._outbox and (not parts or size + len(self._outbox[0]) <= MESSAGE_BYTES):
             parts.append(self._outbox.popleft())
             size += len(parts[-1])
-        self._waiting -= size
-        if self._waiting <= MESSAGE_BYTES:
+        if not self._outbox:
             self._room.set()
         return b"".join(parts)

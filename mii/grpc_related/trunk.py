@@ -94,10 +94,14 @@ class Bundle:
         await self._trunk.close()
 
     async def _deliver(self, raw: bytes, message: ServerMessage) -> None:
+        fresh: dict[int, Sequence[SingleGenerationReply]] = {}
         for reply in message.replies:
-            take = self._takers.get(reply.call)
+            # A server that could not send for a while says several things of a call in one message.
+            fresh[reply.call] = [*fresh[reply.call], *reply.response] if reply.call in fresh else reply.response
+        for call, pieces in fresh.items():
+            take = self._takers.get(call)
             if take is not None:
-                take(reply.response)
+                take(pieces)
 
 
 class _Stream:
