@@ -96,13 +96,13 @@ class HttpService:
         Raises:
             ApiError, ClientGoneError: see `generate`.
         """
-        call_events = _Events(self.backend.stream(call), frames, self.meter.begin(route))
+        events = _Events(self.backend.stream(call), frames, self.meter.begin(route))
         try:
-            await while_connected(request, call_events.begin())
+            first = await while_connected(request, events.begin())
         except BaseException as error:
-            await call_events.close(_status_of(error))
+            await events.close(_status_of(error))
             raise
-        return EventStream(call_events)
+        return EventStream(first, events)
 
 
 class _Events:
@@ -116,11 +116,10 @@ class _Events:
 
     def __init__(self, call: BundledCall, frames: EventFrames, measured: Measured) -> None:
         self._call, self._frames, self._measured = call, frames, measured
-        self._first = b""
-        self._closed = False
+        self.over = False
 
-    async def begin(self) -> None:
-        """Sleeps until there are events.
+    async def begin(self) -> bytes:
+        """The first events, once there are some.
 
         Raises:
             ApiError: the call has failed before anything came.
@@ -130,25 +129,19 @@ class _Events:
         except MIIError as error:
             raise api_error(error) from error
         self._measured.add(pieces)
-        self._first = self._frames.opening() + self._frames.pieces(pieces)
-
-    @property
-    def over(self) -> bool:
-        return self._closed
+        return self._frames.opening() + self._frames.pieces(pieces)
 
     def take(self) -> bytes:
         try:
             pieces = self._call.take_now()
         except MIIError as error:
             raise api_error(error) from error
-        first, self._first = self._first, b""
-        if pieces:
-            self._measured.add(pieces)
-            first += self._frames.pieces(pieces)
-        if self._call.over and not self._closed:
-            self._closed = True
-            first += self._frames.closing() + DONE
-        return first
+        self._measured.add(pieces)
+        events = self._frames.pieces(pieces)
+        if self._call.over and not self.over:
+            self.over = True
+            events += self._frames.closing() + DONE
+        return events
 
     def listen(self, tell: Callable[[], object] | None) -> None:
         self._call.listen(tell)

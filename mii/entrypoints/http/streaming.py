@@ -55,9 +55,8 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
 class EventSource(Protocol):
     """Where a stream's events come from."""
 
-    @property
-    def over(self) -> bool:
-        """Whether there are no more events to `take`."""
+    over: bool
+    """Whether there are no more events to `take`."""
 
     def take(self) -> bytes:
         """Whole events, all that are new; may be nothing.
@@ -81,15 +80,16 @@ class EventStream(Response):
     """Server-sent events. What goes wrong once it has begun becomes its last event.
 
     Args:
-        source: it is closed when all was sent or the client hangs up.
+        first: events to begin with.
+        source: of the others; it is closed when all was sent or the client hangs up.
         headers: of the answer.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, source: EventSource, headers: dict[str, str] | None = None) -> None:
+    def __init__(self, first: bytes, source: EventSource, headers: dict[str, str] | None = None) -> None:
         # Proxies must pass events on as they come.
-        self._source = source
+        self._first, self._source = first, source
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})})
         del self.headers["content-length"]
 
@@ -110,6 +110,7 @@ class EventStream(Response):
     async def _send(self, send: Send) -> int:
         status = 200
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": self._first, "more_body": True})
         try:
             await _Pump(self._source, send).run()
         except ApiError as error:
