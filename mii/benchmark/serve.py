@@ -58,7 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_target(target: argparse._ArgumentGroup) -> None:
     target.add_argument("--deployment", metavar="NAME", help="a deployment of yours on this machine")
     target.add_argument(
-        "--api", choices=("grpc", "mii", "completions"), default="grpc", help="of --deployment (default: grpc)"
+        "--api",
+        choices=("grpc", "rpc", "mii", "completions"),
+        default="grpc",
+        help="of --deployment (default: grpc, whose streams share a call; rpc has a call for each)",
     )
     target.add_argument("--host", default="localhost", help="where a load balancer or replica listens (gRPC)")
     target.add_argument("--port", type=_count, metavar="N", help="its port")

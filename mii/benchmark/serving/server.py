@@ -10,14 +10,14 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 import msgspec
 
-from mii.benchmark.serving.target import TargetSpec
+from mii.benchmark.serving.target import GRPC, TargetSpec
 from mii.errors import ServerUnavailableError, ServingError
 
 __all__ = ["API_KEY_ENV", "Server", "find_server"]
 
 API_KEY_ENV = "OPENAI_API_KEY"
 _HEALTH_SECONDS = 10.0
-_GREEDY = {"grpc": {"do_sample": False}, "mii": {"do_sample": False}}
+_GREEDY = {api: {"do_sample": False} for api in ("grpc", "rpc", "mii")}
 _OPENAI_GREEDY = {"temperature": 0}
 
 
@@ -76,7 +76,7 @@ async def _deployment(args: argparse.Namespace) -> Server:
     model = config.model_conf
     described = {"name": config.deployment_name, "model": model.model_name_or_path, **described}
     api = args.api
-    if api != "grpc":
+    if api not in GRPC:
         if not config.enable_restful_api:
             raise argparse.ArgumentError(None, f"{config.deployment_name!r} answers no HTTP; start it with --http")
         path = f"mii/{quote(config.deployment_name)}" if api == "mii" else "v1/completions"
@@ -92,8 +92,9 @@ async def _grpc(args: argparse.Namespace) -> Server:
 
     address = address_of(args.host, args.port)
     described, vocab, max_length = await _ask(address)
-    described = {"name": address, **described, "api": "grpc", "address": address}
-    return Server(_spec(args, "grpc", address, ""), described, vocab, max_length)
+    api = args.api if args.api in GRPC else "grpc"
+    described = {"name": address, **described, "api": api, "address": address}
+    return Server(_spec(args, api, address, ""), described, vocab, max_length)
 
 
 async def _http(args: argparse.Namespace) -> Server:
@@ -155,6 +156,6 @@ def _list_models(url: str) -> str:
 def _spec(args: argparse.Namespace, api: str, address: str, model: str) -> TargetSpec:
     options = {"ignore_eos": True, **_GREEDY.get(api, _OPENAI_GREEDY), **dict(args.param)}
     options = {name: value for name, value in options.items() if value is not None}
-    key = os.environ.get(API_KEY_ENV, "") if api != "grpc" else ""
+    key = os.environ.get(API_KEY_ENV, "") if api not in GRPC else ""
     exact = options.get("ignore_eos") is True and "stop" not in options
     return TargetSpec(api=api, address=address, model=model, api_key=key, options=options, exact=exact)

@@ -9,7 +9,10 @@ import msgspec
 from mii.benchmark.serving.trace import Trace
 from mii.benchmark.serving.work import Ask
 
-__all__ = ["Target", "TargetSpec", "make_target"]
+__all__ = ["GRPC", "Target", "TargetSpec", "make_target"]
+
+GRPC = ("grpc", "rpc")
+"""The APIs of gRPC: streams that share an RPC, as those of `MIIClient.astream` do, and an RPC for each stream."""
 
 
 class TargetSpec(msgspec.Struct, frozen=True):
@@ -55,7 +58,7 @@ class Target(Protocol):
 
 def make_target(spec: TargetSpec) -> Target:
     """The target that `spec` says. Nothing is sent yet."""
-    if spec.api in ("grpc", "rpc"):
+    if spec.api in GRPC:
         from mii.benchmark.serving.grpc_target import GrpcTarget
 
         return GrpcTarget(spec)
