@@ -14,6 +14,7 @@ import grpc
 import grpc.aio
 import pytest
 
+from mii.backend.bundled import BundledCall
 from mii.entrypoints.http.backend import Backend, Call
 from mii.errors import ServerUnavailableError
 from mii.grpc_related.answers import Answers, Piece, merged
@@ -240,6 +241,14 @@ def test_after_the_load_balancer_was_lost_the_next_call_finds_the_new_one(cluste
     in_loop(main())
 
 
+async def read_all(call: BundledCall) -> dict[int, str]:
+    texts: dict[int, str] = defaultdict(str)
+    while pieces := await call.take():
+        for piece in pieces:
+            texts[piece.index] += piece.response
+    return texts
+
+
 def test_the_http_side_tries_again_while_nothing_of_an_answer_has_come(cluster: Cluster) -> None:
     async def main() -> None:
         backend = Backend(cluster.address)
@@ -247,19 +256,15 @@ def test_the_http_side_tries_again_while_nothing_of_an_answer_has_come(cluster: 
         try:
             killed = cluster.kill(cluster.balancer)
             call = Call(["one", "two"], {"max_new_tokens": 6})
-            texts: dict[int, str] = defaultdict(str)
             async with backend.stream(call) as stream:
-                while pieces := await stream.take():
-                    for piece in pieces:
-                        texts[piece.index] += piece.response
+                texts = await read_all(stream)
             assert texts == {0: stand_in_text("one", 6), 1: stand_in_text("two", 6)}
             await asyncio.to_thread(cluster.wait_back, cluster.balancer, killed)
             async with backend.stream(Call(["x"], {"max_new_tokens": 90_000})) as endless:
                 await endless.take()
                 killed = cluster.kill(cluster.balancer)
                 with pytest.raises(ServerUnavailableError):
-                    while await endless.take():
-                        pass
+                    await read_all(endless)
             await asyncio.to_thread(cluster.wait_back, cluster.balancer, killed)
         finally:
             await backend.close()
