@@ -86,7 +86,9 @@ int64_t mii_struct_size(const char* name) {
       {"MiiGather", sizeof(MiiGather)},       {"MiiSample", sizeof(MiiSample)},
       {"MiiLinear", sizeof(MiiLinear)},       {"MiiLinearStreamed", sizeof(MiiLinearStreamed)},
       {"MiiMoeRoute", sizeof(MiiMoeRoute)},   {"MiiMoeLinear", sizeof(MiiMoeLinear)},
-      {"MiiMoeCombine", sizeof(MiiMoeCombine)},
+      {"MiiMoeCombine", sizeof(MiiMoeCombine)}, {"MiiAllReduce", sizeof(MiiAllReduce)},
+      {"MiiAllReduceNorm", sizeof(MiiAllReduceNorm)}, {"MiiAllGather", sizeof(MiiAllGather)},
+      {"MiiPeerMemory", sizeof(MiiPeerMemory)}, {"MiiEventWait", sizeof(MiiEventWait)},
   };
   for (const Entry& entry : entries) {
     if (std::strcmp(entry.name, name) == 0) return entry.size;

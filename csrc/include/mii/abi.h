@@ -23,6 +23,7 @@
 #include "mii/abi/moe.h"
 #include "mii/abi/norm.h"
 #include "mii/abi/prepare.h"
+#include "mii/abi/ranks.h"
 #include "mii/abi/recording.h"
 #include "mii/abi/rope_kv.h"
 #include "mii/abi/rows.h"

@@ -30,6 +30,95 @@ __device__ __forceinline__ float norm_affine(float value, int kind, bool has_wei
   return value + bias;
 }
 
+// A row in registers: a thread holds packs `thread`, `thread + threads`, ... of the row's `count`.
+template <typename T, int Packs>
+__device__ __forceinline__ float held_squares(const Pack<T> (&v)[Packs], float mean, int thread, int threads, int count) {
+  float squares = 0.0f;
+#pragma unroll
+  for (int p = 0; p < Packs; ++p) {
+    if (thread + p * threads >= count) continue;
+    float a[kPack<T>];
+    unpack(a, v[p]);
+#pragma unroll
+    for (int e = 0; e < kPack<T>; ++e) squares += (a[e] - mean) * (a[e] - mean);
+  }
+  return squares;
+}
+
+template <typename T, int Packs>
+__device__ __forceinline__ void load_held(Pack<T> (&v)[Packs], const T* row, int thread, int threads, int count) {
+#pragma unroll
+  for (int p = 0; p < Packs; ++p) {
+    const int i = thread + p * threads;
+    if (i < count) v[p] = load_pack<kPack<T>>(row + i * kPack<T>);
+  }
+}
+
+// v += r, rounded to T, which becomes the residual.
+template <typename T, int Packs>
+__device__ __forceinline__ void add_held(T* residual, Pack<T> (&v)[Packs], const Pack<T> (&r)[Packs], int thread, int threads,
+                                         int count) {
+  constexpr int N = kPack<T>;
+#pragma unroll
+  for (int p = 0; p < Packs; ++p) {
+    const int i = thread + p * threads;
+    if (i >= count) continue;
+    float a[N], b[N];
+    unpack(a, v[p]);
+    unpack(b, r[p]);
+#pragma unroll
+    for (int e = 0; e < N; ++e) a[e] += b[e];
+    v[p] = make_pack<T>(a);
+    store_pack(residual + i * N, v[p]);
+  }
+}
+
+// The norm of v, into row `row` of args.out. sum_over_row(value) adds up the values of all threads that hold the row.
+template <typename T, int Packs, typename Sum>
+__device__ __forceinline__ void norm_held(const NormArgs<T>& args, int64_t row, const Pack<T> (&v)[Packs], int thread,
+                                          int threads, int count, Sum sum_over_row) {
+  constexpr int N = kPack<T>;
+  Pack<T> w[Packs];
+  if (args.weight != nullptr) {
+#pragma unroll
+    for (int p = 0; p < Packs; ++p) {
+      const int i = thread + p * threads;
+      if (i < count) w[p] = load_pack_const<N>(args.weight + i * N);
+    }
+  }
+
+  float mean = 0.0f;
+  if (args.kind == MII_LAYER) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int p = 0; p < Packs; ++p) {
+      if (thread + p * threads >= count) continue;
+      float a[N];
+      unpack(a, v[p]);
+#pragma unroll
+      for (int e = 0; e < N; ++e) sum += a[e];
+    }
+    mean = sum_over_row(sum) * args.inverse_width;
+  }
+  const float squares = sum_over_row(held_squares<T>(v, mean, thread, threads, count));
+  const float scale = rsqrtf(squares * args.inverse_width + args.eps);
+
+#pragma unroll
+  for (int p = 0; p < Packs; ++p) {
+    const int i = thread + p * threads;
+    if (i >= count) continue;
+    float a[N], weight[N] = {}, bias[N] = {};
+    unpack(a, v[p]);
+    if (args.weight != nullptr) unpack(weight, w[p]);
+    if (args.bias != nullptr) unpack(bias, load_pack_const<N>(args.bias + i * N));
+#pragma unroll
+    for (int e = 0; e < N; ++e) {
+      a[e] = norm_affine<T>((a[e] - mean) * scale, args.kind, args.weight != nullptr, weight[e], bias[e]);
+    }
+    store_pack(args.out + row * args.out_stride + i * N, make_pack<T>(a));
+  }
+}
+
 constexpr int kWarpRowThreads = 128;  // four rows a CTA
 
 constexpr int norm_threads(int packs, bool warp_rows) { return warp_rows ? kWarpRowThreads : packs == 1 ? 1024 : 512; }
@@ -55,25 +144,10 @@ __global__ void __launch_bounds__(norm_threads(Packs, WarpRows)) norm_rows(const
 
   const auto sum_over_row = [&](float value) { return WarpRows ? warp_sum(value) : block_sum(value, scratch); };
   Pack<T, N> v[Packs];
-#pragma unroll
-  for (int p = 0; p < Packs; ++p) {
-    const int i = thread + p * threads;
-    if (i < count) v[p] = load_pack<N>(args.x + row * args.x_stride + i * N);
-  }
-  const auto sum_of_squares = [&](float mean) {
-    float squares = 0.0f;
-#pragma unroll
-    for (int p = 0; p < Packs; ++p) {
-      if (thread + p * threads >= count) continue;
-      float a[N];
-      unpack(a, v[p]);
-#pragma unroll
-      for (int e = 0; e < N; ++e) squares += (a[e] - mean) * (a[e] - mean);
-    }
-    return sum_over_row(squares);
-  };
+  load_held<T>(v, args.x + row * args.x_stride, thread, threads, count);
   if constexpr (NormsX) {
-    const float scale = rsqrtf(sum_of_squares(0.0f) * args.inverse_width + args.eps);
+    const float squares = sum_over_row(held_squares<T>(v, 0.0f, thread, threads, count));
+    const float scale = rsqrtf(squares * args.inverse_width + args.eps);
 #pragma unroll
     for (int p = 0; p < Packs; ++p) {
       const int i = thread + p * threads;
@@ -89,63 +163,11 @@ __global__ void __launch_bounds__(norm_threads(Packs, WarpRows)) norm_rows(const
   if (args.residual != nullptr) {
     T* residual = args.residual + row * args.width;
     Pack<T, N> r[Packs];
-#pragma unroll
-    for (int p = 0; p < Packs; ++p) {
-      const int i = thread + p * threads;
-      if (i < count) r[p] = load_pack<N>(residual + i * N);
-    }
-#pragma unroll
-    for (int p = 0; p < Packs; ++p) {
-      const int i = thread + p * threads;
-      if (i >= count) continue;
-      float a[N], b[N];
-      unpack(a, v[p]);
-      unpack(b, r[p]);
-#pragma unroll
-      for (int e = 0; e < N; ++e) a[e] += b[e];
-      v[p] = make_pack<T>(a);
-      store_pack(residual + i * N, v[p]);
-    }
+    load_held<T>(r, residual, thread, threads, count);
+    add_held<T>(residual, v, r, thread, threads, count);
   }
   if (NormsX && args.out == nullptr) return;
-  Pack<T, N> w[Packs];
-  if (args.weight != nullptr) {
-#pragma unroll
-    for (int p = 0; p < Packs; ++p) {
-      const int i = thread + p * threads;
-      if (i < count) w[p] = load_pack_const<N>(args.weight + i * N);
-    }
-  }
-
-  float mean = 0.0f;
-  if (args.kind == MII_LAYER) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int p = 0; p < Packs; ++p) {
-      if (thread + p * threads >= count) continue;
-      float a[N];
-      unpack(a, v[p]);
-#pragma unroll
-      for (int e = 0; e < N; ++e) sum += a[e];
-    }
-    mean = sum_over_row(sum) * args.inverse_width;
-  }
-  const float scale = rsqrtf(sum_of_squares(mean) * args.inverse_width + args.eps);
-
-#pragma unroll
-  for (int p = 0; p < Packs; ++p) {
-    const int i = thread + p * threads;
-    if (i >= count) continue;
-    float a[N], weight[N] = {}, bias[N] = {};
-    unpack(a, v[p]);
-    if (args.weight != nullptr) unpack(weight, w[p]);
-    if (args.bias != nullptr) unpack(bias, load_pack_const<N>(args.bias + i * N));
-#pragma unroll
-    for (int e = 0; e < N; ++e) {
-      a[e] = norm_affine<T>((a[e] - mean) * scale, args.kind, args.weight != nullptr, weight[e], bias[e]);
-    }
-    store_pack(args.out + row * args.out_stride + i * N, make_pack<T>(a));
-  }
+  norm_held<T>(args, row, v, thread, threads, count, sum_over_row);
 }
 
 // Any width and alignment, element by element, one row for each CTA. A thread reads back only what it wrote itself, so

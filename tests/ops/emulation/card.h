@@ -2,7 +2,8 @@
 // that count bytes, and copies that land at any time between their start and the wait for them.
 //
 // The CTAs of a grid run one after another, in any order, which is right for kernels whose CTAs never wait for one
-// another. What a kernel must not do ends the program with a sentence.
+// another; those that do run in threads of the host, each of which has a card's state of its own. What a kernel must not do
+// ends the program with a sentence.
 #pragma once
 #include <ucontext.h>
 
@@ -35,8 +36,8 @@ using std::min;
 namespace card {
 
 constexpr int kSharedBytes = 232448;
-inline unsigned char* shared;  // the kernel's dynamic shared memory, which the program defines
-inline std::mt19937 chance(1);
+inline thread_local unsigned char* shared;  // the kernel's dynamic shared memory, which the program defines
+inline thread_local std::mt19937 chance(1);
 
 [[noreturn]] inline void refuse(const char* why) {
   std::puts(why);
@@ -46,7 +47,9 @@ inline std::mt19937 chance(1);
 struct Index {
   int x;
 };
-inline Index block, grid;
+inline thread_local Index block, grid;
+
+inline int patience = 100000;  // rounds through all threads in which none ends
 
 // ---- threads ------------------------------------------------------------------------------------------------------
 struct Thread {
@@ -54,10 +57,10 @@ struct Thread {
   std::vector<char> stack = std::vector<char>(1 << 16);
   bool done = false, waited = false;  // waited: for the kernel before this one
 };
-inline std::vector<Thread> threads;
-inline int current;
-inline ucontext_t scheduler;
-inline std::function<void()> body;
+inline thread_local std::vector<Thread> threads;
+inline thread_local int current;
+inline thread_local ucontext_t scheduler;
+inline thread_local std::function<void()> body;
 
 inline void yield() { swapcontext(&threads[current].context, &scheduler); }
 inline int warp() { return current / 32; }
@@ -81,7 +84,7 @@ struct Meeting {
     }
   }
 };
-inline Meeting warps[32], named[16];
+inline thread_local Meeting warps[32], named[16];
 
 // ---- barriers and copies --------------------------------------------------------------------------------------------
 struct Barrier {
@@ -95,7 +98,7 @@ struct Barrier {
     pending = arrivals;
   }
 };
-inline std::map<uint32_t, Barrier> barriers;
+inline thread_local std::map<uint32_t, Barrier> barriers;
 
 struct Copy {
   uint32_t target;
@@ -103,7 +106,7 @@ struct Copy {
   int bytes;
   uint32_t barrier;
 };
-inline std::vector<Copy> copies;  // under way
+inline thread_local std::vector<Copy> copies;  // under way
 
 inline void start(const Copy& copy) {
   const bool aligned = copy.target % 16 == 0 && copy.bytes % 16 == 0 && reinterpret_cast<uintptr_t>(copy.source) % 16 == 0;
@@ -145,7 +148,7 @@ inline void run_cta(int count, std::function<void()> kernel) {
   std::vector<int> order(count);
   std::iota(order.begin(), order.end(), 0);
   for (int left = count, idle = 0; left > 0; ++idle) {
-    if (idle > 100000) refuse("the threads wait for one another forever");
+    if (idle > patience) refuse("the threads wait for one another forever");
     std::shuffle(order.begin(), order.end(), chance);
     for (const int thread : order) {
       if (threads[thread].done) continue;
@@ -191,7 +194,7 @@ inline float4 __ldcg(const float4* address) { return card::must_have_waited(), *
 inline int __ldcg(const int* address) { return card::must_have_waited(), *address; }
 inline int atomicAdd(int* address, int value) {
   card::must_have_waited();
-  return std::exchange(*address, *address + value);
+  return __atomic_fetch_add(address, value, __ATOMIC_SEQ_CST);
 }
 
 // ---- what the lanes of a warp tell one another ------------------------------------------------------------------------
@@ -202,7 +205,7 @@ struct Words {
 };
 template <typename T>
 Words<T> tell(T mine) {
-  static T told[32][32];
+  static thread_local T told[32][32];
   T(&words)[32] = told[warp()];
   words[lane()] = mine;
   Words<T> all;

@@ -1,0 +1,263 @@
+// Runs csrc/include/mii/all_reduce.cuh on the host: all ranks at once, every CTA in a thread of its own, with words that
+// overtake one another on their way between ranks. Rounds of every kind follow one another in the same memory.
+#include "card.h"
+
+#include <climits>
+#include <memory>
+#include <thread>
+
+#undef __shared__
+#define __shared__ static thread_local  // a CTA is a thread of the host
+#define __grid_constant__
+#define blockDim (card::Index{static_cast<int>(card::threads.size())})
+
+template <typename T>
+T __ldg(const T* address) {
+  return *address;
+}
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+
+#include "mii/all_reduce.cuh"
+
+namespace {
+
+using mii::kPack;
+
+constexpr int kHalf = 1 << 18;
+constexpr uint64_t kSecond = 1000000000;
+
+// The memories of all ranks.
+struct World {
+  struct alignas(32) Memory {
+    char bytes[mii::kPeerHeader + 2 * kHalf + 64];  // the last 64 belong to nobody
+  };
+  int size;
+  std::vector<std::unique_ptr<Memory>> memory;
+  std::vector<int32_t> lost;
+  uint64_t patience = 100 * kSecond;
+
+  World(int size, uint32_t round) : size(size), lost(size) {
+    for (int r = 0; r < size; ++r) {
+      memory.push_back(std::make_unique<Memory>());
+      std::memset(memory[r]->bytes, 0, sizeof memory[r]->bytes);
+      state(r).round = round;
+    }
+  }
+  mii::PeerState& state(int r) { return *reinterpret_cast<mii::PeerState*>(memory[r]->bytes); }
+  mii::Peers<8> peers(int rank) {
+    mii::Peers<8> peers = {};
+    for (int r = 0; r < size; ++r) peers.memory[r] = memory[r]->bytes;
+    peers.lost = &lost[rank], peers.half = kHalf, peers.patience = patience, peers.rank = rank, peers.size = size;
+    return peers;
+  }
+};
+
+template <int Slots>
+mii::Peers<Slots> narrowed(const mii::Peers<8>& peers) {
+  mii::Peers<Slots> result = {};
+  std::copy(peers.memory, peers.memory + Slots, result.memory);
+  result.lost = peers.lost, result.half = peers.half, result.patience = peers.patience;
+  result.rank = peers.rank, result.size = peers.size;
+  return result;
+}
+
+// One kernel of one rank: its CTAs at once.
+void run(int seed, int ctas, int threads, const std::function<void()>& kernel) {
+  std::vector<std::thread> all;
+  for (int cta = 0; cta < ctas; ++cta) {
+    all.emplace_back([=] {
+      static thread_local unsigned char unused[card::kSharedBytes];
+      card::shared = unused;
+      card::chance.seed(1000 * seed + cta);
+      card::block = {cta}, card::grid = {ctas};
+      card::run_cta(threads, [&] { card::threads[card::current].waited = true, kernel(); });
+    });
+  }
+  for (std::thread& each : all) each.join();
+}
+
+template <typename T>
+std::vector<T> random(size_t count, int seed) {
+  std::mt19937 chance(seed);
+  std::vector<T> values(count);
+  for (T& value : values) value = mii::from_float<T>(static_cast<int>(chance() % 2001 - 1000) / 300.0f);
+  return values;
+}
+
+template <typename T>
+bool same(const T& a, const T& b) {
+  return std::memcmp(&a, &b, sizeof(T)) == 0;
+}
+
+// ---- what one rank does in a round, and what must come of it ----------------------------------------------------------
+enum Kind { kSum, kSumTwo, kNorm, kNormTwo, kGather };
+
+struct Call {
+  Kind kind;
+  int rows, width, ctas;  // width in packs
+};
+
+template <typename T>
+struct Tensors {
+  std::vector<T> x, residual, weight, out;
+};
+
+template <typename T>
+Tensors<T> tensors(const Call& c, int size, int rank, int round) {
+  const size_t count = size_t(c.rows) * c.width * kPack<T>;
+  const int seed = 100 * round;
+  return {random<T>(count, seed + rank + 1), random<T>(count, seed + 50), random<T>(c.width * kPack<T>, seed + 51),
+          std::vector<T>(c.kind == kGather ? count * size : count)};
+}
+
+template <typename T>
+std::vector<T> sums(const std::vector<Tensors<T>>& all) {
+  std::vector<T> result(all[0].x.size());
+  for (size_t i = 0; i < result.size(); ++i) {
+    float sum = mii::to_float(all[0].x[i]);
+    for (size_t r = 1; r < all.size(); ++r) sum += mii::to_float(all[r].x[i]);
+    result[i] = mii::from_float<T>(sum);
+  }
+  return result;
+}
+
+template <typename T, int Slots>
+void launch(const Call& c, Tensors<T>& t, const mii::Peers<8>& wide, int seed) {
+  const auto peers = narrowed<Slots>(wide);
+  const int64_t packs = int64_t(c.rows) * c.width;
+  if (c.kind == kSum || c.kind == kSumTwo) {
+    const int64_t part = c.kind == kSum ? packs : (packs + peers.size - 1) / peers.size;
+    const mii::SumArgs<T, Slots> args = {peers, t.x.data(), packs, part};
+    if (c.kind == kSum) run(seed, c.ctas, mii::kSumThreads, [=] { mii::all_reduce_packs<T, Slots, false>(args); });
+    else run(seed, c.ctas, mii::kSumThreads, [=] { mii::all_reduce_packs<T, Slots, true>(args); });
+    return;
+  }
+  if (c.kind == kGather) {
+    const int64_t words = packs * 4;
+    const mii::GatherArgs<Slots> args = {peers, reinterpret_cast<uint32_t*>(t.out.data()),
+                                         reinterpret_cast<const uint32_t*>(t.x.data()), words};
+    return run(seed, c.ctas, mii::kSumThreads, [=] { mii::all_gather_words<Slots>(args); });
+  }
+  mii::NormArgs<T> norm = {};
+  norm.out = t.out.data(), norm.x = t.x.data(), norm.residual = t.residual.data(), norm.weight = t.weight.data();
+  norm.rows = c.rows, norm.width = c.width * kPack<T>, norm.x_stride = norm.out_stride = norm.width, norm.kind = MII_RMS;
+  norm.inverse_width = 1.0f / norm.width, norm.eps = 1e-5f;
+  const int part = (c.width + (c.kind == kNorm ? 2 : peers.size) - 1) / (c.kind == kNorm ? 2 : peers.size);
+  const mii::SumNormArgs<T, Slots> args = {peers, norm, part};
+  const int threads = (part + 31) / 32 * 32;
+  if (c.kind == kNorm) run(seed, c.ctas, threads, [=] { mii::all_reduce_norm_rows<T, Slots, 2, false>(args); });
+  else run(seed, c.ctas, threads, [=] { mii::all_reduce_norm_rows<T, Slots, Slots, true>(args); });
+}
+
+template <typename T>
+void check_norm(const Call& c, const std::vector<T>& sum, const Tensors<T>& before, const Tensors<T>& after, int rank) {
+  const int width = c.width * kPack<T>;
+  for (int row = 0; row < c.rows; ++row) {
+    double squares = 0.0;
+    for (int i = row * width; i < (row + 1) * width; ++i) {
+      const T want = mii::from_float<T>(mii::to_float(before.residual[i]) + mii::to_float(sum[i]));
+      if (!same(after.residual[i], want)) card::refuse("a residual is wrong");
+      squares += double(mii::to_float(want)) * mii::to_float(want);
+    }
+    const double scale = 1.0 / std::sqrt(squares / width + 1e-5);
+    for (int i = 0; i < width; ++i) {
+      const float normed = mii::rounded<T>(static_cast<float>(mii::to_float(after.residual[row * width + i]) * scale));
+      const float want = mii::rounded<T>(normed * mii::to_float(before.weight[i]));
+      const float unit = sizeof(T) == 4 ? 1e-5f : 1.0f / 64;
+      if (std::abs(mii::to_float(after.out[row * width + i]) - want) > unit * (std::abs(want) + 1.0f)) {
+        std::printf("rank %d, row %d, element %d: ", rank, row, i), card::refuse("a norm is wrong");
+      }
+    }
+  }
+}
+
+template <typename T>
+void check(const Call& c, const std::vector<Tensors<T>>& before, const std::vector<Tensors<T>>& after) {
+  const std::vector<T> sum = sums(before);
+  for (size_t r = 0; r < after.size(); ++r) {
+    if (c.kind == kSum || c.kind == kSumTwo) {
+      for (size_t i = 0; i < sum.size(); ++i) {
+        if (!same(after[r].x[i], sum[i])) card::refuse("a sum is wrong");
+      }
+    } else if (c.kind == kGather) {
+      for (size_t i = 0; i < after[r].out.size(); ++i) {
+        if (!same(after[r].out[i], before[i / sum.size()].x[i % sum.size()])) card::refuse("a gather is wrong");
+      }
+    } else {
+      if (std::memcmp(after[r].x.data(), before[r].x.data(), sum.size() * sizeof(T))) card::refuse("x was changed");
+      check_norm(c, sum, before[r], after[r], static_cast<int>(r));
+      if (std::memcmp(after[r].out.data(), after[0].out.data(), sum.size() * sizeof(T))) card::refuse("ranks differ");
+    }
+  }
+}
+
+// All ranks make these calls, each at its own pace.
+template <typename T, int Slots>
+void check_calls(int size, const std::vector<Call>& calls, uint32_t first_round, const char* name) {
+  World world(size, first_round);
+  std::vector<std::vector<Tensors<T>>> before, after;
+  for (size_t i = 0; i < calls.size(); ++i) {
+    before.emplace_back();
+    for (int r = 0; r < size; ++r) before[i].push_back(tensors<T>(calls[i], size, r, static_cast<int>(i)));
+  }
+  after = before;
+  std::vector<std::thread> ranks;
+  for (int r = 0; r < size; ++r) {
+    ranks.emplace_back([&, r] {
+      for (size_t i = 0; i < calls.size(); ++i) {
+        launch<T, Slots>(calls[i], after[i][r], world.peers(r), static_cast<int>(10 * i) + r);
+      }
+    });
+  }
+  for (std::thread& each : ranks) each.join();
+  uint32_t round = first_round;
+  for (size_t i = 0; i < calls.size(); ++i) round = mii::round_after(round), check(calls[i], before[i], after[i]);
+  if (!card::flights.empty()) card::refuse("a word is on its way that nobody waited for");
+  for (int r = 0; r < size; ++r) {
+    if (world.state(r).round != round || world.state(r).arrived || world.lost[r]) card::refuse("the state is wrong");
+    for (int i = 0; i < 64; ++i) {
+      if (world.memory[r]->bytes[mii::kPeerHeader + 2 * kHalf + i]) card::refuse("wrote past the end");
+    }
+  }
+  std::printf("%d ranks, %zu rounds of %s: right\n", size, calls.size(), name);
+}
+
+// A rank that never comes is given up, and not waited for again.
+void check_lost() {
+  World world(3, 6);
+  world.patience = kSecond / 10;
+  std::vector<std::thread> ranks;
+  for (const int r : {0, 2}) {
+    ranks.emplace_back([&, r] {
+      for (int i = 0; i < 3; ++i) {
+        const Call call = {i == 1 ? kSumTwo : i == 2 ? kGather : kSum, 1, 40, 1};
+        Tensors<float> mine = tensors<float>(call, 3, r, i);
+        launch<float, 4>(call, mine, world.peers(r), 10 * i + r);
+        if (i == 0) world.patience = 1000 * kSecond;
+      }
+    });
+  }
+  for (std::thread& each : ranks) each.join();
+  for (const int r : {0, 2}) {
+    if (world.lost[r] != 2 || world.state(r).lost != 2 || world.state(r).round != 9) card::refuse("rank 1 is not missed");
+  }
+  std::puts("3 ranks, one of which is gone: right");
+  card::flights.clear(), card::targets.clear();
+}
+
+const std::vector<Call> kMixed = {
+    {kSum, 1, 1, 1},   {kSumTwo, 1, 1, 2}, {kSum, 1, 129, 2},  {kSumTwo, 1, 300, 1}, {kNorm, 3, 40, 2}, {kSumTwo, 1, 5, 1},
+    {kGather, 1, 3, 1}, {kNormTwo, 3, 41, 2}, {kSum, 1, 260, 1}, {kNorm, 2, 7, 1},     {kGather, 1, 70, 2}, {kNormTwo, 2, 2, 1},
+};
+
+}  // namespace
+
+int main() {
+  card::patience = INT_MAX;
+  check_calls<float, 2>(2, kMixed, 0, "float32");
+  check_calls<__nv_bfloat16, 2>(2, kMixed, 1, "bfloat16");
+  check_calls<__half, 4>(3, kMixed, 0xfffffff9u, "float16, across the end of their numbers");
+  check_calls<__nv_bfloat16, 4>(4, kMixed, 0xfffffffau, "bfloat16, across the end of their numbers");
+  check_calls<float, 8>(5, kMixed, 0, "float32");
+  check_lost();
+}
