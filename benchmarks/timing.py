@@ -57,7 +57,8 @@ def graph_seconds(calls: list[Call], launches: int = 32, replays: int = 20) -> f
         call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Threads of libraries (NCCL's watchdog) ask for events meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for i in range(launches):
             calls[i % len(calls)]()
     times = []

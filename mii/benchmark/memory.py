@@ -27,7 +27,8 @@ def memory_ledger(engine: Engine) -> dict[str, int]:
 
     On a GPU: weights; kv_cache; graphs (those that were captured at the start; others are in `driver`); activations,
     the buffers of a step; tensors, the most that torch held beside these since `reset_peak`; unused, what torch keeps
-    for later; driver, what is none of torch's: context, kernels, libraries. On a CPU what is none of the first four is
+    for later; peers, what ranks write into for each other; driver, what is none of torch's: context, kernels,
+    libraries. On a CPU what is none of the first four is
     not told apart, and "used" is the most that was resident: pages that nothing was written to, of the cache and of the
     buffers, do not count.
     """
@@ -45,8 +46,11 @@ def memory_ledger(engine: Engine) -> dict[str, int]:
     most, kept = torch.cuda.max_memory_allocated(runner.device), torch.cuda.memory_reserved(runner.device)
     known = ledger["weights"] + ledger["kv_cache"] + ledger["activations"]
     used = total - free
-    outside = used - kept - ledger["graphs"]
-    return ledger | {"tensors": most - known, "unused": max(0, kept - most), "driver": outside, "used": used}
+    group = runner.model.place.group
+    peers = 0 if group is None else group.num_bytes
+    outside = used - kept - ledger["graphs"] - peers
+    torchs = {"tensors": most - known, "unused": max(0, kept - most)}
+    return ledger | torchs | {"peers": peers, "driver": outside, "used": used}
 
 
 def beside_the_model(ledger: dict[str, int]) -> int:

@@ -28,6 +28,7 @@ from mii.engine.timeline import Timeline
 from mii.modeling.decoder import Decoder
 from mii.modeling.forward import ActivationArena, Forward
 from mii.ops import abi
+from mii.ops.all_reduce import Group
 from mii.ops.attention import AttentionBatch, AttentionPlan
 from mii.ops.logits import upload
 from mii.ops.prepare import StepTensors, prepare
@@ -64,12 +65,15 @@ class LaunchedStep:
         tokens: torch.Tensor,
         done: torch.cuda.Event | None,
         scores: LaunchedScores | None = None,
+        group: Group | None = None,
     ) -> None:
         self.sequences, self.scores = sequences, scores
-        self._tokens, self._done = tokens, done
+        self._tokens, self._done, self._group = tokens, done, group
 
     def tokens(self) -> list[int]:
-        if self._done is not None:
+        if self._done is not None and self._group is not None:
+            self._group.wait(self._done)
+        elif self._done is not None:
             self._done.synchronize()
         tokens: list[int] = self._tokens.numpy()[: len(self.sequences)].tolist()
         return tokens
@@ -195,7 +199,7 @@ class Runner:
         copied = self.sampled.read_back(samples)
         if self.timeline is not None:
             self.timeline.launched()
-        return LaunchedStep(plan.sampled, *copied, scores)
+        return LaunchedStep(plan.sampled, *copied, scores, self.model.place.group)
 
     @torch.inference_mode()
     def rehearse(self, bucket: Bucket, *, capture: bool = False) -> None:

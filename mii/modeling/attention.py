@@ -10,6 +10,7 @@ from mii.modeling.forward import Forward
 from mii.modeling.layers import Norm, RowNorm
 from mii.modeling.parameters import Linear, Module, Placement
 from mii.modeling.spec import ModelSpec
+from mii.ops.all_reduce import Group
 from mii.ops.attention import attention
 from mii.ops.rope_kv import rope_kv
 
@@ -46,6 +47,11 @@ class Attention(Module):
         """Writes the attention of `x` [tokens, hidden] into `out` and returns it."""
         assert self.output is not None
         return self.output(out, self.attend(forward, x))
+
+    def leave_sum(self) -> Group | None:
+        """As `Linear.leave_sum`."""
+        assert self.output is not None
+        return self.output.leave_sum()
 
     def attend(self, forward: Forward, x: torch.Tensor) -> torch.Tensor:
         """The heads' results for `x`, in the step's buffer for them, [tokens, heads * head size]."""

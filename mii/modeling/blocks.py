@@ -15,6 +15,7 @@ from mii.modeling.layers import BranchNorm, Norm
 from mii.modeling.mlp import MLP, DenseMLP, make_mlp
 from mii.modeling.parameters import JointLinear, Module, Placement
 from mii.modeling.spec import ModelSpec
+from mii.ops.all_reduce import Group
 
 
 class Block(Protocol):
@@ -29,6 +30,14 @@ class Block(Protocol):
 
     @property
     def mlp(self) -> MLP: ...
+
+    def follow(self, before: Block) -> None:
+        """Called once with the layer before: its last branch is summed over the ranks here where that saves a step."""
+        ...
+
+    def leave_sum(self) -> Group | None:
+        """Leaves the sum of its last branch to the layer that follows; see `Linear.leave_sum`."""
+        ...
 
     def __call__(self, forward: Forward, first: bool) -> None:
         """Takes the stream through the layer; `first`: nothing is left in `branch` by a layer before."""
@@ -46,6 +55,16 @@ class SequentialBlock(Module):
         self.attention = Attention(place, spec, layer)
         self.mlp_norm = Norm(place, spec, branch=self.norms_branch)
         self.mlp = make_mlp(place, spec, layer)
+        self._share_sums()
+
+    def _share_sums(self) -> None:
+        self.mlp_norm.add_up(self.attention)
+
+    def follow(self, before: Block) -> None:
+        self.attention_norm.add_up(before)
+
+    def leave_sum(self) -> Group | None:
+        return self.mlp.leave_sum()
 
     def __call__(self, forward: Forward, first: bool) -> None:
         buffers = forward.buffers
@@ -73,6 +92,12 @@ class NormedBranchBlock(Module):
         self.attention = Attention(place, spec, layer)
         self.mlp_norm = BranchNorm(place, spec)
         self.mlp = make_mlp(place, spec, layer)
+
+    def follow(self, before: Block) -> None:
+        """Sums what it adds before it norms it, by itself."""
+
+    def leave_sum(self) -> Group | None:
+        return self.mlp.leave_sum()
 
     def __call__(self, forward: Forward, first: bool) -> None:
         branch, residual = forward.buffers.branch, forward.buffers.residual
@@ -102,6 +127,13 @@ class PostNormBlock(SequentialBlock):
 
     adds_later: ClassVar[bool] = False
 
+    def _share_sums(self) -> None:
+        self.attention_norm.add_up(self.attention)
+        self.mlp_norm.add_up(self.mlp)
+
+    def follow(self, before: Block) -> None:
+        """Nothing is left to add."""
+
     def __call__(self, forward: Forward, first: bool) -> None:
         buffers = forward.buffers
         hidden, residual, branch = buffers.hidden, buffers.residual, buffers.branch
@@ -130,6 +162,12 @@ class ParallelBlock(Module):
             spec.hidden_size,
             [name for name, has_bias in biased.items() if has_bias],
         )
+
+    def follow(self, before: Block) -> None:
+        self.attention_norm.add_up(before)
+
+    def leave_sum(self) -> Group | None:
+        return self.output.leave_sum()
 
     def __call__(self, forward: Forward, first: bool) -> None:
         buffers = forward.buffers

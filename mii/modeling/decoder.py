@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from mii.modeling.blocks import make_block
@@ -21,6 +23,8 @@ class Decoder(Module):
         self.spec, self.place = spec, place
         self.embedding = Embedding(place, spec)
         self.blocks = [make_block(place, spec, layer) for layer in range(spec.num_layers)]
+        for before, block in pairwise(self.blocks):
+            block.follow(before)
         self.norm = Norm(place, spec, branch=self.blocks[-1].norms_branch) if spec.final_norm else None
         self.projection = Linear(place, spec.hidden_size, {"": spec.embedding_size}) if spec.embedding_size else None
         self.head = self._make_head()

@@ -8,6 +8,7 @@ them into decoder layers.
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 
@@ -15,16 +16,24 @@ from mii.modeling.parameters import Module, Parameter, Placement
 from mii.modeling.sharding import Span
 from mii.modeling.spec import ModelSpec
 from mii.ops import abi, native
+from mii.ops.all_reduce import Group, all_reduce_norm
 from mii.ops.embedding import embedding
 from mii.ops.linear import LinearWeight, linear, pack_linear
 from mii.ops.norm import norm
 from mii.ops.shard_norm import norm_shards
 
 
+class PartOfSum(Protocol):
+    """What computes a rank's part of a sum; `leave_sum` as in `Linear`."""
+
+    def leave_sum(self) -> Group | None: ...
+
+
 class Norm(Module):
     """A norm of the kind that the model has, with the residual addition before it when one is given.
 
-    `branch`: what is added is normed by itself first, with a weight of its own.
+    `branch`: what is added is normed by itself first, with a weight of its own. `add_up`: what is added is summed over
+    the ranks first.
     """
 
     def __init__(self, place: Placement, spec: ModelSpec, width: int | None = None, *, branch: bool = False) -> None:
@@ -33,10 +42,20 @@ class Norm(Module):
         self.weight = Parameter(place.empty(width)) if spec.norm_weight else None
         self.bias = Parameter(place.empty(width)) if spec.norm_bias else None
         self.eps, self.kind = spec.norm_eps, abi.NORMS[spec.norm]
+        self._group: Group | None = None
+
+    def add_up(self, part: PartOfSum) -> None:
+        """Takes over the sum over the ranks of what it adds."""
+        if self.branch is None:
+            self._group = part.leave_sum()
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         weight = None if self.weight is None else self.weight.tensor
         bias = None if self.bias is None else self.bias.tensor
+        if self._group is not None and residual is not None:
+            options: dict[str, Any] = {"eps": self.eps, "bias": bias, "residual": residual, "kind": self.kind}
+            all_reduce_norm(out, x, weight, group=self._group, **options)
+            return out
         x_weight = None if self.branch is None else self.branch.tensor
         norm(out, x, weight, eps=self.eps, bias=bias, residual=residual, kind=self.kind, x_weight=x_weight)
         return out

@@ -13,7 +13,7 @@ from mii.modeling.parameters import Linear, Module, Placement
 from mii.modeling.sharding import Span
 from mii.modeling.spec import ExpertsSpec, ModelSpec
 from mii.ops.activation import activation
-from mii.ops.all_reduce import all_reduce
+from mii.ops.all_reduce import Group, all_reduce
 from mii.ops.moe import moe_combine, moe_down, moe_up
 from mii.ops.moe_routing import route
 
@@ -25,6 +25,10 @@ class MLP(Protocol):
 
     def __call__(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Writes the MLP of `x` [tokens, hidden] into `out` and returns it."""
+        ...
+
+    def leave_sum(self) -> Group | None:
+        """As `Linear.leave_sum`."""
         ...
 
 
@@ -46,6 +50,10 @@ class DenseMLP(Module):
     def __call__(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         assert self.down is not None
         return self.down(out, self.activate(forward, x))
+
+    def leave_sum(self) -> Group | None:
+        assert self.down is not None
+        return self.down.leave_sum()
 
     def activate(self, forward: Forward, x: torch.Tensor) -> torch.Tensor:
         """What the last product is made of, in the step's buffer for it, [tokens, intermediate]."""
@@ -74,7 +82,7 @@ class ExpertsMLP(Module):
         self.up = ExpertStack(place, experts.count, hidden, {"gate": size, "up": size}, gated=True)
         self.down = ExpertStack(place, experts.count, size, {"": hidden}, gated=False)
         self.routing = routing_of(experts)
-        self._group = None if size.is_whole else place.group
+        self._group, self._sums = None if size.is_whole else place.group, True
         self.kind, self.up_width = spec.activation, 0 if self.shared is None else self.shared.up_width
 
     def __call__(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -88,9 +96,13 @@ class ExpertsMLP(Module):
         moe_up(buffers.hidden, x, self.up.weights, rows, routing, self.kind)
         moe_down(buffers.parts, buffers.hidden, self.down.weights, rows, routing)
         moe_combine(out, buffers.parts, top_k=routing.top_k, shared=shared, shared_gate=gate, counts=counts)
-        if self._group is not None:
+        if self._group is not None and self._sums:
             all_reduce(out, self._group)
         return out
+
+    def leave_sum(self) -> Group | None:
+        self._sums = False
+        return self._group
 
 
 def make_mlp(place: Placement, spec: ModelSpec, layer: int) -> MLP:

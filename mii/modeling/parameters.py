@@ -112,7 +112,7 @@ class Linear(Module):
     """`out = x @ weight^T + bias`. The weight is [sum of parts, in_features]; it is packed once it is complete.
 
     `following` is the weight of the product that a step computes next. Where this rank has a span of the inputs,
-    results are summed over the ranks; the bias is with the first one.
+    results are summed over the ranks, here or by what comes next (`leave_sum`); the bias is with the first one.
     """
 
     def __init__(
@@ -127,6 +127,12 @@ class Linear(Module):
         self.following: LinearWeight | None = None
         self._bias = self.bias.tensor if self.bias is not None and self.bias.tensor.numel() else None
         self._group = None if columns.is_whole else place.group
+        self._sums = True
+
+    def leave_sum(self) -> Group | None:
+        """From now on the sum over the ranks is left to what comes next; the ranks, None where there is none."""
+        self._sums = False
+        return self._group
 
     @property
     def complete(self) -> bool:
@@ -142,7 +148,7 @@ class Linear(Module):
     def __call__(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         assert self.packed is not None
         linear(out, x, self.packed, self._bias, following=self.following)
-        if self._group is not None:
+        if self._group is not None and self._sums:
             all_reduce(out, self._group)
         return out
 

@@ -14,6 +14,7 @@ COUNTS = 8
 RMS, RMS_PLUS1, LAYER = range(3)
 NORMS = {"rms": RMS, "rms_plus1": RMS_PLUS1, "layer": LAYER}
 MOE_SCORINGS = {"softmax": 0, "sigmoid": 1}
+PEER_ALLOCATE, PEER_OPEN, PEER_CLOSE, PEER_FREE = range(4)
 MOE_SIMPLE, MOE_STREAM, MOE_MMA, MOE_WGMMA = range(4)
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "gelu_quick": 4, "relu2": 5, "softcap": 6}
 
@@ -132,6 +133,24 @@ MiiMoePack = _struct(
     (c_int32, "gated dtype"),
 )
 
+MiiRanks = _struct(
+    "MiiRanks",
+    (c_void_p, "memory lost alive"),
+    (c_int64, "bytes patience"),
+    (c_int32, "rank size ctas"),
+)
+MiiAllReduce = _struct(
+    "MiiAllReduce",
+    (MiiRanks, "ranks"),
+    (c_void_p, "x"),
+    (c_int64, "count"),
+    (c_int32, "shots dtype"),
+)
+MiiAllReduceNorm = _struct("MiiAllReduceNorm", (MiiRanks, "ranks"), (MiiNorm, "norm"), (c_int32, "shots"))
+MiiAllGather = _struct("MiiAllGather", (MiiRanks, "ranks"), (c_void_p, "out x"), (c_int64, "words"))
+MiiPeerMemory = _struct("MiiPeerMemory", (c_void_p, "memory handle"), (c_int64, "bytes"), (c_int32, "device action"))
+MiiEventWait = _struct("MiiEventWait", (c_void_p, "event lost"))
+
 MiiCall = _struct("MiiCall", (c_void_p, "function args"))
 MiiRun = _struct("MiiRun", (c_void_p, "calls"), (c_int64, "count"))
 
@@ -168,6 +187,13 @@ FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "mii_moe_combine": MiiMoeCombine,
     "mii_moe_pack": MiiMoePack,
     "mii_moe_packed_bytes": MiiMoePack,
+    "mii_all_reduce": MiiAllReduce,
+    "mii_all_reduce_bytes": MiiAllReduce,
+    "mii_all_reduce_norm": MiiAllReduceNorm,
+    "mii_all_gather": MiiAllGather,
+    "mii_all_gather_bytes": MiiAllGather,
+    "mii_peer_memory": MiiPeerMemory,
+    "mii_event_wait": MiiEventWait,
     "mii_unpack": MiiUnpack,
     "mii_run": MiiRun,
 }

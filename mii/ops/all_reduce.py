@@ -1,13 +1,19 @@
 """Sum over the ranks of a tensor-parallel group: every rank gives a part and gets, bit for bit, the same whole.
 
 x = x of rank 0 + x of rank 1 + ...
+
+What serves is the group's matter: memory that the ranks share, or a library.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import ctypes
+from typing import Any, Protocol
 
 import torch
+
+from mii.ops import abi
+from mii.ops.norm import norm, norm_arguments
 
 
 class Group(Protocol):
@@ -18,11 +24,21 @@ class Group(Protocol):
     is_local: bool
     """Whether all ranks are on one machine."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the device for what ranks exchange, as far as this object took them."""
+
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sums a tensor over the ranks, in place."""
 
+    def all_reduce_norm(self, norm: ctypes.Structure) -> bool:
+        """Sums the x of an `abi.MiiNorm` over the ranks and norms the sum. False: nothing was done."""
+
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Every rank's tensor, [size, *shape], in the order of the ranks."""
+
+    def wait(self, event: torch.cuda.Event) -> None:
+        """Until an event on the device, or the end of a rank that it would wait for in vain."""
 
 
 def all_reduce(x: torch.Tensor, group: Group) -> None:
@@ -39,3 +55,31 @@ def all_reduce(x: torch.Tensor, group: Group) -> None:
         raise ValueError(f"all_reduce: x must be contiguous; it is {tuple(x.shape)} with strides {x.stride()}")
     if x.numel():
         group.all_reduce(x)
+
+
+def all_reduce_norm(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    *,
+    group: Group,
+    eps: float,
+    residual: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    kind: int = abi.RMS,
+) -> None:
+    """`all_reduce(x)`, then `norm(out, x, ...)` of it with a residual: as one kernel where the group has one.
+
+    Args:
+        out, weight, eps, residual, bias, kind: as in `mii.ops.norm.norm`.
+        x: contiguous [rows, width], of the same shape and dtype on every rank. What it holds afterwards is open.
+        group: the ranks.
+
+    Raises:
+        ValueError: x is not contiguous, or what `norm` raises.
+    """
+    options: dict[str, Any] = {"eps": eps, "bias": bias, "residual": residual, "kind": kind}
+    args = norm_arguments(out, x, weight, **options)
+    if args is None or not x.numel() or not x.is_cuda or not group.all_reduce_norm(args):
+        all_reduce(x, group)
+        norm(out, x, weight, **options)

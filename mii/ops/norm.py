@@ -13,6 +13,8 @@ Hinton, 2016 (LayerNorm).
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 
 from mii.ops import abi, native
@@ -45,29 +47,49 @@ def norm(
         ValueError: shapes or dtypes that do not fit together, a bias without abi.LAYER, an x_weight without what it
             needs.
     """
+    library = native.library(x.device)
+    args = norm_arguments(out, x, weight, eps=eps, bias=bias, residual=residual, kind=kind, x_weight=x_weight)
+    if (
+        library is not None
+        and args is not None
+        and library.has("mii_norm")
+        and library.call("mii_norm", args, native.stream(x.device))
+    ):
+        return
+    norm_reference(out, x, weight, eps=eps, bias=bias, residual=residual, kind=kind, x_weight=x_weight)
+
+
+def norm_arguments(
+    out: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    *,
+    eps: float,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+    kind: int = abi.RMS,
+    x_weight: torch.Tensor | None = None,
+) -> ctypes.Structure | None:
+    """The arguments of `norm`, checked, as a struct; None: a dtype that kernels do not have."""
     _check(x if out is None else out, x, weight, bias, residual, kind)
     _check_x_weight(out, x, residual, kind, x_weight)
-    library = native.library(x.device)
-    dtype = abi.DTYPE_CODES.get(x.dtype)
-    if library is not None and dtype is not None and library.has("mii_norm"):
-        args = abi.MiiNorm(
-            native.pointer(out),
-            x.data_ptr(),
-            native.pointer(residual),
-            native.pointer(weight),
-            native.pointer(bias),
-            native.pointer(x_weight),
-            x.shape[0],
-            x.shape[1],
-            x.stride(0),
-            0 if out is None else out.stride(0),
-            eps,
-            kind,
-            dtype,
-        )
-        if library.call("mii_norm", args, native.stream(x.device)):
-            return
-    norm_reference(out, x, weight, eps=eps, bias=bias, residual=residual, kind=kind, x_weight=x_weight)
+    if x.dtype not in abi.DTYPE_CODES:
+        return None
+    return abi.MiiNorm(
+        native.pointer(out),
+        x.data_ptr(),
+        native.pointer(residual),
+        native.pointer(weight),
+        native.pointer(bias),
+        native.pointer(x_weight),
+        x.shape[0],
+        x.shape[1],
+        x.stride(0),
+        0 if out is None else out.stride(0),
+        eps,
+        kind,
+        abi.DTYPE_CODES[x.dtype],
+    )
 
 
 def _check(

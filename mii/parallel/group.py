@@ -1,16 +1,21 @@
-"""The numbers that ranks exchange within a step: sums and gathers by torch.distributed (gloo on CPUs, NCCL on GPUs)."""
+"""The numbers that ranks exchange within a step: sums and gathers in memory that the ranks of one host share, and by
+torch.distributed (gloo on CPUs, NCCL on GPUs).
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 
 from mii.ops import native
+from mii.parallel.meeting import meet, this_machine
+from mii.parallel.peers import open_peers
 
 STEP_SECONDS = 6.0
 """How long a rank waits for the others within a step before it takes them for dead."""
@@ -28,37 +33,53 @@ class Group:
 
     def __init__(self, store: Any, rank: int, size: int, device: torch.device) -> None:
         self.rank, self.size = rank, size
-        self.is_local = len(set(meet(store, rank, size, "machine", _machine()))) == 1
+        self.is_local = len(set(meet(store, rank, size, "machine", this_machine()))) == 1
         """Whether all ranks are on this machine."""
+        self._store, self._peers = PrefixStore("peers", store), None
+        if device.type == "cuda":
+            self._peers = open_peers(self._store, rank, size, device, self.is_local)
         self._ranks = _nccl(store, rank, size) if device.type == "cuda" else _gloo(store, rank, size, self.is_local)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the device for what ranks exchange, as far as this object took them."""
+        return 0 if self._peers is None else self._peers.num_bytes
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sums a tensor over the ranks, in place."""
-        native.aside(lambda: self._ranks.allreduce([tensor]).wait())
+        if self._peers is None or not self._peers.all_reduce(tensor):
+            native.aside(lambda: self._ranks.allreduce([tensor]).wait())
+
+    def all_reduce_norm(self, norm: ctypes.Structure) -> bool:
+        """See `mii.ops.all_reduce.Group`."""
+        return self._peers is not None and self._peers.all_reduce_norm(norm)
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Every rank's tensor, [size, *shape], in the order of the ranks."""
-        gathered = tensor.new_empty((self.size, *tensor.shape))
-        self._ranks.allgather([list(gathered.unbind())], [tensor.contiguous()]).wait()
+        tensor, gathered = tensor.contiguous(), tensor.new_empty((self.size, *tensor.shape))
+        if self._peers is None or not self._peers.all_gather(gathered, tensor):
+            self._ranks.allgather([list(gathered.unbind())], [tensor]).wait()
         return gathered
 
+    def wait(self, event: torch.cuda.Event) -> None:
+        """Until an event on the device.
+
+        Raises:
+            GenerationError: a rank has sent nothing for too long.
+        """
+        if self._peers is None:
+            event.synchronize()
+        else:
+            self._peers.wait(event)
+
     def close(self) -> None:
-        """Gives the connections back."""
+        """Gives connections and memory back."""
         ranks, self._ranks = self._ranks, None
+        peers, self._peers = self._peers, None
+        if peers is not None:
+            peers.close(self._store)
         if ranks is not None:
             ranks.shutdown()
-
-
-def meet(store: Any, rank: int, size: int, name: str, mine: str) -> list[str]:
-    """What every rank says under a name, once all have said it."""
-    store.set(f"{name}-{rank}", mine)
-    return [store.get(f"{name}-{other}").decode() for other in range(size)]
-
-
-def _machine() -> str:
-    """Machines are told apart by their kernels, and containers on one by the namespaces that matter here."""
-    namespaces = [os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("net", "pid", "ipc")]
-    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {namespaces}"
 
 
 def _gloo(store: Any, rank: int, size: int, is_local: bool) -> Any:

@@ -15,7 +15,8 @@ from mii.errors import LauncherError
 from mii.parallel.channel import FirstChannel, OtherChannel
 from mii.parallel.engines import FirstEngine, OtherEngine
 from mii.parallel.environment import told_by_first
-from mii.parallel.group import Group, meet
+from mii.parallel.group import Group
+from mii.parallel.meeting import meet
 from mii.parallel.messages import Hello
 
 if TYPE_CHECKING:

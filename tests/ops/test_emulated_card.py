@@ -21,7 +21,7 @@ def run(name: str, folder: Path, *headers: Path) -> str:
     emulated = (*headers, HERE / "emulation")  # come before the kernels' own
     folders = [f"-I{folder}" for folder in (*emulated, ROOT / "csrc" / "include")]
     source = str(HERE / "emulation" / f"{name}.cpp")
-    subprocess.run([compiler, "-std=c++17", "-O1", "-w", *folders, source, "-o", str(program)], check=True, timeout=120)
+    subprocess.run([compiler, "-std=c++17", "-O1", "-w", "-pthread", *folders, source, "-o", str(program)], check=True, timeout=120)
     result = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout
     return result.stdout
@@ -37,3 +37,7 @@ def test_the_experts_products_are_right_in_any_order_of_threads_and_copies(tmp_p
 
 def test_norms_of_branches_are_right_in_each_way_that_a_row_is_held(tmp_path: Path) -> None:
     assert run("norm", tmp_path, HERE / "emulation" / "cuda").count("right") >= 100
+
+
+def test_cards_add_up_right_whatever_word_comes_first(tmp_path: Path) -> None:
+    assert run("all_reduce", tmp_path, HERE / "emulation" / "cuda").count("right") == 6

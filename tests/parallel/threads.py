@@ -23,17 +23,13 @@ from tests.oracle import small_config
 T = TypeVar("T")
 
 
-def on_ranks(size: int, work: Callable[[Group], T]) -> list[T]:
-    """What `work` returns on each of `size` ranks; raises what the first of them that failed raised."""
-    store, results, errors = dist.HashStore(), {}, {}
+def on_threads(size: int, work: Callable[[int], T]) -> list[T]:
+    """What `work` returns for each of `size` ranks; raises what the first of them that failed raised."""
+    results, errors = {}, {}
 
     def run(rank: int) -> None:
         try:
-            group = Group(dist.PrefixStore("test", store), rank, size, torch.device("cpu"))
-            try:
-                results[rank] = work(group)
-            finally:
-                group.close()
+            results[rank] = work(rank)
         except BaseException as error:
             errors[rank] = error
 
@@ -45,6 +41,20 @@ def on_ranks(size: int, work: Callable[[Group], T]) -> list[T]:
     for error in errors.values():
         raise error
     return [results[rank] for rank in range(size)]
+
+
+def on_ranks(size: int, work: Callable[[Group], T]) -> list[T]:
+    """What `work` returns on each of `size` ranks; raises what the first of them that failed raised."""
+    store = dist.HashStore()
+
+    def run(rank: int) -> T:
+        group = Group(dist.PrefixStore("test", store), rank, size, torch.device("cpu"))
+        try:
+            return work(group)
+        finally:
+            group.close()
+
+    return on_threads(size, run)
 
 
 @contextmanager

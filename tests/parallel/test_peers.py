@@ -1,0 +1,103 @@
+"""How ranks come to share the memory of their GPUs, or do without; what they add up in it is in tests/gpu."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from mii.logging import logger
+from mii.ops import native
+from mii.parallel import peers
+from mii.parallel.peers import PeerMemory, open_peers
+from tests.parallel.threads import on_threads
+
+
+class Memory(PeerMemory):
+    """Without a GPU: what is done with it is written down."""
+
+    fails_to = ""
+
+    def __init__(self, rank: int, size: int, device: torch.device) -> None:
+        self.rank, self.size, self.device, self.num_bytes = rank, size, device, 0
+        self.done: list[str] = []
+        made.append(self)
+
+    @property
+    def handle(self) -> str:
+        return f"handle of {self.rank}"
+
+    def open(self, handles: list[str]) -> None:
+        self._do("open")
+        assert handles == [f"handle of {rank}" for rank in range(self.size)]
+
+    def try_out(self) -> None:
+        self._do("try out")
+
+    def close(self, store: object) -> None:
+        self.done.append("close")
+
+    def _do(self, what: str) -> None:
+        self.done.append(what)
+        if self.rank == 1 and what == self.fails_to:
+            raise native.NativeError("CUDA error 217 (peer access is not supported between these two devices)")
+
+
+made: list[Memory] = []
+
+
+@pytest.fixture(autouse=True)
+def without_gpus(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
+    made.clear()
+    monkeypatch.setattr(peers, "ASKED_FOR", True)
+    monkeypatch.setattr(peers, "PeerMemory", Memory)
+    logger.addHandler(caplog.handler)
+    yield
+    logger.removeHandler(caplog.handler)
+
+
+def opened(size: int, is_local: bool = True) -> list[PeerMemory | None]:
+    store = dist.HashStore()
+    return on_threads(size, lambda rank: open_peers(store, rank, size, torch.device("cpu"), is_local))
+
+
+def test_all_ranks_open_and_try_each_others_memory(caplog: pytest.LogCaptureFixture) -> None:
+    assert {memory.rank for memory in opened(3) if memory is not None} == {0, 1, 2}
+    assert all(memory.done == ["open", "try out"] for memory in made)
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize("what", ["open", "try out"])
+def test_what_one_rank_cannot_do_none_does_and_it_is_said_once(
+    what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Memory, "fails_to", what)
+    assert opened(3) == [None, None, None]
+    assert all(memory.done[-1] == "close" for memory in made)
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "NCCL adds up what the ranks compute (rank 1: CUDA error 217 (peer access is not supported" in warning
+
+
+def test_a_rank_without_memory_keeps_the_others_from_waiting(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(peers, "PeerMemory", PeerMemory)  # the real one, for which there is no GPU here
+    assert opened(2) == [None, None]
+    assert "NCCL adds up" in caplog.text
+
+
+@pytest.mark.parametrize(("size", "is_local", "said"), [(9, True, "9 ranks"), (2, False, "2 ranks on several hosts")])
+def test_groups_that_are_too_large_or_too_far_apart_do_without(
+    size: int, is_local: bool, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert opened(size, is_local) == [None] * size
+    assert f"({said})" in caplog.text
+
+
+def test_nothing_is_said_where_nobody_asked(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(peers, "ASKED_FOR", False)
+    assert opened(2) == [None, None]
+    assert not made
+    assert not caplog.records
