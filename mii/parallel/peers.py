@@ -139,7 +139,8 @@ class PeerMemory:
         """Gives the memory back, once all ranks have closed it. A rank that is gone leaves it to the process's end."""
         for other in range(self.size):
             if other != self.rank and self._memory[other]:
-                self._act(abi.PEER_CLOSE, other)
+                with suppress(native.NativeError):  # of a process that has died
+                    self._act(abi.PEER_CLOSE, other)
                 self._memory[other] = None
         with suppress(Exception):  # the store may be gone with the rank that had it
             store.set(f"closed-{self.rank}", "")
