@@ -19,7 +19,6 @@ import mii
 from mii.backend.cpus import cores_by_place, split_cores
 from mii.config import MIIConfig
 from mii.config.placement import local_gpu_count
-from mii.errors import UnsupportedFeatureError
 from mii.launch.folder import DeploymentFolder
 from mii.launch.remote import check_launcher
 from mii.launch.state import BALANCER, GATEWAY, Machine, Plan, Spec, engine_role, front_role
@@ -62,13 +61,10 @@ def make_plan(
             processes.extend(_engine(folder, index, rank, *where) for rank, where in enumerate(ranks))
         else:
             check_launcher(config, replica.hostname)
-            if config.model_conf.tensor_parallel > 1:
-                raise UnsupportedFeatureError(
-                    f"replica {index} is on host {replica.hostname!r} with tensor_parallel="
-                    f"{config.model_conf.tensor_parallel}: replicas on other hosts have one process; use 1"
-                )
-            roles = (front_role(index), engine_role(index))
-            processes.extend(_python(folder, "remote", role, no_gpu, index) for role in roles)
+            processes.append(_python(folder, "remote", front_role(index), no_gpu, index))
+            processes.extend(
+                _engine(folder, index, rank, no_gpu, (), "remote") for rank in range(config.model_conf.tensor_parallel)
+            )
     if config.enable_restful_api:
         processes.append(_python(folder, "gateway", GATEWAY, no_gpu))
     processes = [msgspec.structs.replace(spec, command=[machine.python, *spec.command[1:]]) for spec in processes]
@@ -100,9 +96,14 @@ _Place: TypeAlias = tuple[dict[str, str | None], list[int]]
 
 
 def _engine(
-    folder: DeploymentFolder, replica: int, rank: int, environment: dict[str, str | None], cores: Sequence[int]
+    folder: DeploymentFolder,
+    replica: int,
+    rank: int,
+    environment: dict[str, str | None],
+    cores: Sequence[int],
+    module: str = "engine",
 ) -> Spec:
-    spec = _python(folder, "engine", engine_role(replica, rank), environment, replica, cores)
+    spec = _python(folder, module, engine_role(replica, rank), environment, replica, cores)
     return msgspec.structs.replace(spec, group=engine_role(replica))
 
 

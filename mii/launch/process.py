@@ -40,10 +40,23 @@ from mii.logging import logger
 if TYPE_CHECKING:
     from mii.config import MIIConfig, ModelConfig, ReplicaConfig
 
-__all__ = ["CONTROL_ENV", "Failed", "Message", "Process", "Progress", "Ready", "StopWanted", "decode_message"]
+__all__ = [
+    "CONTROL_ENV",
+    "RELAYED",
+    "RELAY_MARK",
+    "Failed",
+    "Message",
+    "Process",
+    "Progress",
+    "Ready",
+    "StopWanted",
+    "decode_message",
+]
 
-# "<pid of the supervisor>:<file descriptor to write to>"
+# "<pid of the supervisor>:<file descriptor to write to>", or RELAYED
 CONTROL_ENV = "MII_SUPERVISOR"
+# On another host: lines go to standard output behind a mark, and whoever reads that hands them on.
+RELAYED, RELAY_MARK = "relayed", "mii-says "
 _LONGEST_TEXT = 900  # characters; a line stays under PIPE_BUF (4096 bytes), so threads cannot mix theirs
 _REPORT_SECONDS = 0.05
 _CPU_MEMORY_FRACTION = 0.8  # of what is free, for all replicas together
@@ -110,7 +123,7 @@ class Process:
         self.stop_fd, self._stop_write_fd = os.pipe()
         """Readable from the moment that a stop is requested: for a poll or an event loop. Never read from it."""
         os.set_blocking(self._stop_write_fd, False)
-        self._control_fd = _bind_to_supervisor()
+        self._control_fd, self._mark = _bind_to_supervisor()
         self._stage, self._reported_at = "", 0.0
 
     @classmethod
@@ -148,7 +161,11 @@ class Process:
 
         model = self.config.model_conf
         changes: dict[str, object] = {"device_map": DEVICE_MAP_DEFAULT, "progress": True}
-        sharing = sum(replica.is_local for replica in model.replica_configs)
+        mine = self.replica_config
+        sharing = sum(
+            replica.hostname == mine.hostname or (replica.is_local and mine.is_local)
+            for replica in model.replica_configs
+        )
         if sharing > 1 and os.environ.get("CUDA_VISIBLE_DEVICES") == "":
             whole = model.memory_fraction if "memory_fraction" in model.model_fields_set else _CPU_MEMORY_FRACTION
             changes["memory_fraction"] = whole / sharing
@@ -157,7 +174,7 @@ class Process:
     @property
     def listen_host(self) -> str:
         """The address that a front listens on: this machine's own unless the load balancer is on another one."""
-        return "127.0.0.1" if self.replica_config.is_local else "0.0.0.0"
+        return "127.0.0.1" if self.replica_config.is_local and not self._mark else "0.0.0.0"
 
     @cached_property
     def token(self) -> str:
@@ -242,7 +259,7 @@ class Process:
             logger.info("%s: %s", self.role, message)
             return
         with contextlib.suppress(OSError):  # the supervisor is gone, and so is this process in a moment
-            os.write(self._control_fd, _encode(message) + b"\n")
+            os.write(self._control_fd, self._mark + _encode(message) + b"\n")
 
 
 def _resolve(future: asyncio.Future[None]) -> None:
@@ -263,15 +280,19 @@ def _sentence(error: Exception) -> str:
     return text if isinstance(error, MIIError) else f"{type(error).__name__}: {text}"
 
 
-def _bind_to_supervisor() -> int | None:
-    """Makes the kernel kill this process when its supervisor dies. Returns the file descriptor to report to."""
+def _bind_to_supervisor() -> tuple[int | None, bytes]:
+    """Makes the kernel kill this process when its supervisor dies. Returns the file descriptor to report to, and what
+    each line begins with.
+    """
     control = os.environ.pop(CONTROL_ENV, None)
     if control is None:
-        return None
+        return None, b""
+    if control == RELAYED:
+        return os.dup(sys.stdout.fileno()), RELAY_MARK.encode()
     parent, descriptor = (int(part) for part in control.split(":"))
     if ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) was refused")
     if os.getppid() != parent:  # it died before the call above
         os._exit(1)
     os.set_inheritable(descriptor, False)
-    return descriptor
+    return descriptor, b""

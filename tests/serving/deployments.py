@@ -60,7 +60,8 @@ def nothing_left(cache: Path, temporary: Path) -> Iterator[None]:
     finally:
         for pid in processes_of(cache):
             os.kill(pid, 9)
-    assert [str(path) for path in temporary.iterdir()] == []
+    kept = [str(path) for path in temporary.rglob("*")]
+    assert kept == [], kept
     wait_until(lambda: set(zombies()) <= before)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -16,6 +17,7 @@ from mii.config import MIIConfig
 from mii.config.registry import deployment_folder
 from mii.errors import DeploymentError
 from mii.launch import remote
+from mii.launch.process import Process
 from tests.serving.deployments import pid_of, processes_of, wait_until
 
 # Like the real one it goes on until its process ends and fails when that fails; and it must never be told to end.
@@ -28,13 +30,19 @@ sys.exit(abs(child.wait()))
 """
 
 
+SSH = """#!/bin/sh
+for last; do :; done
+exec sh -c "$last"
+"""
+
+
 @pytest.fixture
 def other_host(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """An address of this machine that no config takes for this machine, and programs that seem to reach it."""
     programs = tmp_path / "programs"
     programs.mkdir()
     for name in ("deepspeed", "ssh", "pdsh"):
-        (programs / name).write_text(LAUNCHER.format(python=sys.executable))
+        (programs / name).write_text(SSH if name == "ssh" else LAUNCHER.format(python=sys.executable))
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     (tmp_path / "hosts").write_text("127.0.0.2 slots=1\n")
@@ -70,7 +78,7 @@ def test_it_answers_comes_back_when_it_dies_and_ends(other_host: str, tiny_llama
 
 def test_a_process_that_fails_there_fails_here(other_host: str, tmp_path: Path, cache: Path) -> None:
     (tmp_path / "model").mkdir()
-    with pytest.raises(DeploymentError, match=r"the launcher of host '127\.0\.0\.2' ended with exit code 1"):
+    with pytest.raises(DeploymentError, match=r"on host '127\.0\.0\.2': .* has no (config\.json|weights|tokenizer)"):
         MIIServer(config(tmp_path / "model", other_host))
     wait_until(lambda: not processes_of(cache))
 
@@ -79,7 +87,9 @@ def test_the_script_for_the_other_host_is_in_the_deployments_folder(cache: Path,
     folder = deployment_folder("demo")
     folder.path.mkdir(parents=True)
     folder.create()
-    path = Path(remote.write_script(folder, "replica-3-front", tmp_path / "sign"))
+    config_file = {"model_config": {"model_name_or_path": "m", "replica_configs": [{"tensor_parallel_ports": [1]}]}}
+    folder.config_file.write_text(json.dumps(config_file))
+    path = Path(remote.write_script(Process(folder.path, "replica-0-front"), tmp_path / "sign"))
     assert path.parent == folder.path
     compile(path.read_text(), str(path), "exec")
     folder.remove()
