@@ -18,7 +18,7 @@ from mii.config.registry import deployment_folder
 from mii.errors import DeploymentError
 from mii.launch import remote
 from mii.launch.process import Process
-from tests.serving.deployments import pid_of, processes_of, wait_until
+from tests.serving.deployments import free_port, pid_of, processes_of, wait_until
 
 # Like the real one it goes on until its process ends and fails when that fails; and it must never be told to end.
 LAUNCHER = """#!{python}
@@ -50,7 +50,7 @@ def other_host(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def config(model: Path, hostfile: str, **options: Any) -> MIIConfig:
-    options = {"deployment_name": "demo", "hostfile": hostfile, **options}
+    options = {"deployment_name": "demo", "hostfile": hostfile, "port_number": free_port(), **options}
     return MIIConfig(model_config={"model_name_or_path": model, "device": "cpu", "progress": False}, **options)
 
 
