@@ -151,6 +151,17 @@ def serve_config(
     return config
 
 
+def balance_config(model: str, replica_addresses: list[str], **kwargs: Any) -> MIIConfig:
+    """The config of a load balancer over replicas that others run.
+
+    Args:
+        model: its name, as callers give it; no file is read.
+        replica_addresses: see `MIIConfig`.
+        **kwargs: options of `MIIConfig`.
+    """
+    return _parse_kwargs_to_mii_config(model, mii_config={"replica_addresses": replica_addresses}, **kwargs)
+
+
 def client(model_or_deployment_name: str) -> MIIClient:
     """A client of a deployment that runs on this machine, whoever started it under the same user.
 

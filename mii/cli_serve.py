@@ -1,4 +1,4 @@
-"""`mii serve`, `mii list`, `mii health`, `mii scale` and `mii stop`: deployments from a shell."""
+"""`mii serve`, `mii balance`, `mii list`, `mii health`, `mii scale` and `mii stop`: deployments from a shell."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ EXAMPLES = """examples:
   mii serve path/to/model --name demo --http
   mii serve path/to/model --replicas 2 --detach
   mii serve path/to/model --device-map '[[0, 1], [2, 3]]' --tensor-parallel 2
+  mii serve path/to/model --replica-only --host 0.0.0.0
+"""
+BALANCE_EXAMPLES = """examples:
+  mii balance org/model --replicas 10.0.0.7:50050,10.0.0.8:50050 --http
+  mii balance org/model --replicas mii-replicas.default.svc:50050 --http --http-host 0.0.0.0
 """
 _COLUMNS = ("NAME", "STAGE", "REPLICAS", "MODEL", "GRPC", "HTTP", "UP", "RESTARTS")
 _MINUTE, _HOUR, _DAY = 60, 3600, 86400
@@ -37,6 +42,27 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser], 
     )
     _add_serve_options(serve)
     finish(serve, run_serve)
+    balance = commands.add_parser(
+        "balance",
+        help="answer requests by replicas that others run, until Ctrl-C",
+        description="Starts a load balancer, with HTTP where asked for, over replicas that others run: 'mii serve "
+        "--replica-only' on other machines or in pods. It needs no files of the model.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=BALANCE_EXAMPLES,
+    )
+    balance.add_argument("model", metavar="MODEL", help="what the replicas run, as callers name it")
+    balance.add_argument(
+        "--replicas",
+        dest="addresses",
+        metavar="HOST:PORT,...",
+        type=lambda text: text.split(","),
+        required=True,
+        help="where the replicas are; a name with several addresses stands for all of them, and is looked up again "
+        "and again",
+    )
+    _add_running_options(balance)
+    _add_address_options(balance)
+    finish(balance, run_serve)
     listing = commands.add_parser("list", help="list deployments", description="Lists your deployments here.")
     listing.add_argument("--json", action="store_true", help="write JSON")
     finish(listing, run_list)
@@ -63,20 +89,34 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser], 
     finish(stop, run_stop)
 
 
-def _add_serve_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder, .gguf file or hub id")
+def _add_running_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", metavar="NAME", help="name for mii.client and mii stop (default: from the model)")
     parser.add_argument("--detach", action="store_true", help="return when it is ready; mii stop ends it")
     parser.add_argument(
         "--progress", action=argparse.BooleanOptionalAction, help="how far the start is (default: show it)"
     )
+
+
+def _add_address_options(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("addresses")
     where.add_argument("--host", help="address that gRPC listens on (default: 127.0.0.1)")
     where.add_argument("--port", type=int, metavar="N", help="gRPC port (default: 50050, or the next free one)")
     where.add_argument("--http", action="store_true", default=None, help="answer HTTP too")
     where.add_argument("--http-host", metavar="HOST", help="address that HTTP listens on (default: localhost)")
     where.add_argument("--http-port", type=int, metavar="N", help="HTTP port (default: 28080, or the next free one)")
+
+
+def _add_serve_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder, .gguf file or hub id")
+    _add_running_options(parser)
+    _add_address_options(parser)
     placement = parser.add_argument_group("replicas")
+    placement.add_argument(
+        "--replica-only",
+        action="store_true",
+        default=None,
+        help="one replica and no load balancer, which 'mii balance' is elsewhere",
+    )
     placement.add_argument("--replicas", type=int, metavar="N", help="copies of the model (default: 1)")
     placement.add_argument("--tensor-parallel", type=int, metavar="N", help="devices of each copy (default: 1)")
     placement.add_argument("--device-map", type=_json, metavar="JSON", help="devices of each copy, as [[0], [1]]")
@@ -88,10 +128,11 @@ def _add_serve_options(parser: argparse.ArgumentParser) -> None:
 
 def run_serve(args: argparse.Namespace) -> int:
     """Starts a deployment and, unless it is detached, stays until its end."""
-    from mii.api import serve_config
+    from mii.api import balance_config, serve_config
     from mii.backend import MIIServer
 
-    config = serve_config(args.model, **_options(args))
+    make_config = balance_config if "addresses" in args else serve_config
+    config = make_config(args.model, **_options(args))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     server = MIIServer(config, attached=not args.detach)
     if args.detach:
@@ -158,6 +199,10 @@ def run_stop(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
+    if "addresses" in args:
+        of_the_model: dict[str, Any] = {"replica_addresses": args.addresses}
+    else:
+        of_the_model = _replica_options(args) | model_options(args)
     named = {
         "deployment_name": args.name,
         "host": args.host,
@@ -165,13 +210,19 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
         "enable_restful_api": args.http or (True if args.http_port or args.http_host else None),
         "restful_api_host": args.http_host,
         "restful_api_port": args.http_port,
+    }
+    return {name: value for name, value in (named | of_the_model).items() if value is not None}
+
+
+def _replica_options(args: argparse.Namespace) -> dict[str, Any]:
+    return {
         "replica_num": args.replicas,
+        "replica_only": args.replica_only,
         "tensor_parallel": args.tensor_parallel,
         "device_map": args.device_map,
         "hostfile": args.hostfile,
         "max_length": args.max_length,
     }
-    return {name: value for name, value in named.items() if value is not None} | model_options(args)
 
 
 def _json(text: str) -> Any:
@@ -207,7 +258,8 @@ def _as_json(status: Status) -> dict[str, Any]:
 
 def _replicas(status: Status) -> str:
     """How many there are, and how many of them are ready where not all are."""
-    count, unready = len(status.config.model_conf.replica_configs), set()
+    config, unready = status.config, set()
+    count = len(config.replica_addresses) or len(config.model_conf.replica_configs)
     for process in status.state.processes if status.state else ():
         kind, _, rest = process.role.partition("-")
         if kind == "replica" and process.stage != "ready":

@@ -53,7 +53,7 @@ def make_plan(
     """
     machine = machine or this_machine()
     no_gpu: dict[str, str | None] = {_VISIBLE: ""}  # nothing but an engine ever touches one
-    processes = [_python(folder, "load_balancer", BALANCER, no_gpu)]
+    processes = [] if config.replica_only else [_python(folder, "load_balancer", BALANCER, no_gpu)]
     replicas = zip(config.model_conf.replica_configs, _devices(config, machine), strict=True)
     for index, (replica, ranks) in enumerate(replicas):
         if replica.is_local:

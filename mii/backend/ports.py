@@ -42,7 +42,7 @@ def choose_ports(config: MIIConfig, reserved: Collection[int] = ()) -> MIIConfig
     used = {config.port_number}
     for index, replica in enumerate(config.model_conf.replica_configs):
         _check_replica(replica, index, config.model_conf.tensor_parallel)
-        if replica.is_local:
+        if replica.is_local and not config.replica_only:
             _settle_replica(replica, index, asked_replicas, free, used)
     if config.enable_restful_api:
         if "restful_api_port" in config.model_fields_set:
@@ -180,7 +180,7 @@ def _check_replica(replica: ReplicaConfig, index: int, tensor_parallel: int) -> 
 
 
 def _named(config: MIIConfig) -> dict[str, int]:
-    named = {"port_number": config.port_number}
+    named = {} if config.replica_only else {"port_number": config.port_number}
     if config.enable_restful_api:
         named["restful_api_port"] = config.restful_api_port
     return named

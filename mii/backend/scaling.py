@@ -124,6 +124,8 @@ class _Request:
         """As the deployment was started."""
         if self._status.stage != "running":
             raise self._error(f"it is {self._status.stage}; replicas can be added and taken away while it is running")
+        if self._status.config.replica_only or self._status.config.replica_addresses:
+            raise self._error("its replicas are run by others, or it is one of those; add and take them away there")
         plan = read_plan(self._folder.plan_file)
         version = plan.machine.version if plan.machine else "another version"
         if version != mii.__version__:

@@ -82,6 +82,14 @@ class MIIConfig(ConfigModel):
         min_length=1,
         description="command that starts processes on other hosts, such as 'deepspeed --launcher slurm'",
     )
+    replica_only: bool = Field(
+        default=False, description="one replica and no load balancer: it answers on `host` and `port_number` itself"
+    )
+    replica_addresses: list[str] = Field(
+        default=[],
+        description="replicas that others run, as 'host:port'; a name with several addresses is all of them, and is "
+        "looked up again and again. The deployment is then a load balancer, and starts no engine",
+    )
     drain_seconds: Number = Field(
         default=SERVER_STOP_GRACE_SECONDS,
         ge=0,
@@ -112,12 +120,27 @@ class MIIConfig(ConfigModel):
             raise ValueError("a model inside your own process is mii.pipeline(...), not mii.serve(...)")
         return value
 
+    @field_validator("replica_addresses")
+    @classmethod
+    def _addresses_have_ports(cls, value: list[str]) -> list[str]:
+        for address in value:
+            host, _, port = address.rpartition(":")
+            if not host or not port.isdigit() or not 0 < int(port) <= 65535:
+                raise ValueError(f"{address!r} is no address of a replica; give host:port, as in 10.0.0.7:50050")
+        return value
+
     def check_together(self) -> None:
         if not self.deployment_name:
             self.__dict__["deployment_name"] = default_deployment_name(self.model_conf.model_name_or_path)
         if len(quote(self.deployment_name, safe="")) > _LONGEST_NAME:
             raise ValueError(
                 f"deployment_name={self.deployment_name[:40]!r}... is too long for a file name; shorten it"
+            )
+        if self.replica_only and self.model_conf.replica_num > 1:
+            raise ValueError(f"replica_only is one replica and replica_num is {self.model_conf.replica_num}; use 1")
+        if self.replica_only and (self.enable_restful_api or self.replica_addresses):
+            raise ValueError(
+                "replica_only starts neither HTTP nor a load balancer; 'mii balance' does, here or on another machine"
             )
         if self.enable_restful_api and self.restful_api_port == self.port_number:
             raise ValueError(f"port_number and restful_api_port are both {self.port_number}; give them different ports")
@@ -130,14 +153,14 @@ class MIIConfig(ConfigModel):
             HostfileError: the hostfile is missing, empty or malformed.
         """
         model = self.model_conf
-        if not model.replica_configs:
+        if not model.replica_configs and not self.replica_addresses:
             slots = available_slots(self.hostfile, model, os.environ.get("CUDA_VISIBLE_DEVICES"))
             model.replica_configs = make_replica_configs(
                 model,
-                self.port_number,
+                self.port_number - self.replica_only,  # alone, a replica has the deployment's port
                 place_replicas(model.device_map, slots, model.replica_num, model.tensor_parallel),
             )
-        named = {"port_number": [self.port_number]}
+        named = {} if self.replica_only else {"port_number": [self.port_number]}
         if self.enable_restful_api:
             named["restful_api_port"] = [self.restful_api_port]
         check_ports(named, model.replica_configs)

@@ -2,7 +2,8 @@
 
 POST /mii/<deployment name>     {"prompts": ..., "max_new_tokens": ...}; with "stream": true as server-sent events
 POST /v1/...                    what the `openai` package asks for
-GET /healthz, /health           200 where an engine answers, 503 where none does
+GET /healthz, /health           200 where an engine answers, 503 where none does; for readiness
+GET /livez                      200 where this process answers; for liveness
 GET /metrics                    for Prometheus
 POST /terminate                 ends the deployment; with its token as "Authorization: Bearer TOKEN"
 """

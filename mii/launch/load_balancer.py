@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
-from mii.launch.folder import DeploymentFolder
+from mii.launch.addresses import end, follow_addresses
 from mii.launch.loop import run
 from mii.launch.process import Process
 
@@ -36,7 +37,7 @@ async def serve(process: Process) -> None:
         terminate=process.stop_deployment,
     )
     port = await server.start(address_of(config.host, config.port_number))
-    changes = await _follow(process.folder, server)
+    changes = await _follow(process, server)
     # What was made so far stays; without it in the collector's sight a collection is short.
     gc.collect()
     gc.freeze()
@@ -44,16 +45,22 @@ async def serve(process: Process) -> None:
     await server.wait_ready()
     process.ready(grpc=port)
     await process.stopping()
-    changes.close()
+    await changes.aclose()
     await server.stop(process.drain_seconds)
 
 
-async def _follow(folder: DeploymentFolder, server: BalancerServer) -> asyncio.Server:
-    """Takes in which replicas there are, now and whenever somebody connects to the deployment's socket for it."""
+async def _follow(process: Process, server: BalancerServer) -> AsyncExitStack:
+    """Takes in which replicas there are, now and whenever it changes, until what is returned is closed."""
     from mii.config import MIIConfig
 
+    stack = AsyncExitStack()
+    if process.config.replica_addresses:
+        looking = asyncio.ensure_future(follow_addresses(process.config.replica_addresses, server.set_replicas))
+        stack.push_async_callback(end, looking)
+        return stack
+
     def look() -> None:
-        config = MIIConfig.model_validate_json(folder.config_file.read_bytes())
+        config = MIIConfig.model_validate_json(process.folder.config_file.read_bytes())
         server.set_replicas([replica.address for replica in config.model_conf.replica_configs])
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -62,11 +69,11 @@ async def _follow(folder: DeploymentFolder, server: BalancerServer) -> asyncio.S
         writer.write(b"x")
         writer.close()
 
-    path = folder.balancer_socket
+    path = process.folder.balancer_socket
     path.unlink(missing_ok=True)  # of an earlier load balancer
-    listener = await asyncio.start_unix_server(answer, path)
+    stack.callback((await asyncio.start_unix_server(answer, path)).close)
     look()
-    return listener
+    return stack
 
 
 if __name__ == "__main__":

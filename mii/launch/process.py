@@ -174,6 +174,8 @@ class Process:
     @property
     def listen_host(self) -> str:
         """The address that a front listens on: this machine's own unless the load balancer is on another one."""
+        if self.config.replica_only:
+            return self.config.host
         return "127.0.0.1" if self.replica_config.is_local and not self._mark else "0.0.0.0"
 
     @cached_property

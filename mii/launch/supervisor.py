@@ -40,6 +40,7 @@ from mii.launch.state import (
     Running,
     Scale,
     State,
+    front_role,
     read_plan,
     write_private,
 )
@@ -304,6 +305,8 @@ class Supervisor:
         self._state.stage = "stopping"
         self.save()
         doors = [child for child in self.children if child.spec.role in (GATEWAY, BALANCER)]
+        if not doors:  # a replica alone
+            doors = [child for child in self.children if child.spec.role == front_role(0)]
         rest = [child for child in self.children if child not in doors]
         if draining:
             self._end(doors, self.plan.drain_seconds + _KILL_SECONDS)

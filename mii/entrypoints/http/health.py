@@ -1,4 +1,4 @@
-"""Health routes that ask the engines."""
+"""Health routes: of this process, and of the engines behind it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ __all__ = ["add_health"]
 
 
 def add_health(app: FastAPI, service: HttpService) -> None:
-    """Adds ``/health``, which says more, and ``/healthz``, which says "ok". Both are 503 where no engine answers."""
+    """Adds ``/health``, which says more, and ``/healthz``, which says "ok". Both are 503 where no engine answers; and
+    ``/livez``, which says only that this process answers, whatever it has behind it.
+    """
+
+    @app.get("/livez")
+    async def livez() -> Response:
+        return PlainTextResponse("ok")
 
     @app.get("/health")
     async def health() -> Response:
