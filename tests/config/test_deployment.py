@@ -37,6 +37,8 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "port_number": 50050,
         "host": "127.0.0.1",
         "launcher": "deepspeed",
+        "replica_only": False,
+        "replica_addresses": [],
         "drain_seconds": 10,
         "start_seconds": None,
         "max_restarts": 5,
