@@ -61,8 +61,15 @@ def pipeline_speed(model: str, runs: list[list[Job]], device: str) -> float:
         for jobs in runs:
             began = time.perf_counter()
             pipe([job.prompt_ids for job in jobs], max_new_tokens=ANSWER, ignore_eos=True, do_sample=False)
-            best = max(best, len(jobs) * ANSWER / (time.perf_counter() - began))
+            speed = len(jobs) * ANSWER / (time.perf_counter() - began)
+            best = max(best, speed)
+            _tell("without a server", speed)
     return best
+
+
+def _tell(which: str, speed: float) -> None:
+    """A line for each run: they take a while."""
+    print(f"{which}, a run: {speed:,.0f} answer tokens/s", file=sys.stderr, flush=True)
 
 
 def engine_speed(args: argparse.Namespace, runs: list[list[Job]]) -> float:
@@ -114,6 +121,7 @@ async def http_speed(client: MIIClient, runs: list[list[Job]]) -> dict[str, Any]
             ran = await run_load(target, requests, AT_ONCE, exact=True)
             used = {**used_since(before, processor_seconds(NAME)), "generator": ran.processor_seconds}
             found.append({**figures(ran.traces), "processor_s": used})
+            _tell("over HTTP", found[-1]["answer_tokens_per_s"])
     finally:
         await target.close()
     return max(found, key=lambda each: each["answer_tokens_per_s"])

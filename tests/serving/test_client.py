@@ -32,6 +32,7 @@ from mii.errors import (
 )
 from mii.modeling.tokenizers import load_tokenizer
 from tests.serving.clusters import NAME, Cluster, shared_cluster
+from tests.serving.crowd import stand_in_text
 from tests.serving.deployments import wait_until
 from tests.serving.standin import Options, answer
 
@@ -116,6 +117,34 @@ def test_every_way_of_calling_gives_the_same_texts(client: MIIClient, said: Any)
         assert texts() == expected
 
     asyncio.run(run())
+
+
+def test_streams_of_an_event_loop_share_a_call_and_leave_nothing_in_it(client: MIIClient) -> None:
+    async def text_of(prompt: str, **options: Any) -> str:
+        text = ""
+        async for pieces in client.astream(prompt, **{"max_new_tokens": 30, **options}):
+            text += "".join(piece.generated_text for piece in pieces)
+        return text
+
+    async def main() -> None:
+        before = asyncio.all_tasks()
+        for _ in range(2):  # the second time finds that nothing is left of the first
+            prompts = [f"prompt-{number}" for number in range(60)]
+            texts = await asyncio.gather(*map(text_of, prompts))
+            assert texts == [stand_in_text(prompt, 30) for prompt in prompts]
+            assert asyncio.all_tasks() == before
+        long = client.astream("long", max_new_tokens=LONG)
+        await anext(long)
+        with pytest.raises(RequestTimeoutError, match=r"timeout=0\.05 s"):
+            await text_of("late", timeout=0.05, max_new_tokens=LONG)
+        assert await text_of("another") == stand_in_text("another", 30)
+        with pytest.raises(RequestError, match="top_p"):
+            await text_of("wrong", top_p=7)
+        assert await anext(long)
+        await long.aclose()
+        assert asyncio.all_tasks() == before
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize(

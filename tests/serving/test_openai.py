@@ -14,7 +14,7 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from mii.entrypoints.http.settings import ApiKeys
 from mii.entrypoints.openai_api_server import create_app
 from mii.grpc_related.conversations import CHAT
-from tests.serving.fake_backend import HttpFixture, answer_of, serving
+from tests.serving.fake_backend import LONGEST, HttpFixture, answer_of, serving
 
 MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Say hello to me"}]
 KEYS = {"id", "object", "created", "model", "system_fingerprint", "choices"}
@@ -79,6 +79,16 @@ def test_defaults_are_those_of_deepspeed_mii_and_special_tokens_are_dropped(
     assert server.options == expected
     client.chat.completions.create(model="tiny", messages=MESSAGES)
     assert server.options == {**expected, CHAT: {"add_generation_prompt": True}}
+
+
+def test_what_openai_refuses_and_this_takes(client: openai.OpenAI, server: HttpFixture) -> None:
+    no_functions: Any = []
+    chat = client.chat.completions.create(
+        model="tiny", messages=MESSAGES, temperature=9, max_tokens=99_999, functions=no_functions
+    )
+    assert (server.options["temperature"], server.options["max_new_tokens"]) == (9.0, 99_999)
+    assert chat.choices[0].finish_reason == "length" and chat.usage is not None
+    assert chat.usage.completion_tokens == LONGEST
 
 
 def test_every_option_reaches_the_deployment_under_its_own_name(client: openai.OpenAI, server: HttpFixture) -> None:

@@ -13,6 +13,7 @@ from mii.entrypoints.openai.fields import Bias, Limit, Messages, Prompt, Stop, T
 __all__ = ["ChatCompletionRequest", "CompletionRequest", "SamplingFields", "StreamOptions"]
 
 _MAX_TOKENS = 128  # DeepSpeed-MII's; OpenAI has 16 for completions and no bound for chats
+_MAX_TOKENS_SAYS = f"most tokens of an answer, which the model's length may end earlier; {_MAX_TOKENS} by default"
 _MOST_CHOICES = 128
 
 
@@ -28,10 +29,12 @@ class SamplingFields(ApiModel):
     """Fields that both kinds of completions have."""
 
     model: str | None = Field(default=None, description="name of the model that is served")
-    max_tokens: Limit = Field(default=None, description=f"most tokens of an answer; {_MAX_TOKENS} by default")
+    max_tokens: Limit = Field(default=None, description=_MAX_TOKENS_SAYS)
     max_completion_tokens: Limit = Field(default=None, description="the same, and counts before max_tokens")
     min_tokens: Limit = Field(default=None, description="end-of-text and stop count only after this many tokens")
-    temperature: float | None = Field(default=0.7, ge=0, allow_inf_nan=False, description="0 is greedy")
+    temperature: float | None = Field(
+        default=0.7, ge=0, allow_inf_nan=False, description="0 is greedy; above 2 little sense is left, and allowed"
+    )
     top_p: float | None = Field(default=0.9, gt=0, le=1, description="1 turns it off")
     top_k: int | None = Field(default=None, ge=-1, description="-1 and 0 turn it off")
     min_p: float | None = Field(default=None, ge=0, le=1, description="0 turns it off")
