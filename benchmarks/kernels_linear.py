@@ -1,7 +1,6 @@
 """Products of a few rows with the weights of an 8B Llama: our streaming kernel beside cuBLASLt, in one run.
 
-Each product alone, for every way in which our kernel can cut its work, and of more rows by cuBLASLt with the algorithm
-that torch takes and with a timed one; then chains over 32 layers with weights of their
+Each product alone, for every way in which our kernel can cut its work; then chains over 32 layers with weights of their
 own, in one graph, so that nothing is found in the cache and what lies between two kernels counts: the four products of
 a layer, and all of a layer but attention.
 """
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.timing import Call, Case, graph_seconds, run_cases
-from mii.ops import linear_streamed, linear_tuned
+from mii.ops import linear_streamed
 from mii.ops.linear import LinearWeight, gated_linear, linear, pack_linear
 from mii.ops.norm import norm
 from mii.ops.rope_kv import rope_kv
@@ -30,7 +29,7 @@ LAYER = {
 }
 WEIGHTS = LAYER | {"head": (128256, HIDDEN)}
 VARIANTS = {1: 4, 8: 4, 16: 4, 32: 3, 64: 4}  # of our kernel's cuts, for each number of rows
-MORE_ROWS = (64, 128, 256, 384, 512)
+MORE_ROWS = (128, 256, 384, 512)
 CHAIN_ROWS, LAYERS = (1, 8, 16, 64), 32
 # How the streaming kernel runs in a chain: its cut, MiB of the next weight to fetch, units under way when that begins,
 # and whether kernels start the next one early. Without a cut cuBLASLt multiplies.
@@ -58,8 +57,7 @@ def run(device: torch.device) -> list[dict[str, Any]]:
     return [*run_cases(_products(), device), *_chains(device)]
 
 
-def _choose(rows: int, variant: int = 0, fetch: int = 0, lag: int = 0, tuned: bool = False) -> None:
-    linear_tuned.TUNED = tuned
+def _choose(rows: int, variant: int = 0, fetch: int = 0, lag: int = 0) -> None:
     linear_streamed.ROWS, linear_streamed.VARIANT = rows, variant
     linear_streamed.FETCH_BYTES, linear_streamed.FETCH_LAG = fetch << 20, lag
 
@@ -71,9 +69,7 @@ def _products() -> Iterator[Case]:
             for variant in range(variants):
                 yield _case(name, rows, n, k, f"streamed {variant}", lambda v=variant: _choose(max(VARIANTS), v))
         for rows in MORE_ROWS:
-            for tuned in (False, True):
-                text = "cuBLASLt, timed" if tuned else "cuBLASLt, as torch"
-                yield _case(name, rows, n, k, text, lambda t=tuned: _choose(0, tuned=t))
+            yield _case(name, rows, n, k, "cuBLASLt", lambda: _choose(0))
 
 
 def _case(name: str, rows: int, n: int, k: int, how: str, choose: Callable[[], None]) -> Case:

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.timing import Call, Case, run_cases
 from mii.ops import abi
-from mii.ops.moe import moe_combine, moe_down, moe_up, pack_experts
+from mii.ops.moe import MANY_EXPERTS, moe_combine, moe_down, moe_up, pack_experts
 from mii.ops.moe_routing import ExpertLists, ExpertRows, Routing, route
 
 KERNELS = {abi.MOE_STREAM: "stream", abi.MOE_MMA: "mma", abi.MOE_WGMMA: "wgmma", abi.MOE_SIMPLE: "simple"}
@@ -59,18 +59,20 @@ def _cases(hopper: bool) -> Iterator[Case]:
     for kernel, tile_rows in ((abi.MOE_MMA, 128), *(((abi.MOE_WGMMA, 128), (abi.MOE_WGMMA, 192)) if hopper else ())):
         for shape in (QWEN3, MIXTRAL):
             yield from _products(shape, 8192, kernel, tile_rows)
-    yield from _products(QWEN3, 2048, *_for_prompts(hopper))
+    yield from _products(QWEN3, 2048, *_for_prompts(QWEN3, hopper))
     yield from _products(QWEN3, 1, abi.MOE_SIMPLE, 8)
     for shape in (QWEN3, MIXTRAL):
         for tokens in (1, 16):
             yield _layer(shape, tokens, abi.MOE_STREAM, 8 if tokens == 1 else 16)
     for shape in (QWEN3, MIXTRAL):
-        yield _layer(shape, 8192, *_for_prompts(hopper))
+        yield _layer(shape, 8192, *_for_prompts(shape, hopper))
 
 
-def _for_prompts(hopper: bool) -> tuple[int, int]:
+def _for_prompts(shape: Shape, hopper: bool) -> tuple[int, int]:
     """The best kernel for many rows, and the rows of its tiles."""
-    return (abi.MOE_WGMMA, 192) if hopper else (abi.MOE_MMA, 128)
+    if not hopper:
+        return abi.MOE_MMA, 128
+    return abi.MOE_WGMMA, 192 if shape.routing.experts >= MANY_EXPERTS else 128
 
 
 @dataclass

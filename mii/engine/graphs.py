@@ -3,10 +3,10 @@
 Every kernel of a step takes its work from lists in device memory, so a graph captured for a bucket of (tokens,
 sequences) serves every step that fits in it. All graphs share one memory pool.
 
-With `MII_CAPTURE_AT_START=1` they are captured when the engine starts (`mii.engine.capture`), those of decode first, as
-many as `CAPTURE_SECONDS` allow. A bucket that is left runs eagerly the first time (kernels load, cuBLAS picks its
-algorithms), is captured the second time and replayed from then on. Where an operation had no kernel for the model and
-torch served, nothing is captured.
+They are captured when the engine starts (`mii.engine.capture`), those of decode first, as many as `CAPTURE_SECONDS`
+allow; of a model that is divided among ranks none are. A bucket that is left runs eagerly the first time (kernels load,
+cuBLAS picks its algorithms), is captured the second time and replayed from then on. Where an operation had no kernel
+for the model and torch served, nothing is captured.
 
 Steps of many tokens keep the device busy for longer than their launches take, so they are launched one kernel at a time
 and lose nothing: a layer's dozen launches take some 100 us of the host, hidden behind the step before, which takes
@@ -15,7 +15,6 @@ longer than that from some hundred tokens on. How many tokens that are is a matt
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Hashable
 
 import torch
@@ -23,7 +22,6 @@ import torch
 from mii.ops import native
 
 Bucket = tuple[int, int]
-AT_START = os.environ.get("MII_CAPTURE_AT_START", "") not in ("", "0")
 CAPTURE_SECONDS = 3.0
 MOST_TOKENS = 1024
 _HIDES_LAUNCHES = 25e-3  # seconds of the device in which a host launches any step
@@ -36,8 +34,6 @@ def most_captured_tokens(weights: int, max_tokens: int) -> int:
     >>> most_captured_tokens(8_030_000_000, 8192), most_captured_tokens(135_000_000, 8192)
     (1024, 8192)
     """
-    if not AT_START:
-        return min(MOST_TOKENS, max_tokens)
     return min(max_tokens, max(MOST_TOKENS, int(_HIDES_LAUNCHES * _PRODUCTS / (2 * weights))))
 
 

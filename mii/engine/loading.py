@@ -13,7 +13,7 @@ from mii.config import DSStateManagerConfig, ModelConfig
 from mii.engine.capture import capture_steps, graph_memory
 from mii.engine.devices import choose_device, choose_dtype, free_memory
 from mii.engine.engine import Engine
-from mii.engine.graphs import AT_START, CAPTURE_SECONDS
+from mii.engine.graphs import CAPTURE_SECONDS
 from mii.engine.pacing import measure_costs
 from mii.engine.profile import StepProfile
 from mii.engine.runner import Runner, RunnerLimits
@@ -126,8 +126,8 @@ def build_engine(
 
 
 def _make_cache(config: ModelConfig, runner: Runner, free_at_start: int, start: StartReport) -> None:
-    """The KV cache, and where they are captured at start the graphs, whose memory is set aside first."""
-    reserved, captures = 0, runner.graphs is not None and AT_START
+    """The KV cache, and on a GPU the graphs, whose memory is set aside first."""
+    reserved, captures = 0, runner.graphs is not None
     if captures:
         with start.phase("first steps"):
             reserved = graph_memory(runner, lambda: free_memory(runner.device))

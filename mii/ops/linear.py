@@ -2,8 +2,8 @@
 
 On the CPU the weight is repacked into panels of 16 output features (csrc/cpu/isa/linear.cpp) that serve one row (a
 stream through memory) and many (AMX tiles) alike, so there is one copy of it. On a GPU the weight stays as it is and
-torch multiplies (cuBLASLt), or cuBLASLt does with an algorithm that was timed (mii/ops/linear_tuned.py), or, for a few
-rows, a kernel that streams the weight (mii/ops/linear_streamed.py). Where no native library serves, torch multiplies.
+torch multiplies (cuBLASLt), or, for a few rows, a kernel that streams the weight (mii/ops/linear_streamed.py). Where no
+native library serves, torch multiplies.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mii.ops import abi, linear_streamed, linear_tuned, native
+from mii.ops import abi, linear_streamed, native
 from mii.ops.activation import activation
 
 
@@ -206,8 +206,6 @@ def _data(weight: LinearWeight | None) -> torch.Tensor | None:
 
 
 def _linear_torch(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    if bias is None and linear_tuned.linear(out, x, weight):
-        return
     if bias is None:
         torch.mm(x, weight.t(), out=out)
     else:

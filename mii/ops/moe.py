@@ -13,7 +13,6 @@ of tokens: a stream of the weights of the experts that are hit (csrc/include/mii
 from __future__ import annotations
 
 import itertools
-import os
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +24,8 @@ from mii.ops.moe_routing import ExpertRows, Routing
 
 # The best kernels that a GPU may take: "simple" (plain cores), "mma" (with the stream for few rows), "wgmma" (the same
 # and compute capability 9.0's tensor cores for prompts). benchmarks/kernels_moe.py measures them.
-KERNELS = os.environ.get("MII_MOE_KERNELS", "mma")
-WGMMA_ROWS = 192  # of a tile of warpgroup products; 128 has smaller ones
+KERNELS = "wgmma"
+MANY_EXPERTS = 64  # from which warpgroup products are faster in tiles of 192 rows than of 128
 STREAMED_ROWS = 48  # of an expert on average, up to which the weights' bytes take longer than the arithmetic
 
 
@@ -48,7 +47,7 @@ def choose_kernel(
     if tokens * routing.top_k <= STREAMED_ROWS * routing.experts or tokens <= 64:
         return abi.MOE_STREAM, next(rows for rows in (8, 16, 32, 64) if tokens <= rows or rows == 64)
     if KERNELS == "wgmma" and torch.cuda.get_device_capability(device) == (9, 0):
-        return abi.MOE_WGMMA, WGMMA_ROWS
+        return abi.MOE_WGMMA, 192 if routing.experts >= MANY_EXPERTS else 128
     return abi.MOE_MMA, 128
 
 

@@ -12,12 +12,6 @@ from tests.gpu.test_engine import LENGTHS, card_engine
 from tests.oracle import generate, random_prompts
 
 
-@pytest.fixture(autouse=True)
-def at_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mii.engine.loading.AT_START", True)
-    monkeypatch.setattr("mii.engine.graphs.AT_START", True)
-
-
 def test_answers_are_those_of_launched_steps(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = card_engine(tiny_llama, "fp32", max_tokens=256, max_sequences=64)
     assert engine.runner is not None
@@ -28,7 +22,7 @@ def test_answers_are_those_of_launched_steps(tiny_llama: Path, monkeypatch: pyte
     answers = generate(engine, prompts, 24)
     assert len(engine.runner.graphs) == len(planned)  # no step was in need of another one
     engine.destroy()
-    monkeypatch.setattr("mii.engine.loading.AT_START", False)
+    monkeypatch.setattr("mii.engine.loading.CAPTURE_SECONDS", -1.0)  # none: steps are launched first
     later = card_engine(tiny_llama, "fp32", max_tokens=256, max_sequences=64)
     assert generate(later, prompts, 24) == answers
     later.destroy()

@@ -8,7 +8,7 @@ import torch
 from mii.ops import abi
 from mii.ops import moe as module
 from mii.ops import moe_routing as routing_module
-from mii.ops.moe import choose_kernel, moe_combine, moe_combine_reference, moe_up, moe_up_reference
+from mii.ops.moe import moe_combine, moe_combine_reference, moe_up, moe_up_reference
 from mii.ops.moe_routing import Routing, route
 from tests.gpu.moe_checks import MANY, MORE, SMALL, assert_near, check_graph, check_products
 from tests.ops.kernel_checks import DTYPES
@@ -124,12 +124,3 @@ def test_sum_equals_reference(width: int, dtype: torch.dtype) -> None:
 )
 def test_one_graph_serves_every_routing(case: MoeCase, kernel: int, tile_rows: int) -> None:
     check_graph(case, kernel, tile_rows)
-
-
-def test_the_kernel_follows_from_the_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    device, wide = torch.device("cuda"), (2048, 768)
-    monkeypatch.setattr(module, "KERNELS", "mma")
-    for tokens, expected in ((1, (abi.MOE_STREAM, 8)), (40, (abi.MOE_STREAM, 64)), (8192, (abi.MOE_MMA, 128))):
-        assert choose_kernel(Routing(128, 8), tokens, wide, torch.bfloat16, device) == expected
-    assert choose_kernel(Routing(128, 8), 1, wide, torch.float32, device) == (abi.MOE_SIMPLE, 8)
-    assert choose_kernel(Routing(128, 8), 1, (2044, 768), torch.bfloat16, device) == (abi.MOE_SIMPLE, 8)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from mii.errors import CheckpointError
 from mii.modeling.checkpoint import open_checkpoint, read_ahead
-from mii.modeling.checkpoint.read_ahead import ReadAhead, Waitable
+from mii.modeling.checkpoint.read_ahead import ReadAhead, Waitable, reads_ahead
 from mii.modeling.decoder import Decoder
 from mii.modeling.models import load_model
 from mii.modeling.parameters import Linear
@@ -119,3 +119,11 @@ def test_a_model_read_ahead_is_the_model(make_checkpoint: Callable[..., Path], m
         assert not reader._stopped  # they were taken in the order that was announced
     assert plain.keys() == read.keys()
     assert all(torch.equal(plain[name], read[name]) for name in plain)
+
+
+def test_it_serves_gpus_and_files_that_hold_tensors_as_they_are(folder: Path) -> None:
+    with open_checkpoint(folder) as checkpoint:
+        assert reads_ahead(checkpoint, torch.device("cuda"))
+        assert not reads_ahead(checkpoint, torch.device("cpu"))
+    with Here(open_checkpoint(folder), torch.device("cpu")) as reader:  # it has no `location`
+        assert not reads_ahead(reader, torch.device("cuda"))

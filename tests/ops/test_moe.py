@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mii.ops import abi
 from mii.ops import moe as module
 from mii.ops.moe import (
+    choose_kernel,
     moe_combine,
     moe_combine_reference,
     moe_down,
@@ -110,3 +112,19 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         pack_experts(torch.empty(4, 7, 8), gated=True)
     with pytest.raises(ValueError, match="moe_combine"):
         moe_combine(torch.empty(2, 8), torch.empty(3, 8), top_k=2)
+
+
+@pytest.mark.parametrize(("capability", "kernel"), [((8, 0), abi.MOE_MMA), ((9, 0), abi.MOE_WGMMA)])
+def test_the_kernel_on_a_card_follows_from_the_number_of_rows(
+    capability: tuple[int, int], kernel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    card, wide, many = torch.device("cuda"), (2048, 768), Routing(128, 8)
+    tall = 192 if kernel == abi.MOE_WGMMA else 128
+    for tokens, expected in ((1, (abi.MOE_STREAM, 8)), (40, (abi.MOE_STREAM, 64)), (8192, (kernel, tall))):
+        assert choose_kernel(many, tokens, wide, torch.bfloat16, card) == expected
+    assert choose_kernel(Routing(8, 2), 8192, wide, torch.bfloat16, card) == (kernel, 128)
+    assert choose_kernel(many, 1, wide, torch.float32, card) == (abi.MOE_SIMPLE, 8)
+    assert choose_kernel(many, 1, (2044, 768), torch.bfloat16, card) == (abi.MOE_SIMPLE, 8)
+    monkeypatch.setattr(module, "KERNELS", "mma")
+    assert choose_kernel(many, 8192, wide, torch.bfloat16, card) == (abi.MOE_MMA, 128)

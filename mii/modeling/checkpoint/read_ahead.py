@@ -25,14 +25,13 @@ import torch
 from mii.modeling.checkpoint.base import Checkpoint, Closing
 from mii.modeling.checkpoint.mapping import FileRange, converted
 
-ASKED_FOR = os.environ.get("MII_PINNED_LOAD", "") not in ("", "0")
 _CHUNK = 16 << 20  # bytes that a thread reads at once
 _MOST_THREADS = 8
 
 
 def reads_ahead(checkpoint: Checkpoint, device: torch.device) -> bool:
-    """Whether `ReadAhead` is to be used: asked for, and for tensors that lie in files as they are."""
-    return ASKED_FOR and device.type == "cuda" and hasattr(checkpoint, "location")
+    """Whether `ReadAhead` is to be used: for a GPU, and tensors that lie in files as they are."""
+    return device.type == "cuda" and hasattr(checkpoint, "location")
 
 
 class Waitable(Protocol):
