@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import blake2b
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +14,7 @@ from mii.errors import LauncherError
 from mii.parallel.channel import FirstChannel, OtherChannel
 from mii.parallel.engines import FirstEngine, OtherEngine
 from mii.parallel.environment import told_by_first
+from mii.parallel.fingerprint import digest_of
 from mii.parallel.group import Group
 from mii.parallel.meeting import meet
 from mii.parallel.messages import Hello
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mii.engine.engine import Engine
     from mii.modeling.checkpoint import Checkpoint
 
-__all__ = ["Ranks", "digest_of"]
+__all__ = ["Ranks"]
 
 
 class Ranks:
@@ -106,15 +106,3 @@ class Ranks:
         if isinstance(self._channel, FirstChannel):
             return FirstEngine(engine, self._channel, self.group)
         return OtherEngine(engine, self._channel, self.group, keeps=self._keeps)
-
-
-def digest_of(checkpoint: Checkpoint) -> str:
-    """A digest of a checkpoint's tensors: names, shapes, and the first and the last row of each, to read little."""
-    state = blake2b(digest_size=8)
-    for name in sorted(checkpoint.names()):
-        shape = checkpoint.shape(name)
-        state.update(f"{name} {shape} ".encode())
-        for row in {0, shape[0] - 1} if all(shape) and shape else ():
-            part = checkpoint.get(name, torch.float32, (slice(row, row + 1),))
-            state.update(part.contiguous().numpy().tobytes())
-    return state.hexdigest()
