@@ -12,7 +12,8 @@ what else is missing there goes into the folder of wheels. `pydantic` needs the 
 The parts, each with a time limit of its own and each selected by `--parts`:
 
     install     every wheel of the folder into a temporary site folder; the native library of the GPU loads
-    tests       tests/gpu, six processes at once, each with its share of the GPU's memory
+    tests       tests/gpu, six processes at once, each with its share of the GPU's memory; `<out>/families.md` is
+                docs/families.md with the errors that they measured
     sanitizer   compute-sanitizer memcheck over GPU tests of norms, activations, products, experts and the engine
     offline     `mii bench offline`, for each of `--shapes`
     kernels     benchmarks/run_kernels.py
@@ -171,7 +172,9 @@ def install(card: Card, log: IO[str], limit: float) -> Outcome:
 
 def tests(card: Card, log: IO[str], limit: float) -> Outcome:
     report = card.work / "tests.xml"
-    command = [*pytest_on("tests/gpu", report), "-n", "6", "--durations=10"]
+    table = card.out / "families.md"
+    shutil.copy(ROOT / "docs" / "families.md", table)
+    command = [*pytest_on("tests/gpu", report), "-n", "6", "--durations=10", "--families-table", str(table)]
     code = card.run(command, log, limit)
     counts = read_report(report)
     good = code == 0 and counts["passed"] > 0
@@ -275,18 +278,8 @@ def read_from(path: Path, start: int) -> str:
 
 
 def pytest_on(path: str, report: Path) -> list[str]:
-    return [
-        sys.executable,
-        "-m",
-        "pytest",
-        path,
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:benchmark",
-        f"--junit-xml={report}",
-    ]
+    quiet = ["-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    return [sys.executable, "-m", "pytest", path, *quiet, f"--junit-xml={report}"]
 
 
 def read_report(path: Path) -> dict[str, Any]:
