@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypedDict
 
 from mii.errors import CheckpointError
 from mii.modeling.sharding import Shard, Span, split, split_heads
@@ -204,6 +204,19 @@ class ModelSpec:
         return 2 * self.num_layers * self.kv_size * element_size
 
 
+class Sizes(TypedDict):
+    """The fields of a `ModelSpec` that nearly all families read alike; windows and scale as they are with no option."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    windows: tuple[int, ...]
+    attention_scale: float
+
+
 class ConfigReader:
     """Typed reads from a checkpoint's config. What is missing or of the wrong kind is named in the error.
 
@@ -288,6 +301,21 @@ class ConfigReader:
         if not given and hidden % q_heads:
             raise CheckpointError(f"config.json: hidden_size {hidden} is not a multiple of {q_heads} attention heads.")
         return q_heads, kv_heads, self.required_integer("head_dim") if given else hidden // q_heads
+
+    def sizes(self, *, grouped: bool = True) -> Sizes:
+        """Vocabulary, widths, layers and heads, the latter as in `heads`."""
+        q_heads, kv_heads, head_dim = self.heads(grouped=grouped)
+        layers = self.required_integer("num_hidden_layers")
+        return {
+            "vocab_size": self.required_integer("vocab_size"),
+            "hidden_size": self.required_integer("hidden_size"),
+            "num_layers": layers,
+            "q_heads": q_heads,
+            "kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "windows": (0,) * layers,
+            "attention_scale": head_dim**-0.5,
+        }
 
 
 ACTIVATIONS = {

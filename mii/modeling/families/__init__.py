@@ -2,58 +2,41 @@
 
 from __future__ import annotations
 
-from mii.modeling.families import (
-    bloom,
-    exaone4,
-    falcon,
-    gemma,
-    gemma2,
-    gemma3,
-    gpt2,
-    gpt_neox,
-    gptj,
-    llama,
-    mistral,
-    mixtral,
-    olmo2,
-    opt,
-    phi,
-    phi3,
-    qwen,
-    qwen2,
-    qwen2_moe,
-    qwen3,
-    qwen3_moe,
-    smollm3,
-)
+from importlib import import_module
+
 from mii.modeling.families.base import Family, Target
 
 _MODULES = (
-    bloom,
-    exaone4,
-    falcon,
-    gemma,
-    gemma2,
-    gemma3,
-    gpt2,
-    gpt_neox,
-    gptj,
-    llama,
-    mistral,
-    mixtral,
-    olmo2,
-    opt,
-    phi,
-    phi3,
-    qwen,
-    qwen2,
-    qwen2_moe,
-    qwen3,
-    qwen3_moe,
-    smollm3,
+    "bloom",
+    "exaone4",
+    "falcon",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gpt2",
+    "gpt_neox",
+    "gptj",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmo2",
+    "opt",
+    "phi",
+    "phi3",
+    "qwen",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "smollm3",
 )
-FAMILIES: dict[str, Family] = {
-    architecture: module.FAMILY for module in _MODULES for architecture in module.FAMILY.architectures
-}
+
+
+def _by_architecture() -> dict[str, Family]:
+    families: list[Family] = [import_module(f"{__name__}.{module}").FAMILY for module in _MODULES]
+    return {architecture: family for family in families for architecture in family.architectures}
+
+
+FAMILIES = _by_architecture()
 
 __all__ = ["FAMILIES", "Family", "Target"]

@@ -8,7 +8,7 @@ from typing import Any
 from mii.errors import CheckpointError
 from mii.modeling.alibi import alibi_slopes
 from mii.modeling.families.base import Family, Target
-from mii.modeling.families.names import below, grouped_rows, targets_by_role
+from mii.modeling.families.names import below, grouped_rows, joint_layer, targets_by_role
 from mii.modeling.spec import ConfigReader, ModelSpec
 
 _ALIASES = {
@@ -21,26 +21,19 @@ _ALIASES = {
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     """Bloom's config names no longest context: `seq_length` is what it was trained on, 2048 where that is missing."""
     read = ConfigReader(config, _ALIASES)
-    q_heads, kv_heads, head_dim = read.heads(grouped=False)
-    hidden, layers = read.required_integer("hidden_size"), read.required_integer("num_hidden_layers")
+    sizes = read.sizes(grouped=False)
+    hidden = sizes["hidden_size"]
     inner = read.integer("n_inner", 4 * hidden)
     if inner != 4 * hidden:
         raise CheckpointError(f"config.json: 'n_inner' is {inner}; in Bloom it is 4 times the hidden size {hidden}.")
     return ModelSpec(
         family="bloom",
-        vocab_size=read.required_integer("vocab_size"),
-        hidden_size=hidden,
-        num_layers=layers,
-        q_heads=q_heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
+        **sizes,
         intermediate_size=inner,
         max_positions=read.integer("seq_length", 2048),
         norm_eps=read.number("layer_norm_epsilon", 1e-5),
         activation="gelu_tanh",
         rope=None,
-        windows=(0,) * layers,
-        attention_scale=head_dim**-0.5,
         qkv_bias=True,
         output_bias=True,
         mlp_bias=True,
@@ -50,7 +43,7 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
         block="normed_residual" if read.flag("apply_residual_connection_post_layernorm") else "sequential",
         mlp="plain",
         embedding_norm=True,
-        alibi_slopes=alibi_slopes(q_heads),
+        alibi_slopes=alibi_slopes(sizes["q_heads"]),
     )
 
 
@@ -66,12 +59,9 @@ _OUTER = {
 }
 _BLOCK = "transformer.h.{layer}."
 _LAYER = {
+    **joint_layer(_BLOCK + "self_attention"),
     "attention norm": _BLOCK + "input_layernorm",
-    "qkv": _BLOCK + "self_attention.query_key_value",
-    "attention output": _BLOCK + "self_attention.dense",
     "mlp norm": _BLOCK + "post_attention_layernorm",
-    "up": _BLOCK + "mlp.dense_h_to_4h",
-    "down": _BLOCK + "mlp.dense_4h_to_h",
 }
 
 FAMILY = Family("bloom", ("BloomForCausalLM",), read_spec, weights, canonical=below("transformer."))

@@ -10,7 +10,7 @@ from typing import Any
 from mii.errors import CheckpointError
 from mii.modeling.alibi import alibi_slopes
 from mii.modeling.families.base import Family, Target
-from mii.modeling.families.names import grouped_rows, targets_by_role
+from mii.modeling.families.names import grouped_rows, joint_layer, targets_by_role
 from mii.modeling.rope import context_length, read_rope
 from mii.modeling.spec import ACTIVATIONS, ConfigReader, ModelSpec
 
@@ -28,25 +28,18 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     the start of a text makes neighbouring keys alike (logits of RW models differ by that from transformers').
     """
     read = ConfigReader(config, _ALIASES)
-    q_heads, kv_heads, head_dim = _heads(read)
-    hidden, layers = read.required_integer("hidden_size"), read.required_integer("num_hidden_layers")
-    alibi, bias, scale = read.flag("alibi"), read.flag("bias"), head_dim**-0.5
-    rope = None if alibi else read_rope(config, head_dim)
+    sizes = ConfigReader({**read.config, "num_key_value_heads": _key_heads(read), "head_dim": None}).sizes()
+    alibi, bias = read.flag("alibi"), read.flag("bias")
+    rope = None if alibi else read_rope(config, sizes["head_dim"])
+    slopes = alibi_slopes(sizes["q_heads"]) if alibi else ()
     return ModelSpec(
         family="falcon",
-        vocab_size=read.required_integer("vocab_size"),
-        hidden_size=hidden,
-        num_layers=layers,
-        q_heads=q_heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        intermediate_size=read.integer("ffn_hidden_size", 4 * hidden),
+        **sizes,
+        intermediate_size=read.integer("ffn_hidden_size", 4 * sizes["hidden_size"]),
         max_positions=context_length(rope, read.integer("max_position_embeddings", 2048)),
         norm_eps=read.number("layer_norm_epsilon", 1e-5),
         activation=read.choice("activation", ACTIVATIONS, "gelu"),
         rope=rope,
-        windows=(0,) * layers,
-        attention_scale=scale,
         qkv_bias=bias,
         output_bias=bias,
         mlp_bias=bias,
@@ -55,18 +48,16 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
         norm_bias=True,
         block=_block(read),
         mlp="plain",
-        alibi_slopes=tuple(scale * slope for slope in alibi_slopes(q_heads)) if alibi else (),
+        alibi_slopes=tuple(sizes["attention_scale"] * slope for slope in slopes),
     )
 
 
-def _heads(read: ConfigReader) -> tuple[int, int, int]:
-    """Query heads, key/value heads and head size: groups in the new decoder, before it one key head or as many."""
-    kv_heads = read.required_integer("num_attention_heads")
+def _key_heads(read: ConfigReader) -> int:
+    """Key/value heads: groups in the new decoder, before it one or as many as there are query heads."""
+    q_heads = read.required_integer("num_attention_heads")
     if _is_new(read):
-        kv_heads = read.integer("num_kv_heads", kv_heads)
-    elif read.flag("multi_query", True):
-        kv_heads = 1
-    return ConfigReader({**read.config, "num_key_value_heads": kv_heads, "head_dim": None}).heads()
+        return read.integer("num_kv_heads", q_heads)
+    return 1 if read.flag("multi_query", True) else q_heads
 
 
 def _is_new(read: ConfigReader) -> bool:
@@ -91,12 +82,7 @@ def weights(spec: ModelSpec) -> dict[str, Target]:
 
 _OUTER = {"embedding": "transformer.word_embeddings", "norm": "transformer.ln_f", "head": "lm_head"}
 _BLOCK = "transformer.h.{layer}."
-_LAYER = {
-    "qkv": _BLOCK + "self_attention.query_key_value",
-    "attention output": _BLOCK + "self_attention.dense",
-    "up": _BLOCK + "mlp.dense_h_to_4h",
-    "down": _BLOCK + "mlp.dense_4h_to_h",
-}
+_LAYER = joint_layer(_BLOCK + "self_attention")
 _NORMS = {
     "sequential": {"attention norm": _BLOCK + "input_layernorm", "mlp norm": _BLOCK + "post_attention_layernorm"},
     "parallel": {"attention norm": _BLOCK + "input_layernorm"},

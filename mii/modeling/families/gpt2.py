@@ -22,25 +22,19 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     read = ConfigReader(config, ALIASES)
     if read.flag("add_cross_attention"):
         raise CheckpointError("config.json: 'add_cross_attention' is true; attention to an encoder is not supported.")
-    q_heads, kv_heads, head_dim = read.heads(grouped=False)
-    hidden, layers = read.required_integer("hidden_size"), read.required_integer("num_hidden_layers")
+    sizes = read.sizes(grouped=False)
+    if not read.flag("scale_attn_weights", True):
+        sizes["attention_scale"] = 1.0
     positions = read.integer("max_position_embeddings", 1024)
     by_layer = read.flag("scale_attn_by_inverse_layer_idx")
     return ModelSpec(
         family="gpt2",
-        vocab_size=read.required_integer("vocab_size"),
-        hidden_size=hidden,
-        num_layers=layers,
-        q_heads=q_heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        intermediate_size=read.integer("n_inner", 4 * hidden),
+        **sizes,
+        intermediate_size=read.integer("n_inner", 4 * sizes["hidden_size"]),
         max_positions=positions,
         norm_eps=read.number("layer_norm_epsilon", 1e-5),
         activation=read.choice("activation_function", ACTIVATIONS, "gelu_new"),
         rope=None,
-        windows=(0,) * layers,
-        attention_scale=head_dim**-0.5 if read.flag("scale_attn_weights", True) else 1.0,
         qkv_bias=True,
         output_bias=True,
         mlp_bias=True,
@@ -49,7 +43,7 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
         norm_bias=True,
         mlp="plain",
         learned_positions=positions,
-        layer_scales=tuple(1 / (layer + 1) for layer in range(layers)) if by_layer else (),
+        layer_scales=tuple(1 / (layer + 1) for layer in range(sizes["num_layers"])) if by_layer else (),
     )
 
 

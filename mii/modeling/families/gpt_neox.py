@@ -6,32 +6,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from mii.modeling.families.base import Family, Target
-from mii.modeling.families.names import grouped_rows, targets_by_role
+from mii.modeling.families.names import grouped_rows, joint_layer, targets_by_role
 from mii.modeling.rope import context_length, read_rope
 from mii.modeling.spec import ACTIVATIONS, ConfigReader, ModelSpec
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     read = ConfigReader(config, {"rope_theta": ("rotary_emb_base",), "partial_rotary_factor": ("rotary_pct",)})
-    q_heads, kv_heads, head_dim = read.heads(grouped=False)
-    layers = read.required_integer("num_hidden_layers")
-    rope = read_rope({"partial_rotary_factor": 0.25, **read.config}, head_dim)
+    sizes = read.sizes(grouped=False)
+    rope = read_rope({"partial_rotary_factor": 0.25, **read.config}, sizes["head_dim"])
     bias = read.flag("attention_bias", True)
     return ModelSpec(
         family="gpt_neox",
-        vocab_size=read.required_integer("vocab_size"),
-        hidden_size=read.required_integer("hidden_size"),
-        num_layers=layers,
-        q_heads=q_heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
+        **sizes,
         intermediate_size=read.required_integer("intermediate_size"),
         max_positions=context_length(rope, read.integer("max_position_embeddings", 2048)),
         norm_eps=read.number("layer_norm_eps", 1e-5),
         activation=read.choice("hidden_act", ACTIVATIONS, "gelu"),
         rope=rope,
-        windows=(0,) * layers,
-        attention_scale=head_dim**-0.5,
         qkv_bias=bias,
         output_bias=bias,
         mlp_bias=True,
@@ -55,12 +47,9 @@ def canonical(name: str) -> str:
 _OUTER = {"embedding": "gpt_neox.embed_in", "norm": "gpt_neox.final_layer_norm", "head": "lm_head"}
 _BLOCK = "gpt_neox.layers.{layer}."
 _LAYER = {
+    **joint_layer(_BLOCK + "attention"),
     "attention norm": _BLOCK + "input_layernorm",
-    "qkv": _BLOCK + "attention.query_key_value",
-    "attention output": _BLOCK + "attention.dense",
     "mlp norm": _BLOCK + "post_attention_layernorm",
-    "up": _BLOCK + "mlp.dense_h_to_4h",
-    "down": _BLOCK + "mlp.dense_4h_to_h",
 }
 
 FAMILY = Family(

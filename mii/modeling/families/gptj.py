@@ -14,8 +14,8 @@ from mii.modeling.spec import ACTIVATIONS, ConfigReader, ModelSpec, RopeSpec
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     read = ConfigReader(config, ALIASES)
-    q_heads, kv_heads, head_dim = read.heads(grouped=False)
-    hidden, layers = read.required_integer("hidden_size"), read.required_integer("num_hidden_layers")
+    sizes = read.sizes(grouped=False)
+    head_dim = sizes["head_dim"]
     rotary_dim = read.required_integer("rotary_dim") if "rotary_dim" in config else 64
     if rotary_dim > head_dim or rotary_dim % 2:
         raise CheckpointError(
@@ -23,19 +23,12 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
         )
     return ModelSpec(
         family="gptj",
-        vocab_size=read.required_integer("vocab_size"),
-        hidden_size=hidden,
-        num_layers=layers,
-        q_heads=q_heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        intermediate_size=read.integer("n_inner", 4 * hidden),
+        **sizes,
+        intermediate_size=read.integer("n_inner", 4 * sizes["hidden_size"]),
         max_positions=read.integer("max_position_embeddings", 2048),
         norm_eps=read.number("layer_norm_epsilon", 1e-5),
         activation=read.choice("activation_function", ACTIVATIONS, "gelu_new"),
         rope=RopeSpec(theta=10000.0, rotary_dim=rotary_dim, interleaved=True),
-        windows=(0,) * layers,
-        attention_scale=head_dim**-0.5,
         mlp_bias=True,
         tied_embeddings=read.flag("tie_word_embeddings"),
         head_bias=True,

@@ -14,25 +14,17 @@ from mii.modeling.spec import ACTIVATIONS, ConfigReader, ModelSpec
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     """Llama's config fields; `attention_bias` biases all four attention projections, `mlp_bias` the MLP."""
     read = ConfigReader(config)
-    q_heads, kv_heads, head_dim = read.heads()
-    layers = read.required_integer("num_hidden_layers")
+    sizes = read.sizes()
     bias = read.flag("attention_bias")
-    rope = read_rope(config, head_dim)
+    rope = read_rope(config, sizes["head_dim"])
     return ModelSpec(
         family="llama",
-        vocab_size=read.required_integer("vocab_size"),
-        hidden_size=read.required_integer("hidden_size"),
-        num_layers=layers,
-        q_heads=q_heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
+        **sizes,
         intermediate_size=read.required_integer("intermediate_size"),
         max_positions=context_length(rope, read.integer("max_position_embeddings", 2048)),
         norm_eps=read.number("rms_norm_eps", 1e-6),
         activation=read.choice("hidden_act", ACTIVATIONS, "silu"),
         rope=rope,
-        windows=(0,) * layers,
-        attention_scale=head_dim**-0.5,
         qkv_bias=bias,
         output_bias=bias,
         mlp_bias=read.flag("mlp_bias"),

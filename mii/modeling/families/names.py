@@ -92,6 +92,19 @@ _NORMS = {
 _JOINT = {"attention output": "attention", "down": "mlp"}  # parts of a parallel block's one output matrix
 
 
+def joint_layer(attention: str) -> dict[str, str]:
+    """Names in a layer with one matrix for queries, keys and values, `attention` being where it lies: those of Bloom,
+    Falcon and GPT-NeoX, which Megatron's went into.
+    """
+    layer, _, _ = attention.rpartition(".")
+    return {
+        "qkv": f"{attention}.query_key_value",
+        "attention output": f"{attention}.dense",
+        "up": f"{layer}.mlp.dense_h_to_4h",
+        "down": f"{layer}.mlp.dense_4h_to_h",
+    }
+
+
 def below(prefix: str) -> Callable[[str], str]:
     """Puts a prefix before the names of checkpoints that were saved from the model below its head, without it."""
 

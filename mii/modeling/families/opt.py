@@ -14,8 +14,8 @@ _POSITION_OFFSET = 2  # the table's first rows are those of padding
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     read = ConfigReader(config)
-    q_heads, kv_heads, head_dim = read.heads(grouped=False)
-    hidden, layers = read.required_integer("hidden_size"), read.required_integer("num_hidden_layers")
+    sizes = read.sizes(grouped=False)
+    hidden = sizes["hidden_size"]
     norm_first, affine, bias = (
         read.flag(name, True) for name in ("do_layer_norm_before", "layer_norm_elementwise_affine", "enable_bias")
     )
@@ -23,19 +23,12 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     positions = read.integer("max_position_embeddings", 2048)
     return ModelSpec(
         family="opt",
-        vocab_size=read.required_integer("vocab_size"),
-        hidden_size=hidden,
-        num_layers=layers,
-        q_heads=q_heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
+        **sizes,
         intermediate_size=read.required_integer("ffn_dim"),
         max_positions=positions,
         norm_eps=1e-5,
         activation=read.choice("activation_function", ACTIVATIONS, "relu"),
         rope=None,
-        windows=(0,) * layers,
-        attention_scale=head_dim**-0.5,
         qkv_bias=bias,
         output_bias=bias,
         mlp_bias=bias,

@@ -13,24 +13,16 @@ from mii.modeling.spec import ACTIVATIONS, ConfigReader, ModelSpec
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     read = ConfigReader(config)
-    q_heads, kv_heads, head_dim = read.heads()
-    layers = read.required_integer("num_hidden_layers")
-    rope = read_rope({"partial_rotary_factor": 0.5, **config}, head_dim)
+    sizes = read.sizes()
+    rope = read_rope({"partial_rotary_factor": 0.5, **config}, sizes["head_dim"])
     return ModelSpec(
         family="phi",
-        vocab_size=read.required_integer("vocab_size"),
-        hidden_size=read.required_integer("hidden_size"),
-        num_layers=layers,
-        q_heads=q_heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
+        **sizes,
         intermediate_size=read.required_integer("intermediate_size"),
         max_positions=context_length(rope, read.integer("max_position_embeddings", 2048)),
         norm_eps=read.number("layer_norm_eps", 1e-5),
         activation=read.choice("hidden_act", ACTIVATIONS, "gelu_new"),
         rope=rope,
-        windows=(0,) * layers,
-        attention_scale=head_dim**-0.5,
         qkv_bias=True,
         output_bias=True,
         mlp_bias=True,
