@@ -23,7 +23,11 @@ from mii.logging import logger
 from tests.checkpoints import write_checkpoint
 from tests.families_table import FamiliesTable
 
-GPU_TESTS = Path(__file__).parent / "gpu"
+TESTS = Path(__file__).parent
+GPU_TESTS = TESTS / "gpu"
+# What has the files that take longest: with several workers these go first, and the many files that take a moment
+# fill up the end.
+LONGEST = ("serving", "parallel", "test_examples.py", "test_cli.py", "ops", "modeling", "benchmark")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,14 +36,35 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """A shell starts background jobs with Ctrl-C ignored, and they hand that on; here Ctrl-C is tested."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    workers = config.getoption("numprocesses", None) or 1  # of pytest -n, which start after this and share the threads
+    os.environ["OMP_NUM_THREADS"] = str(max(1, int(os.environ["OMP_NUM_THREADS"]) // workers))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """What `pytest -n auto` starts: two workers at least, as many tests wait for processes, and four at most."""
+    return max(2, min(4, len(os.sched_getaffinity(0))))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The tests of a file stay on one worker, which makes what they share once; files go out as they are collected."""
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything in tests/gpu is a GPU test; without a card that serves, GPU tests are skipped with the reason."""
+    """Everything in tests/gpu is a GPU test; without a card that serves, GPU tests are skipped with the reason. Among
+    several workers the longest files go first.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=_turn)
     for item in items:
         if GPU_TESTS in item.path.parents:
             item.add_marker("cuda")
@@ -50,6 +75,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if reason:
         for item in wanted:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _turn(item: pytest.Item) -> int:
+    folder = item.path.relative_to(TESTS).parts[0]
+    return LONGEST.index(folder) if folder in LONGEST else len(LONGEST)
 
 
 def _no_gpu() -> str | None:

@@ -160,7 +160,7 @@ def test_streams_of_an_event_loop_share_a_call_and_leave_nothing_in_it(client: M
         (prompt for prompt in ("one", "two")),
         [],
     ],
-    ids=repr,
+    ids=lambda prompts: "generator" if isinstance(prompts, Iterator) else repr(prompts),
 )
 def test_prompts_are_what_the_pipeline_takes(client: MIIClient, said: Any, prompts: Any) -> None:
     given = list(prompts) if not isinstance(prompts, str) else [prompts]
