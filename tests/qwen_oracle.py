@@ -2,12 +2,17 @@
 
     x += c_proj(attention(rope(c_attn(norm(x)))));  x += c_proj(w1(norm(x)) * silu(w2(norm(x))))
 
-with RMS norms, biases of c_attn, and rotations in halves (technical report of Qwen, arXiv 2309.16609).
+with RMS norms, biases of c_attn, and rotations in halves (technical report of Qwen, arXiv 2309.16609). Contexts longer
+than the trained length n, by the released code:
+
+    base of a prompt of L tokens and of its answer: base * a^(d / (d - 2)), a = 2^ceil(log2(L / n) + 1) - 1, 1 at least
+    query at position p, after its rotation: * log_n(p + 1), 1 at least
 """
 
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -87,7 +92,15 @@ class QwenOracle(Oracle):
         self._config = json.loads((folder / "config.json").read_text())
         stored = load_file(folder / "model.safetensors", device=device)
         self._weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in stored.items()}
+        self._prompt_length = 0  # 0: all of the tokens
         self.model = lambda ids: SimpleNamespace(logits=self._forward(ids[0])[None])
+
+    def logits_along(self, prompt: list[int], answer: list[int]) -> torch.Tensor:
+        self._prompt_length = len(prompt)
+        try:
+            return super().logits_along(prompt, answer)
+        finally:
+            self._prompt_length = 0
 
     def _forward(self, ids: torch.Tensor) -> torch.Tensor:
         weights = self._weights
@@ -113,6 +126,8 @@ class QwenOracle(Oracle):
             part.unflatten(1, (heads, -1)).transpose(0, 1) for part in self._linear(f"{at}.attn.c_attn", x).chunk(3, 1)
         )
         q, k = self._rotate(q), self._rotate(k)
+        if self._config["use_logn_attn"]:
+            q = q * self._growth(len(x)).to(x)[:, None]
         scores = (q @ k.transpose(1, 2)) * self._config["kv_channels"] ** -0.5
         hidden = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).triu(1)
         mixed = scores.float().masked_fill(hidden, -torch.inf).softmax(-1).to(x.dtype) @ v
@@ -121,14 +136,23 @@ class QwenOracle(Oracle):
     def _rotate(self, heads: torch.Tensor) -> torch.Tensor:
         width = int(heads.shape[2] * self._config["rotary_pct"])
         powers = torch.arange(0, width, 2, device=heads.device).float() / width
-        angles = (
-            torch.arange(heads.shape[1], device=heads.device).float()[:, None]
-            / self._config["rotary_emb_base"] ** powers
-        )
+        base = self._base(self._prompt_length or heads.shape[1], width)
+        angles = torch.arange(heads.shape[1], device=heads.device).float()[:, None] / base**powers
         cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
         turned, kept = heads[..., :width].float(), heads[..., width:]
         first, second = turned.chunk(2, -1)
         return torch.cat([(turned * cos + torch.cat([-second, first], -1) * sin).to(heads.dtype), kept], -1)
+
+    def _base(self, prompt: int, width: int) -> float:
+        base, trained = self._config["rotary_emb_base"], self._config["seq_length"]
+        if not self._config["use_dynamic_ntk"]:
+            return base
+        alpha = max(2 ** math.ceil(math.log(prompt / trained, 2) + 1) - 1, 1)
+        return base * alpha ** (width / (width - 2))
+
+    def _growth(self, length: int) -> torch.Tensor:
+        trained = self._config["seq_length"]
+        return torch.tensor([math.log(i, trained) if i > trained else 1.0 for i in range(1, length + 1)])
 
     def _mlp(self, at: str, x: torch.Tensor) -> torch.Tensor:
         gate = functional.silu(self._linear(f"{at}.mlp.w2", x))

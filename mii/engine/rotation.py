@@ -5,8 +5,8 @@ Most models take one row a position. Two kinds of scaling look at the length of 
   * "longrope" has other factors in contexts longer than the trained length. A table then holds the rows of short
     contexts and, from row `switch` on, those of long ones; a sequence that grows past the length is computed anew,
     since its keys were rotated by the short ones (see `Sequence.outgrown`).
-  * "dynamic" rotates a prompt longer than the trained length by the base of its own length: steps with such prompts get
-    tables made for them.
+  * "dynamic" and "prompt_ntk" rotate a prompt longer than the trained length by the base of its own length: steps with
+    such prompts get tables made for them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from mii.batching.scheduler import Chunk, Plan
 from mii.errors import CheckpointError
-from mii.modeling.rope import rope_rows, rope_table, switch_length, trained_length
+from mii.modeling.rope import BY_LENGTH, rope_rows, rope_table, switch_length, trained_length
 from mii.modeling.spec import RopeSpec
 
 
@@ -38,7 +38,7 @@ class Rotation:
         for rope in ropes:
             if rope is not None and rope not in distinct:
                 distinct.append(rope)
-        self._dynamic = next((rope for rope in distinct if rope.kind == "dynamic"), None)
+        self._dynamic = next((rope for rope in distinct if rope.kind in BY_LENGTH), None)
         lengths = {switch_length(rope) for rope in distinct} - {0}
         if len(lengths) > 1 or (self._dynamic is not None and len(distinct) > 1):
             raise CheckpointError("The model's layers rotate by the context's length in different ways: not supported.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from mii.modeling.forward import Forward
 from mii.modeling.layers import Norm, RowNorm
 from mii.modeling.parameters import Linear, Module, Placement
 from mii.modeling.spec import ModelSpec
+from mii.ops import native
 from mii.ops.all_reduce import Group
 from mii.ops.attention import attention
 from mii.ops.rope_kv import rope_kv
@@ -41,6 +44,7 @@ class Attention(Module):
         self._interleaved = bool(rope and rope.interleaved)
         self._scale = spec.attention_scale * (spec.layer_scales[layer] if spec.layer_scales else 1.0)
         slopes = spec.alibi_slopes
+        self._growth = _query_growth(spec, place) if 0 < spec.log_length < spec.max_positions else None
         self._slopes = torch.tensor(slopes, dtype=torch.float32, device=place.device) if slopes else None
 
     def __call__(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -74,10 +78,13 @@ class Attention(Module):
             interleaved=self._interleaved,
             **self._head_norms(),
         )
+        queries = qkv[:, : spec.q_size]
+        if self._growth is not None:
+            native.aside(partial(_grow, queries, self._growth, forward.positions))
         plan = forward.plans[self.window]
         attention(
             buffers.attention,
-            qkv[:, : spec.q_size],
+            queries,
             k_cache,
             v_cache,
             forward.batch,
@@ -106,3 +113,13 @@ class Attention(Module):
         if self._norms_apart or q is None or k is None or q.weight is None or k.weight is None:
             return {}
         return {"q_norm": q.weight.tensor, "k_norm": k.weight.tensor, "norm_eps": q.eps, "norm_kind": q.kind}
+
+
+def _query_growth(spec: ModelSpec, place: Placement) -> torch.Tensor:
+    """The factor on the queries of each position, [max_positions, 1]: 1 up to the length that is the base."""
+    lengths = torch.arange(1, spec.max_positions + 1, dtype=torch.float64).clamp(min=spec.log_length)
+    return (lengths.log() / math.log(spec.log_length)).to(place.device, place.dtype)[:, None]
+
+
+def _grow(queries: torch.Tensor, growth: torch.Tensor, positions: torch.Tensor) -> None:
+    queries.mul_(growth.index_select(0, positions))

@@ -1,8 +1,8 @@
 """Rotary position tables: one row of cosines and sines a position, with every scaling that the Llama family uses.
 
 A row holds `rotary_dim / 2` cosines and then as many sines, in float32. RoPE: Su et al., arXiv 2104.09864. Scalings:
-linear position interpolation (arXiv 2306.15595), NTK-aware "dynamic", YaRN (arXiv 2309.00071), LongRoPE (arXiv
-2402.13753), and Llama 3.1's frequency bands.
+linear position interpolation (arXiv 2306.15595), NTK-aware "dynamic" and Qwen's "prompt_ntk", YaRN (arXiv 2309.00071),
+LongRoPE (arXiv 2402.13753), and Llama 3.1's frequency bands.
 
 LongRoPE divides each frequency by a factor of its own, by one list in contexts up to the trained length and by another
 in longer ones: `switch_length` and the `long` tables.
@@ -84,27 +84,34 @@ def rope_table(spec: RopeSpec, positions: int, device: torch.device, *, long: bo
 
 
 def trained_length(spec: RopeSpec) -> int:
-    """Tokens that the model was trained on, past which the "dynamic" kind changes its base."""
+    """Tokens that the model was trained on, past which the kinds in `BY_LENGTH` change their base."""
     return int(_number(spec, "max_position_embeddings"))
 
 
 def rope_rows(spec: RopeSpec, start: int, size: int, prompt_length: int) -> torch.Tensor:
-    """Rows [size, rotary_dim] of the "dynamic" kind for the tokens from `start` on of one long prompt and its answer.
+    """Rows [size, rotary_dim] of the kinds in `BY_LENGTH` for the tokens from `start` on of one long prompt and its
+    answer.
 
-    A prompt longer than the trained length is rotated as a whole with the base of its own length; a generated token
-    with the base of the context that it ends.
+    A prompt longer than the trained length is rotated as a whole with the base of its own length. A generated token has
+    the base of the context that it ends ("dynamic"), or its prompt's ("prompt_ntk").
     """
     rows = []
     for position in range(start, start + size):
-        angles = position * dynamic_frequencies(spec, max(prompt_length, position + 1))
+        length = max(prompt_length, position + 1) if spec.kind == "dynamic" else prompt_length
+        angles = position * dynamic_frequencies(spec, length)
         rows.append(torch.cat([angles.cos(), angles.sin()]))
     return torch.stack(rows)
 
 
 def dynamic_frequencies(spec: RopeSpec, length: int) -> torch.Tensor:
     """Frequencies of the NTK-aware scaling for a context of `length` tokens."""
-    trained, factor, width = _number(spec, "max_position_embeddings"), _number(spec, "factor"), spec.rotary_dim
-    grown = factor * max(length, trained) / trained - (factor - 1)
+    trained, width = _number(spec, "max_position_embeddings"), spec.rotary_dim
+    stretch = max(length, trained) / trained
+    if spec.kind == "dynamic":
+        factor = _number(spec, "factor")
+        grown = factor * stretch - (factor - 1)
+    else:
+        grown = 2.0 ** math.ceil(math.log2(stretch) + 1) - 1
     return _inverse_powers(spec.theta * grown ** (width / (width - 2)), width)
 
 
@@ -212,8 +219,10 @@ _FREQUENCIES: dict[str, Callable[[RopeSpec], tuple[torch.Tensor, float]]] = {
     "default": _default,
     "linear": _linear,
     "dynamic": _dynamic,
+    "prompt_ntk": _dynamic,
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _short,
 }
 _OLD_NAMES = {"su": "longrope"}
+BY_LENGTH = ("dynamic", "prompt_ntk")  # kinds that rotate a prompt past the trained length by its own length

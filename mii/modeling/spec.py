@@ -88,6 +88,8 @@ class ModelSpec:
         embedding_size: Width of the token embeddings where they are projected to the hidden size and back; 0: as wide.
         learned_positions: Rows of the table of learned positions, 0 for none; a position's row is `position_offset` on.
         alibi_slopes: Slope of each query head, empty for none.
+        log_length: Queries at positions from this one on grow by the logarithm of their context's length to this base
+            (log-n attention); 0 for none.
         layer_scales: Factor on `attention_scale` for each layer, empty for none.
         shard: The part of the model that one rank of a group has; the counts of heads and `intermediate_size` are then
             that rank's, and the spans say where they lie in the whole. None: all of it.
@@ -124,6 +126,7 @@ class ModelSpec:
     learned_positions: int = 0
     position_offset: int = 0
     alibi_slopes: tuple[float, ...] = ()
+    log_length: int = 0
     layer_scales: tuple[float, ...] = ()
     layer_ropes: tuple[RopeSpec | None, ...] = ()
     head_norm: bool = False

@@ -193,7 +193,7 @@ QWEN_7B = {
         (OLMO2_7B, {"row_norm": True, "block": "normed_branch", "norm_eps": 1e-6, "tied_embeddings": False}),
         (SMOLLM3_3B, {"windows": (0,) * 36, "tied_embeddings": True, "max_positions": 65536}),
         (EXAONE4_32B, {"windows": (4096, 4096, 4096, 0) * 16, "head_norm": True, "norm_eps": 1e-5}),
-        (QWEN_7B, {"intermediate_size": 11008, "max_positions": 8192, "qkv_bias": True, "mlp_bias": False}),
+        (QWEN_7B, {"intermediate_size": 11008, "max_positions": 32768, "log_length": 8192, "mlp_bias": False}),
     ],
     ids=lambda value: value["architectures"][0] if "architectures" in value else "",
 )  # fmt: skip

@@ -1,8 +1,7 @@
 """Qwen, the first generation: Llama's wiring under names of its own, with one biased matrix of queries, keys, values.
 
-Past the length it was trained on (`seq_length`) Qwen changes the base of its rotation by the prompt's length
-(`use_dynamic_ntk`) and scales queries by their position (`use_logn_attn`). Up to there both do nothing, and that is how
-far it is served where either is on.
+Past the length it was trained on (`seq_length`) Qwen rotates a prompt and its answer by a base that follows from the
+prompt's length (`use_dynamic_ntk`) and scales queries by their position (`use_logn_attn`).
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from mii.modeling.spec import ConfigReader, ModelSpec
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
-    read = ConfigReader(config)
-    q_heads, head_dim = read.required_integer("num_attention_heads"), read.integer("kv_channels", 128)
-    layers, up = read.required_integer("num_hidden_layers"), read.required_integer("intermediate_size")
+    read = ConfigReader(config, {"head_dim": ("kv_channels",)})
+    sizes = ConfigReader({"head_dim": 128, **read.config, "num_key_value_heads": None}).sizes()
+    up, trained = read.required_integer("intermediate_size"), read.integer("seq_length", 2048)
     if up % 2:
         raise CheckpointError(f"config.json: 'intermediate_size' counts gate and up, so {up} must be even.")
     if not read.flag("scale_attn_weights", True):
@@ -29,34 +28,24 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     rotary = {
         "rope_theta": read.number("rotary_emb_base", 10000.0),
         "partial_rotary_factor": read.number("rotary_pct", 1.0),
+        "rope_scaling": {"type": "prompt_ntk"} if read.flag("use_dynamic_ntk", True) else None,
+        "max_position_embeddings": trained,
     }
     plain = read.flag("no_bias", True)
     return ModelSpec(
         family="qwen",
-        vocab_size=read.required_integer("vocab_size"),
-        hidden_size=read.required_integer("hidden_size"),
-        num_layers=layers,
-        q_heads=q_heads,
-        kv_heads=q_heads,
-        head_dim=head_dim,
+        **sizes,
         intermediate_size=up // 2,
-        max_positions=_positions(read),
+        max_positions=read.integer("max_position_embeddings", trained),
         norm_eps=read.number("layer_norm_epsilon", 1e-6),
         activation="silu",
-        rope=read_rope(rotary, head_dim),
-        windows=(0,) * layers,
-        attention_scale=head_dim**-0.5,
+        rope=read_rope(rotary, sizes["head_dim"]),
         qkv_bias=True,
         output_bias=not plain,
         mlp_bias=not plain,
         tied_embeddings=read.flag("tie_word_embeddings"),
+        log_length=trained if read.flag("use_logn_attn", True) else 0,
     )
-
-
-def _positions(read: ConfigReader) -> int:
-    trained = read.integer("seq_length", 2048)
-    changes = read.flag("use_dynamic_ntk", True) or read.flag("use_logn_attn", True)
-    return trained if changes else read.integer("max_position_embeddings", trained)
 
 
 def weights(spec: ModelSpec) -> dict[str, Target]:
