@@ -17,7 +17,7 @@ from mii.config.registry import deployment_folder
 from mii.errors import DeploymentError, ServingError
 from mii.launch.state import read_state
 from tests.parallel.test_sharded_models import NINE_HEADS
-from tests.serving.deployments import pid_of, processes_of, wait_until
+from tests.serving.deployments import free_port, pid_of, processes_of, wait_until
 
 NAME = "ranks"
 PROMPTS = ["DeepSpeed is", "Seattle is", "A"]
@@ -45,7 +45,14 @@ def test_two_replicas_of_two_ranks_answer_as_one_process_and_survive_the_death_o
     with mii.pipeline(model, device="cpu", progress=False) as pipe:
         expected = [str(response) for response in pipe(PROMPTS, do_sample=False, max_new_tokens=12)]
     client = mii.serve(
-        model, deployment_name=NAME, device="cpu", replica_num=2, tensor_parallel=2, progress=False, max_restarts=3
+        model,
+        deployment_name=NAME,
+        port_number=free_port(),
+        device="cpu",
+        replica_num=2,
+        tensor_parallel=2,
+        progress=False,
+        max_restarts=3,
     )
     assert [str(answer) for answer in client.generate(PROMPTS, do_sample=False, max_new_tokens=12)] == expected
     before = {role: pid_of(deployment_folder(NAME), role) or 0 for role in ("replica-0-engine", "replica-0-engine-1")}
@@ -63,12 +70,27 @@ def test_two_replicas_of_two_ranks_answer_as_one_process_and_survive_the_death_o
 
 def test_a_model_that_cannot_be_divided_so_says_why_and_leaves_nothing(tiny_llama: Path, cache: Path) -> None:
     with pytest.raises(DeploymentError, match=r"has 3 attention heads.*use 1 to 3"):
-        mii.serve(str(tiny_llama), deployment_name=NAME, device="cpu", tensor_parallel=4, progress=False)
+        mii.serve(
+            str(tiny_llama),
+            deployment_name=NAME,
+            port_number=free_port(),
+            device="cpu",
+            tensor_parallel=4,
+            progress=False,
+        )
     wait_until(lambda: not processes_of(cache))
 
 
 def test_a_rank_that_hangs_ends_its_replica_within_ten_seconds(model: str, cache: Path) -> None:
-    client = mii.serve(model, deployment_name=NAME, device="cpu", tensor_parallel=2, progress=False, max_restarts=3)
+    client = mii.serve(
+        model,
+        deployment_name=NAME,
+        port_number=free_port(),
+        device="cpu",
+        tensor_parallel=2,
+        progress=False,
+        max_restarts=3,
+    )
     expected = [str(answer) for answer in client.generate(PROMPTS, do_sample=False, max_new_tokens=6)]
     first, second = (pid_of(deployment_folder(NAME), role) or 0 for role in ("replica-0-engine", "replica-0-engine-1"))
     os.kill(second, signal.SIGSTOP)
