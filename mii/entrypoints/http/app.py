@@ -25,7 +25,7 @@ from mii.entrypoints.http.errors import ApiError, on_api_error, on_http_exceptio
 from mii.entrypoints.http.metrics import Meter
 from mii.entrypoints.http.service import HttpService
 from mii.entrypoints.http.settings import CorsSettings, HttpSettings
-from mii.entrypoints.http.streaming import ClientGoneError, on_client_gone
+from mii.entrypoints.http.streaming import BODY_SEND, ClientGoneError, on_client_gone
 
 __all__ = ["build_app", "request_id"]
 
@@ -85,6 +85,7 @@ class _RequestIds:
                 MutableHeaders(scope=message)[_NAME] = name
             await send(message)
 
+        scope[BODY_SEND] = send
         await self._app(scope, receive, send_named)
 
 

@@ -70,6 +70,8 @@ class HttpServer:
     async def serve(self) -> None:
         """Answers until `stop`, and returns when what ran has ended or was ended."""
         await self._server.serve(self._sockets)
+        if self._server.force_exit:  # then uvicorn leaves the app as it is
+            await self._server.lifespan.shutdown()
 
     def stop(self) -> None:
         """Takes no new connections and ends. Called again, it does not wait for what runs."""

@@ -12,8 +12,10 @@ from starlette.types import Receive, Scope, Send
 
 from mii.entrypoints.http.errors import CLIENT_GONE, ApiError
 
-__all__ = ["DONE", "ClientGoneError", "EventSource", "EventStream", "on_client_gone", "while_connected"]
+__all__ = ["BODY_SEND", "DONE", "ClientGoneError", "EventSource", "EventStream", "on_client_gone", "while_connected"]
 
+BODY_SEND = "mii_body_send"
+"""Where a request's scope has the way past everything that looks at the heads of answers only."""
 DONE = b"data: [DONE]\n\n"
 """The last event of a stream that is complete."""
 T = TypeVar("T")
@@ -94,7 +96,8 @@ class EventStream(Response):
         del self.headers["content-length"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending, watching = asyncio.ensure_future(self._send(send)), asyncio.ensure_future(_hung_up(receive))
+        work = self._send(send, scope.get(BODY_SEND, send))
+        sending, watching = asyncio.ensure_future(work), asyncio.ensure_future(_hung_up(receive))
         status = CLIENT_GONE
         try:
             await asyncio.wait((sending, watching), return_when=asyncio.FIRST_COMPLETED)
@@ -107,12 +110,12 @@ class EventStream(Response):
                 await asyncio.wait((sending,))
             await self._source.close(status)
 
-    async def _send(self, send: Send) -> int:
+    async def _send(self, send: Send, send_body: Send) -> int:
         status = 200
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self._first, "more_body": True})
         try:
-            await _Pump(self._source, send).run()
+            await _Pump(self._source, send_body).run()
         except ApiError as error:
             status = error.status
             await send({"type": "http.response.body", "body": error.event(), "more_body": True})
