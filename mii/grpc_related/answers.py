@@ -9,7 +9,7 @@ from typing import TypeAlias
 from mii.grpc_related.pacer import Pacer
 from mii.grpc_related.proto.modelresponse_pb2 import SingleGenerationReply
 
-__all__ = ["Answers", "Piece", "merged", "runs"]
+__all__ = ["Answers", "Piece", "merged", "parted", "runs"]
 
 Piece: TypeAlias = SingleGenerationReply
 """An answer, or a part of one: text in `response`, and the `index` of its prompt."""
@@ -133,6 +133,12 @@ def runs(piece: Piece) -> bool:
 
 def merged(pieces: Iterable[Piece]) -> list[Piece]:
     """The same with one piece for each answer that runs, and a last one, as it came, for each that has ended."""
+    running, last = parted(pieces)
+    return running + last
+
+
+def parted(pieces: Iterable[Piece]) -> tuple[list[Piece], list[Piece]]:
+    """As `merged`: the pieces of answers that run, and the last ones."""
     running: dict[int, list[Piece]] = {}
     last: list[Piece] = []
     for piece in pieces:
@@ -140,16 +146,13 @@ def merged(pieces: Iterable[Piece]) -> list[Piece]:
             running.setdefault(piece.index, []).append(piece)
         else:
             last.append(_joined([piece]))
-    return [_joined(parts) for parts in running.values()] + last
+    return [_joined(parts) for parts in running.values()], last
 
 
 def _joined(parts: Sequence[Piece]) -> Piece:
     whole = Piece()
-    whole.CopyFrom(parts[-1])
+    for part in parts:  # lists grow, and of everything else the latest stays
+        whole.MergeFrom(part)
     if len(parts) > 1:
-        whole.response = "".join(part.response for part in parts)
-        for name in ("logprobs", "prompt_logprobs"):
-            whole.ClearField(name)
-            for part in parts:
-                getattr(whole, name).extend(getattr(part, name))
+        whole.response = "".join([part.response for part in parts])
     return whole

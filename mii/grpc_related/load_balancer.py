@@ -22,7 +22,7 @@ import grpc.aio
 from google.protobuf.empty_pb2 import Empty
 
 from mii.errors import AccessError, RequestCancelledError, ServerUnavailableError
-from mii.grpc_related.answers import Answers, Piece, merged, runs
+from mii.grpc_related.answers import Answers, Piece, parted, runs
 from mii.grpc_related.dispatch import Dispatcher, Shard
 from mii.grpc_related.links import Link
 from mii.grpc_related.options import REQUEST_ID, SERVICE_NAME, TOKEN
@@ -341,8 +341,7 @@ def _messages(pieces: Sequence[Piece]) -> Iterator[bytes]:
     if len(pieces) == 1:
         yield MultiGenerationReply(response=pieces).SerializeToString()
         return
-    pieces = merged(pieces)
-    for part in ([piece for piece in pieces if runs(piece)], [piece for piece in pieces if not runs(piece)]):
+    for part in parted(pieces):
         if part:
             yield MultiGenerationReply(response=part).SerializeToString()
 
