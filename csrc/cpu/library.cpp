@@ -203,6 +203,8 @@ int64_t mii_struct_size(const char* name) {
   MII_SIZE(MiiMoeCombine);
   MII_SIZE(MiiMoePack);
   MII_SIZE(MiiUnpack);
+  MII_SIZE(MiiAllReduce);
+  MII_SIZE(MiiAllGather);
   MII_SIZE(MiiCall);
   MII_SIZE(MiiRun);
 #undef MII_SIZE

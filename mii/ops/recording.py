@@ -79,12 +79,14 @@ class Recording:
         self._count += 1
 
     def aside(self, work: Callable[[], object]) -> None:
-        """See `native.aside`."""
+        """See `native.aside`. Native calls of the work are its own affair."""
         self._watch.paused = True
+        native.recorders.current, before = None, native.recorders.current
         try:
             work()
         finally:
             self._watch.paused = False
+            native.recorders.current = before
         self.finish()
         self._parts.append(work)
 

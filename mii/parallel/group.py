@@ -15,10 +15,8 @@ from torch.distributed.distributed_c10d import PrefixStore
 
 from mii.ops import native
 from mii.parallel.meeting import meet, this_machine
-from mii.parallel.peers import open_peers
-
-STEP_SECONDS = 6.0
-"""How long a rank waits for the others within a step before it takes them for dead."""
+from mii.parallel.pages import STEP_SECONDS, SharedPages, open_pages
+from mii.parallel.peers import PeerMemory, open_peers
 
 
 class Group:
@@ -35,9 +33,12 @@ class Group:
         self.rank, self.size = rank, size
         self.is_local = len(set(meet(store, rank, size, "machine", this_machine()))) == 1
         """Whether all ranks are on this machine."""
-        self._store, self._peers = PrefixStore("peers", store), None
+        self._store = PrefixStore("peers", store)
+        self._peers: PeerMemory | SharedPages | None
         if device.type == "cuda":
             self._peers = open_peers(self._store, rank, size, device, self.is_local)
+        else:
+            self._peers = open_pages(self._store, rank, size, self.is_local)
         self._ranks = _nccl(store, rank, size) if device.type == "cuda" else _gloo(store, rank, size, self.is_local)
 
     @property

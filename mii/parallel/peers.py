@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from mii.errors import GenerationError
 from mii.logging import logger
 from mii.ops import abi, native
-from mii.parallel.meeting import meet
+from mii.parallel.meeting import DisagreementError, agree
 
 # Off until its speed and its behaviour on a card have been measured; benchmarks/run_all_reduce.py does that.
 ASKED_FOR = os.environ.get("MII_PEER_REDUCE", "") not in ("", "0")
@@ -167,10 +166,6 @@ def _memory_bytes(library: native.Library, size: int) -> int:
     return max(sizes)
 
 
-class _UnseenError(Exception):
-    """The GPUs do not see each other's memory, and why."""
-
-
 def open_peers(store: Any, rank: int, size: int, device: torch.device, is_local: bool) -> PeerMemory | None:
     """The memory of a group; None, on every rank, where it does not go. All ranks call this at the same time.
 
@@ -184,12 +179,12 @@ def open_peers(store: Any, rank: int, size: int, device: torch.device, is_local:
     made: list[PeerMemory] = []
     try:
         if not is_local or size > MOST_RANKS:
-            raise _UnseenError(f"{size} ranks" + ("" if is_local else " on several hosts"))
-        handles = _agree(store, rank, size, "memory", lambda: _offer(made, rank, size, device))
+            raise DisagreementError(f"{size} ranks" + ("" if is_local else " on several hosts"))
+        handles = agree(store, rank, size, "memory", lambda: _offer(made, rank, size, device))
         (peers,) = made
-        _agree(store, rank, size, "opened", lambda: peers.open(handles))
-        _agree(store, rank, size, "tried", peers.try_out)
-    except _UnseenError as reason:
+        agree(store, rank, size, "opened", lambda: peers.open(handles))
+        agree(store, rank, size, "tried", peers.try_out)
+    except DisagreementError as reason:
         for peers in made:
             peers.close(store)
         if ASKED_FOR and rank == 0:
@@ -205,20 +200,3 @@ def _offer(made: list[PeerMemory], rank: int, size: int, device: torch.device) -
         raise native.NativeError("MII_PEER_REDUCE is not set")
     made.append(PeerMemory(rank, size, device))
     return made[0].handle
-
-
-def _agree(store: Any, rank: int, size: int, step: str, work: Callable[[], str | None]) -> list[str]:
-    """Does something on every rank, and says to all what came of it.
-
-    Raises:
-        _UnseenError: it did not go on one of them; raised on all.
-    """
-    try:
-        said = work() or ""
-    except RuntimeError as error:
-        said = f"!{error}"
-    everyone = meet(store, rank, size, step, said)
-    for other, words in enumerate(everyone):
-        if words.startswith("!"):
-            raise _UnseenError(f"rank {other}: {words[1:]}")
-    return everyone

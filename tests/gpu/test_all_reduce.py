@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import os
 import random
+import signal
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -19,8 +20,8 @@ from mii.errors import GenerationError
 from mii.ops import abi, native
 from mii.ops.norm import norm, norm_arguments
 from mii.parallel.peers import MOST_BYTES, PeerMemory
-from tests.gpu.crew import Crew
 from tests.ops.kernel_checks import DTYPES, assert_close
+from tests.parallel.crew import Crew, with_gpus
 
 PACKS = (1, 2, 3, 5, 127, 128, 129, 1000, 4096, 32768, 32769)  # of 16 bytes
 SHAPES = ((1, 64), (1, 4096), (1, 8192), (3, 1000), (5, 4104), (16, 8192), (33, 2048), (200, 512), (7, 16384))
@@ -167,7 +168,7 @@ class NormCase:
 def crew(request: pytest.FixtureRequest) -> Iterator[Crew]:
     if torch.cuda.device_count() < request.param:
         pytest.skip(f"needs {request.param} GPUs, there are {torch.cuda.device_count()}")
-    crew = Crew(request.param)
+    crew = Crew(request.param, with_gpus)
     yield crew
     crew.close()
 
@@ -307,12 +308,12 @@ def alone(peers: PeerMemory) -> tuple[str, float, float]:
 def test_a_rank_that_hangs_or_has_died_ends_the_wait(killed: bool) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs 2 GPUs")
-    crew = Crew(2, patience=2.0)
+    crew = Crew(2, with_gpus, patience=2.0)
     crew.run(sums, torch.float32)
     if killed:
-        crew.kill(1)
+        crew.signal(1, signal.SIGKILL)
     ((said, first, more),) = crew.run(alone, ranks=[0], seconds=30)
-    crew.kill(0)
+    crew.signal(0, signal.SIGKILL)
     crew.close()
     assert said, "nothing was noticed"
     assert killed or said.startswith("GenerationError: rank 1 of 2 has sent nothing to rank 0's GPU for 2 seconds")
@@ -330,6 +331,6 @@ def shared(peers: PeerMemory) -> None:
 def test_two_processes_on_one_gpu_find_each_others_memory() -> None:
     if torch.cuda.device_count() > 1:
         pytest.skip("ranks have a GPU each here")
-    crew = Crew(2)
+    crew = Crew(2, with_gpus)
     crew.run(shared)
     crew.close()

@@ -1,0 +1,20 @@
+// The sum of what several ranks have, for every instruction set; csrc/cpu/ranks.cpp brings it together.
+#pragma once
+#include "cpu.h"
+
+namespace mii::cpu {
+
+// out[i] = parts[0][i] + parts[1][i] + ..., in float in this order, rounded once. out may be one of the parts.
+struct Addends {
+  void* out;
+  const void* const* parts;
+  int64_t elements;
+  int32_t count, dtype;
+};
+
+namespace plain { void add_up(const Addends& a); }
+namespace avx2 { void add_up(const Addends& a); }
+namespace avx512 { void add_up(const Addends& a); }
+namespace amx { void add_up(const Addends& a); }
+
+}  // namespace mii::cpu
