@@ -40,6 +40,7 @@ class Group:
         else:
             self._peers = open_pages(self._store, rank, size, self.is_local)
         self._ranks = _nccl(store, rank, size) if device.type == "cuda" else _gloo(store, rank, size, self.is_local)
+        meet(store, rank, size, "connected", "")  # who goes on alone may end while others still connect to it
 
     @property
     def num_bytes(self) -> int:
