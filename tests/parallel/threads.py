@@ -1,4 +1,4 @@
-"""Ranks as threads of one process: real groups over gloo, without the start of processes."""
+"""Ranks as threads of one process: real groups, without the start of processes."""
 
 from __future__ import annotations
 
