@@ -45,7 +45,7 @@ class Crew:
             self.processes.append(context.Process(target=_serve, args=arguments, daemon=True))
             self.processes[-1].start()
 
-    def run(self, work: Work, *arguments: Any, ranks: Iterable[int] | None = None, seconds: float = 60) -> list[Any]:
+    def run(self, work: Work, *arguments: Any, ranks: Iterable[int] | None = None, seconds: float = 120) -> list[Any]:
         """Calls `work(memory, *arguments)` on the ranks at once; what each returned.
 
         Raises:
