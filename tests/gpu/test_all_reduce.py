@@ -11,6 +11,7 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from hashlib import blake2b
 from typing import Any
 
 import pytest
@@ -192,14 +193,15 @@ def test_sums_are_those_in_the_order_of_the_ranks(crew: Crew, dtype: torch.dtype
     crew.run(sums, dtype)
 
 
-def norms(peers: PeerMemory, dtype: torch.dtype, kind: int) -> list[torch.Tensor]:
+def norms(peers: PeerMemory, dtype: torch.dtype, kind: int) -> list[str]:
+    """Digests of what came out."""
     outs = []
     for seed, (rows, width) in enumerate(SHAPES):
         for shots in (1, 2):
             call = NormCase(peers.rank, peers.size, rows, width, dtype, kind, seed)
             if peers.all_reduce_norm(call.arguments(), shots):
                 call.check()
-                outs.append(call.out.cpu())
+                outs.append(blake2b(call.out.cpu().view(torch.uint8).numpy().tobytes()).hexdigest())
     return outs
 
 
@@ -208,7 +210,7 @@ def norms(peers: PeerMemory, dtype: torch.dtype, kind: int) -> list[torch.Tensor
 def test_norms_of_sums_are_those_of_two_kernels(crew: Crew, dtype: torch.dtype, kind: int) -> None:
     first, *others = crew.run(norms, dtype, kind)
     assert len(first) >= 2 * len(SHAPES) - 4
-    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+    assert all(other == first for other in others)
 
 
 def mixed(peers: PeerMemory, count: int) -> None:
