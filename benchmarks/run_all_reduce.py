@@ -1,10 +1,12 @@
-"""Sums over the GPUs of one host, ours beside NCCL's, in microseconds by size.
+"""Sums over the ranks of one host, ours beside NCCL's or gloo's, in microseconds by size.
 
-    torchrun --nproc_per_node 4 benchmarks/run_all_reduce.py [--json FILE] [--width 8192]
+    torchrun --nproc_per_node 4 benchmarks/run_all_reduce.py [--device cpu] [--json FILE] [--width 8192]
 
 Each figure is the median time of one call within a CUDA graph of 32, as in a step; of the ranks the slowest counts.
 `norm`: the sum, the addition to the residual and the RMSNorm of rows of `--width` bfloat16, as one kernel, and with
 NCCL as two. What is fastest at a size is marked; mii/parallel/peers.py holds the bounds that should follow from that.
+
+On CPUs: float32, the mean time of a call on the slowest rank, and the processors' time of all ranks together.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,7 @@ from mii.benchmark.limits import describe_machine
 from mii.benchmark.report import versions, write_json
 from mii.ops.norm import norm, norm_arguments
 from mii.parallel import peers
+from mii.parallel.pages import open_pages
 from mii.parallel.peers import MOST_BYTES, PeerMemory, open_peers
 
 KIB = 1024
@@ -103,35 +108,83 @@ def run(memory: PeerMemory, width: int, device: torch.device) -> dict[str, Any]:
     return {"results": results, "gather": gathered}
 
 
+def run_gpus(store: Any, rank: int, size: int, width: int) -> dict[str, Any] | None:
+    """None where the GPUs do not see each other's memory."""
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    peers.ASKED_FOR = True
+    memory = open_peers(store, rank, size, device, True)
+    if memory is None:
+        return None
+    if rank == 0:
+        print(f"{size} ranks, {torch.cuda.get_device_name()}, us; fastest marked")
+        print(" " * 22 + " ".join(f"{name:>9} " for name in COLUMNS))
+    figures = run(memory, width, device)
+    memory.close(store)
+    return figures
+
+
+def run_cpus(store: Any, rank: int, size: int) -> dict[str, Any] | None:
+    """None where the ranks cannot share memory."""
+    torch.set_num_threads(1)
+    pages = open_pages(store, rank, size, True)
+    if pages is None:
+        return None
+    results = []
+    for num_bytes in SIZES:
+        x = torch.zeros(num_bytes // 4)
+        result: dict[str, Any] = {"bytes": num_bytes}
+        calls: tuple[tuple[str, Callable[..., object]], ...] = (("gloo", dist.all_reduce), ("ours", pages.all_reduce))
+        for name, call in calls:
+            result[name] = dict(zip(("us", "cpu us"), _host_times(partial(call, x)), strict=True))
+        results.append(result)
+        if rank == 0:
+            words = [
+                f"{name} {result[name]['us']:8.0f} ({result[name]['cpu us']:.0f} cpu)" for name in ("gloo", "ours")
+            ]
+            print(f"{num_bytes // KIB:6d} KiB  {'  '.join(words)}", flush=True)
+    return {"results": results}
+
+
+def _host_times(call: Callable[[], object], times: int = 100) -> tuple[float, float]:
+    for _ in range(5):
+        call()
+    wall, own = time.perf_counter(), time.process_time()
+    for _ in range(times):
+        call()
+    wall, own = time.perf_counter() - wall, time.process_time() - own
+    slowest, together = torch.tensor([wall]), torch.tensor([own])
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    dist.all_reduce(together)
+    return 1e6 * slowest.item() / times, 1e6 * together.item() / times
+
+
 def write(figures: dict[str, Any], size: int, device: torch.device, path: Path) -> None:
-    about = {"benchmark": "all-reduce", "date": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    about: dict[str, Any] = {
+        "benchmark": "all-reduce",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
     about |= {"machine": describe_machine(device), "versions": versions(), "ranks": size, "most_bytes": MOST_BYTES}
     write_json(about | figures, path)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Times sums over the GPUs of one host.")
+    parser = argparse.ArgumentParser(description="Times sums over the ranks of one host.")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--width", type=int, default=8192, help="elements of a row that is normed")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
-    peers.ASKED_FOR = True
+    cuda, device = args.device == "cuda", torch.device(args.device)
+    if cuda:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     store = PrefixStore("peers", _get_default_store())
-    memory = open_peers(store, rank, size, device, True)
-    if memory is None:
-        return 1
-    if rank == 0:
-        print(f"{size} ranks, {torch.cuda.get_device_name()}, us; fastest marked")
-        print(" " * 22 + " ".join(f"{name:>9} " for name in COLUMNS))
-    figures = run(memory, args.width, device)
-    if rank == 0 and args.json is not None:
+    figures = run_gpus(store, rank, size, args.width) if cuda else run_cpus(store, rank, size)
+    if figures is not None and rank == 0 and args.json is not None:
         write(figures, size, device, args.json)
-    memory.close(store)
     dist.destroy_process_group()
-    return 0
+    return int(figures is None)
 
 
 if __name__ == "__main__":
