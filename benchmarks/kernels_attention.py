@@ -2,7 +2,7 @@
 
 Heads are those of Llama-3-8B (32 query, 8 KV, 128 elements) unless a case says otherwise, blocks hold 64 tokens and lie
 scattered in the cache, sequences are of equal length. `bytes` counts keys, values, queries and results once; `flops`
-counts the products that the causal mask leaves.
+counts the products that the causal mask and the window leave.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Work:
 
     @property
     def flops(self) -> int:
-        pairs = sum(q * (kv - q) + q * (q + 1) // 2 for q, kv in self.lengths)
+        pairs = sum(min(self.window or kv, kv - q + 1 + i) for q, kv in self.lengths for i in range(q))
         return 4 * self.head_dim * self.q_heads * pairs
 
 
@@ -63,13 +63,15 @@ def _cuda_cases() -> Iterator[Case]:
     yield _decode("64 x 8192, window 1024", Work(((1, 8192),) * 64, window=1024))
     yield _decode("64 x 2048, heads 71/1 of 64", Work(((1, 2048),) * 64, 71, 1, 64))
     for seqs, length in ((1, 2048), (8, 2048), (2, 8192), (32, 512)):
-        yield prompt(f"{seqs} prompts of {length}", Work(((length, length),) * seqs))
-    yield prompt("1 prompt of 32768", Work(((32768, 32768),)))
-    yield prompt("8 prompts of 2048, heads 32/32", Work(((2048, 2048),) * 8, kv_heads=32))
-    yield prompt("8 prompts of 2048, heads of 64", Work(((2048, 2048),) * 8, head_dim=64))
-    yield prompt("8 prompts of 2048, heads 16/8 of 256", Work(((2048, 2048),) * 8, 16, 8, 256))
-    yield prompt("chunk of 512 at 8192", Work(((512, 8192),)))
-    yield prompt("chunk of 512 at 2048, 256 x 1 at 1024", Work(((512, 2048), *(((1, 1024),) * 256))))
+        yield _prompt(f"{seqs} prompts of {length}", Work(((length, length),) * seqs))
+    yield _prompt("1 prompt of 32768", Work(((32768, 32768),)))
+    yield _prompt("8 prompts of 2048, heads 32/32", Work(((2048, 2048),) * 8, kv_heads=32))
+    yield _prompt("8 prompts of 2048, heads of 64", Work(((2048, 2048),) * 8, head_dim=64))
+    yield _prompt("8 prompts of 2048, heads 16/8 of 256", Work(((2048, 2048),) * 8, 16, 8, 256))
+    yield _prompt("8 prompts of 2048, softcap", Work(((2048, 2048),) * 8, softcap=50.0))
+    yield _prompt("2 prompts of 8192, window 1024", Work(((8192, 8192),) * 2, window=1024))
+    yield _prompt("chunk of 512 at 8192", Work(((512, 8192),)))
+    yield _prompt("chunk of 512 at 2048, 256 x 1 at 1024", Work(((512, 2048), *(((1, 1024),) * 256))))
     for text, lengths in (
         ("64 decode", ((1, 1000),) * 64),
         ("2048 decode", ((1, 1000),) * 2048),
@@ -83,15 +85,14 @@ def _cpu_cases() -> Iterator[Case]:
     small = {"q_heads": 9, "kv_heads": 3, "head_dim": 64, "block": 32}
     for seqs, context in ((1, 1024), (8, 512), (64, 256)):
         yield _decode(f"{seqs} x {context}, heads 9/3 of 64", Work(((1, context),) * seqs, **small))
-    yield prompt("1 prompt of 512, heads 9/3 of 64", Work(((512, 512),), **small))
+    yield _prompt("1 prompt of 512, heads 9/3 of 64", Work(((512, 512),), **small))
 
 
 def _decode(text: str, work: Work) -> Case:
     return Case("attention", f"decode {text}", work.bytes, lambda device: _call(work, device))
 
 
-def prompt(text: str, work: Work) -> Case:
-    """A case with prompts, whose arithmetic counts."""
+def _prompt(text: str, work: Work) -> Case:
     return Case("attention", text, work.bytes, lambda device: _call(work, device), work.flops)
 
 

@@ -1,13 +1,11 @@
-"""Products of a few rows with the weights of an 8B Llama: our streaming kernel beside cuBLASLt, in one run.
+"""Products with the weights of an 8B Llama: our streaming kernel beside cuBLASLt, which alone takes more rows than 8.
 
-Each product alone, for every way in which our kernel can cut its work; then chains over 32 layers with weights of their
-own, in one graph, so that nothing is found in the cache and what lies between two kernels counts: the four products of
-a layer, and all of a layer but attention.
+Each product alone, then chains over 32 layers with weights of their own, in one graph, so that nothing is found in the
+cache and what lies between two kernels counts: the four products of a layer, and all of a layer but attention.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,25 +26,9 @@ LAYER = {
     "down": (HIDDEN, INTERMEDIATE),
 }
 WEIGHTS = LAYER | {"head": (128256, HIDDEN)}
-VARIANTS = {1: 4, 8: 4, 16: 4, 32: 3, 64: 4}  # of our kernel's cuts, for each number of rows
-MORE_ROWS = (128, 256, 384, 512)
-CHAIN_ROWS, LAYERS = (1, 8, 16, 64), 32
-# How the streaming kernel runs in a chain: its cut, MiB of the next weight to fetch, units under way when that begins,
-# and whether kernels start the next one early. Without a cut cuBLASLt multiplies.
-CHAINS = (
-    (None, 0, 0, False),
-    (None, 0, 0, True),
-    (0, 16, 0, False),
-    (0, 16, 0, True),
-    (2, 16, 0, False),
-    (2, 16, 0, True),
-    (1, 0, 0, True),
-    (1, 8, 0, True),
-    (1, 16, 0, True),
-    (3, 0, 0, True),
-    (3, 8, 0, True),
-    (3, 16, 0, True),
-)
+ROWS, MORE_ROWS = (1, 4, linear_streamed.ROWS), (16, 64, 128, 256, 384, 512)
+CHAIN_ROWS, LAYERS = (1, linear_streamed.ROWS), 32
+FETCHED = (0, 4, 8, 16, 24)  # MiB of the next weight that a streamed product brings into the cache
 DTYPE, SIZE = torch.bfloat16, 2
 
 
@@ -57,17 +39,16 @@ def run(device: torch.device) -> list[dict[str, Any]]:
     return [*run_cases(_products(), device), *_chains(device)]
 
 
-def _choose(rows: int, variant: int = 0, fetch: int = 0, lag: int = 0) -> None:
-    linear_streamed.ROWS, linear_streamed.VARIANT = rows, variant
-    linear_streamed.FETCH_BYTES, linear_streamed.FETCH_LAG = fetch << 20, lag
+def _choose(rows: int, fetched: int = linear_streamed.FETCH_BYTES >> 20) -> None:
+    """Up to how many rows the streaming kernel multiplies, and how much it brings of what follows."""
+    linear_streamed.ROWS, linear_streamed.FETCH_BYTES = rows, fetched << 20
 
 
 def _products() -> Iterator[Case]:
     for name, (n, k) in WEIGHTS.items():
-        for rows, variants in VARIANTS.items():
+        for rows in ROWS:
             yield _case(name, rows, n, k, "cuBLASLt", lambda: _choose(0))
-            for variant in range(variants):
-                yield _case(name, rows, n, k, f"streamed {variant}", lambda v=variant: _choose(max(VARIANTS), v))
+            yield _case(name, rows, n, k, "streamed", lambda: _choose(max(ROWS)))
         for rows in MORE_ROWS:
             yield _case(name, rows, n, k, "cuBLASLt", lambda: _choose(0))
 
@@ -133,14 +114,13 @@ def _chains(device: torch.device) -> Iterator[dict[str, Any]]:
     for rows in CHAIN_ROWS:
         chain = _Chain(device, rows)
         for name, run_layer in (("four products", chain.products), ("layer but attention", chain.layer)):
-            for variant, fetch, lag, early in CHAINS:
-                _choose(0 if variant is None else max(VARIANTS), variant or 0, fetch, lag)
-                os.environ["MII_PDL_EARLY"] = str(int(early))  # the library asks for it at every launch
+            for fetched in (None, *FETCHED):
+                _choose(0 if fetched is None else max(ROWS), fetched or 0)
                 calls = [
                     lambda i=i, run_layer=run_layer: run_layer(layers[i], layers[(i + 1) % LAYERS][0])  # type: ignore[misc]
                     for i in range(LAYERS)
                 ]
-                how = "cuBLASLt" if variant is None else f"streamed {variant}, {fetch} MiB ahead, {lag} late"
-                text = f"{name}, {rows} rows, {how}{', early' if early else ''}"
+                how = "cuBLASLt" if fetched is None else f"streamed, {fetched} MiB ahead"
+                text = f"{name}, {rows} rows, {how}"
                 yield {"kernel": "linear chain", "case": text, "seconds": graph_seconds(calls), "bytes": moved}
-    del os.environ["MII_PDL_EARLY"]
+    _choose(max(ROWS))

@@ -110,8 +110,7 @@ int32_t sum_norm_rows(const MiiAllReduceNorm& a, void* stream) {
                             static_cast<int>(n.width),
                             n.kind,
                             1.0f / static_cast<float>(n.width),
-                            n.eps,
-                            false};
+                            n.eps};
   if (two) return sum_norm<T, Slots, Slots, true>(a.ranks, norm, part, stream);
   return held == 1   ? sum_norm<T, Slots, 1, false>(a.ranks, norm, part, stream)
          : held == 2 ? sum_norm<T, Slots, 2, false>(a.ranks, norm, part, stream)

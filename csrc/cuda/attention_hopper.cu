@@ -1,11 +1,9 @@
-// Launches the Hopper kernel of prompts: heads of 64 and 128 elements on compute capability 9.0, asked for by
-// MII_WGMMA.
+// Launches the Hopper kernel of prompts: heads of 64 and 128 elements on compute capability 9.0.
 //
-// MII_WGMMA=0: no; 1: keys and values are copied row by row by threads; 2: in boxes by the copy engine (TMA). 3 and 4
-// are 1 and 2 without turns of the warpgroups.
+// Keys and values are copied in boxes by the copy engine (TMA) for heads of 128 elements without extras. Else threads copy
+// them row by row, which is the faster way there.
 #include <cuda.h>
 
-#include <cstdlib>
 #include <mutex>
 
 #include "attention.cuh"
@@ -15,15 +13,6 @@ namespace mii {
 namespace {
 
 static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= alignof(CUtensorMap));
-
-constexpr int kByDefault = 0;  // until its speed has been measured
-
-// The number that MII_WGMMA has; 0: the kernel is not asked for.
-int asked_for() {
-  const char* value = std::getenv("MII_WGMMA");
-  const bool is_digit = value != nullptr && value[0] >= '0' && value[0] <= '4' && value[1] == '\0';
-  return is_digit ? value[0] - '0' : kByDefault;
-}
 
 // cuTensorMapEncodeTiled by way of the runtime, so that nothing has to be linked with the driver; null: not there.
 decltype(&cuTensorMapEncodeTiled) tensor_map_encoder() {
@@ -59,9 +48,10 @@ bool encode_cache(TensorMap* map, const MiiAttention& a, const void* cache, int 
 }
 
 HopperParams with_maps(const AttentionParams& p) {
-  HopperParams params = {p, {}, {}, 0, asked_for() <= 2};
+  HopperParams params = {p, {}, {}, 0};
   const int box_rows = p.a.block_size < 64 ? p.a.block_size : 64;
-  const bool in_boxes = asked_for() % 2 == 0 && encode_cache(&params.k, p.a, p.a.k_cache, box_rows) &&
+  const bool in_boxes = p.a.head_dim == 128 && !needs_extras(p.a) &&
+                        encode_cache(&params.k, p.a, p.a.k_cache, box_rows) &&
                         encode_cache(&params.v, p.a, p.a.v_cache, box_rows);
   if (in_boxes) params.box_rows = box_rows;
   return params;
@@ -94,8 +84,8 @@ int32_t launch_head(const HopperParams& params, void* stream) {
 }  // namespace
 
 bool hopper_serves(const MiiAttention& a) {
-  return (a.head_dim == 64 || a.head_dim == 128) && a.max_tokens > a.max_seqs && asked_for() > 0 &&
-         card().major == 9 && card().minor == 0;
+  return (a.head_dim == 64 || a.head_dim == 128) && a.max_tokens > a.max_seqs && card().major == 9 &&
+         card().minor == 0;
 }
 
 int32_t launch_hopper(const AttentionParams& p, void* stream) {

@@ -24,9 +24,6 @@ const Card& card();
 // Newer cards run the code of sm_80, which is compiled without the waiting that an overlap needs.
 bool overlap_allowed();
 
-// Whether kernels let the next one start before they wait themselves (common.cuh, begin): MII_PDL_EARLY=1.
-bool start_early();
-
 #define MII_REQUIRE(condition, code, ...)                    \
   do {                                                       \
     if (!(condition)) return ::mii::fail(code, __VA_ARGS__); \

@@ -44,21 +44,11 @@ const Card& card() {
   return cards[device];
 }
 
-namespace {
-
-bool asked(const char* name) {
-  const char* value = std::getenv(name);
-  return value != nullptr && *value != '\0' && std::strcmp(value, "0") != 0;
-}
-
-}  // namespace
-
 bool overlap_allowed() {
-  static const bool off = asked("MII_NO_PDL");
-  return !off && card().major == 9;
+  static const char* const off = std::getenv("MII_NO_PDL");
+  static const bool allowed = off == nullptr || *off == '\0' || std::strcmp(off, "0") == 0;
+  return allowed && card().major == 9;
 }
-
-bool start_early() { return asked("MII_PDL_EARLY"); }
 
 }  // namespace mii
 

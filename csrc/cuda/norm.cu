@@ -42,8 +42,7 @@ int32_t norm(const MiiNorm& a, void* stream) {
                             static_cast<int>(a.width),
                             a.kind,
                             1.0f / static_cast<float>(a.width),
-                            a.eps,
-                            start_early()};
+                            a.eps};
   if (!vectorised<T>(a)) {
     return launch("mii_norm", norm_rows_any<T>, Shape{dim3(a.rows), dim3(256)}, stream, args);
   }

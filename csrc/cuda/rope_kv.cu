@@ -52,8 +52,7 @@ int32_t rope_kv(const MiiRopeKv& a, void* stream) {
                               a.interleaved != 0,
                               1.0f / static_cast<float>(a.head_dim),
                               a.norm_eps,
-                              a.norm_kind == MII_RMS_PLUS1 ? 1.0f : 0.0f,
-                              start_early()};
+                              a.norm_kind == MII_RMS_PLUS1 ? 1.0f : 0.0f};
   if (packs_fit(args, kPack<T>)) return launch_packs<T, kPack<T>>(args, a.tokens, stream);
   if (packs_fit(args, 2)) return launch_packs<T, 2>(args, a.tokens, stream);
   const int threads = std::min(256, args.heads * kWarp);

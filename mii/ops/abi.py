@@ -96,7 +96,7 @@ MiiLinearStreamed = _struct(
     (MiiLinear, "product"),
     (c_void_p, "next"),
     (c_int64, "next_bytes next_fetch"),
-    (c_int32, "next_lag gated activation variant"),
+    (c_int32, "gated activation"),
 )
 
 MiiLinearPack = _struct(

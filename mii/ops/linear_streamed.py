@@ -6,22 +6,14 @@ gate and up of an output side by side and applies the activation before anything
 
 from __future__ import annotations
 
-import os
-
 import torch
 
 from mii.ops import abi, native
 
-# Up to this many rows (64 at most) a product goes to this kernel. 0, cuBLASLt for all, until its speed on a card has
-# been measured; benchmarks/kernels_linear.py does that.
-ROWS = int(os.environ.get("MII_STREAMED_ROWS", "0"))
+ROWS = 8  # up to which a product goes to this kernel, which takes no more; 0: cuBLASLt for all
 # Bytes of the following product's weight that come into the L2 cache while a product ends: about what memory delivers
 # between the last read of one product and the first of the next.
-FETCH_BYTES = int(os.environ.get("MII_STREAMED_FETCH", str(12 << 20)))
-# It begins when a CTA still waits for this many units of its own weight; as many as its ring has: at once.
-FETCH_LAG = int(os.environ.get("MII_STREAMED_LAG", "2"))
-# How the kernel cuts its work, for comparisons (csrc/cuda/linear.cu).
-VARIANT = int(os.environ.get("MII_STREAMED_VARIANT", "0"))
+FETCH_BYTES = 8 << 20
 
 _workspaces: dict[torch.device, torch.Tensor] = {}
 
@@ -66,10 +58,8 @@ def linear(
         native.pointer(following),
         0 if following is None else following.numel() * following.element_size(),
         FETCH_BYTES,
-        FETCH_LAG,
         activation is not None,
         abi.ACTIVATIONS.get(activation or "", 0),
-        VARIANT,
     )
     return library.call("mii_linear_streamed", args, native.stream(x.device))
 

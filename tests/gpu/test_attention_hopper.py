@@ -1,4 +1,4 @@
-"""The Hopper kernel of prompts (MII_WGMMA), on the card: layout, the edge grid, splits, graphs.
+"""The Hopper kernel of prompts, on the card: the edge grid, splits, graphs.
 
 Other sizes of heads, other cards and steps without prompts go to the kernel that tests/gpu/test_attention.py tests.
 """
@@ -6,9 +6,6 @@ Other sizes of heads, other cards and steps without prompts go to the kernel tha
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,37 +15,14 @@ from tests.ops.attention_cases import Shape, edge_lengths, make_case
 from tests.ops.test_attention import LENGTHS, VARIANTS
 
 CARD = Shape(dtype=torch.bfloat16, device="cuda", q_heads=8, kv_heads=2, head_dim=128, block_size=64)
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-@pytest.fixture(scope="module", params=["1", "2"])
-def mode(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def smoke(mode: str) -> tuple[int, str]:
-    """Exit code and words of the first steps, taken in a process of their own: an error there harms no other test."""
+@pytest.fixture(autouse=True)
+def hopper() -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the card is no Hopper")
-    command = ["timeout", "--signal=KILL", "40", sys.executable, "-m", "tests.gpu.hopper_smoke", mode]
-    result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return result.returncode, result.stdout
 
 
-@pytest.fixture
-def hopper(mode: str, smoke: tuple[int, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    if smoke[0]:
-        pytest.skip("the first steps failed")
-    monkeypatch.setenv("MII_WGMMA", mode)
-
-
-def test_first_steps(smoke: tuple[int, str]) -> None:
-    code, words = smoke
-    assert code == 0, f"exit code {code}\n{words[-12000:]}"
-
-
-@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -59,7 +33,6 @@ def test_kernel_equals_reference(lengths: str, variant: str, head_dim: int, dtyp
     case.check(case.run_native())
 
 
-@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("variant", ["plain", "everything"])
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
 def test_every_block(block_size: int, variant: str) -> None:
@@ -67,7 +40,6 @@ def test_every_block(block_size: int, variant: str) -> None:
     case.check(case.run_native())
 
 
-@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("heads", [(1, 1), (3, 1), (7, 7), (14, 2), (17, 1), (71, 1), (24, 8)], ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_any_ratio_of_heads(lengths: str, heads: tuple[int, int]) -> None:
@@ -75,7 +47,6 @@ def test_any_ratio_of_heads(lengths: str, heads: tuple[int, int]) -> None:
     case.check(case.run_native())
 
 
-@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(
     "lengths",
     [
@@ -101,7 +72,6 @@ def test_long_and_many(head_dim: int, window: int, lengths: list[tuple[int, int]
         assert torch.equal(case.run_native(plan), first), "the same batch gave other bits"
 
 
-@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_a_captured_graph_serves_every_batch(head_dim: int) -> None:
     static = Static(CARD.with_(head_dim=head_dim), max_seqs=64, max_tokens=600, max_blocks=100, blocks=1200)
@@ -118,7 +88,6 @@ def test_a_captured_graph_serves_every_batch(head_dim: int) -> None:
         case.check(static.out)
 
 
-@pytest.mark.usefixtures("hopper")
 def test_random_steps() -> None:
     random.seed(11)
     for turn in range(40):

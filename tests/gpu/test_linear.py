@@ -9,7 +9,6 @@ import torch
 from torch.nn import functional
 
 from mii.ops import linear as module
-from mii.ops import linear_streamed
 from mii.ops.linear import LinearWeight, gated_linear, linear, pack_linear
 from mii.ops.norm import norm
 
@@ -30,8 +29,6 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 @pytest.fixture(autouse=True)
 def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_streamed, "ROWS", 64)
-    monkeypatch.setattr(linear_streamed, "FETCH_BYTES", 4 << 20)
     monkeypatch.setattr(module, "_linear_torch", lambda *a: pytest.fail("the kernel did not take it"))
 
 
@@ -58,19 +55,11 @@ def assert_near(out: torch.Tensor, expected: torch.Tensor, eps: float = 2.0) -> 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 16, 17, 32, 33, 64])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 7, 8])
 def test_kernel_equals_torch(rows: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
     for seed in range(3):  # the counters reset themselves
         out, expected = product(rows, *shape, dtype, bias=rows % 2 == 0, seed=seed)
         assert_near(out, expected)
-
-
-@pytest.mark.parametrize("variant", [1, 2, 3])
-@pytest.mark.parametrize("rows", [1, 8, 16, 29, 64])
-def test_other_cuts_of_the_work_do_too(rows: int, variant: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_streamed, "VARIANT", variant)
-    for n, k in ((200, 1008), (4096, 4096), (6144, 4096), (4096, 14336)):
-        assert_near(*product(rows, n, k, torch.bfloat16, bias=True))
 
 
 BODIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -81,7 +70,7 @@ BODIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(8, 32), (100, 576), (1536, 576), (14336, 4096)], ids=str)
-@pytest.mark.parametrize("rows", [1, 5, 12, 24, 64])
+@pytest.mark.parametrize("rows", [1, 5, 8])
 def test_gated_product_equals_torch(rows: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
     width, k = shape
     x, weight = random(rows, k, dtype=dtype), random(2 * width, k, dtype=dtype, seed=1, scale=k**-0.5)
@@ -100,24 +89,18 @@ def test_runs_repeat_bit_for_bit() -> None:
 
 
 def test_rows_may_be_strided() -> None:
-    wide = random(12, 2048)
+    wide = random(7, 2048)
     weight = random(512, 1024, seed=1)
-    out = torch.zeros(12, 1536, device="cuda", dtype=torch.bfloat16)
+    out = torch.zeros(7, 1536, device="cuda", dtype=torch.bfloat16)
     linear(out[:, 512:1024], wide[:, 1024:], pack_linear(weight))
     assert_near(out[:, 512:1024], wide[:, 1024:].double() @ weight.double().t())
     assert not out[:, :512].any()
     assert not out[:, 1024:].any()
 
 
-@pytest.mark.parametrize("early", ["0", "1"])
-@pytest.mark.parametrize("variant", [0, 1, 2])
-@pytest.mark.parametrize("rows", [1, 8, 16, 40])
-def test_layers_in_a_graph_equal_kernels_that_waited_for_one_another(
-    rows: int, variant: int, early: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_layers_in_a_graph_equal_kernels_that_waited_for_one_another(rows: int) -> None:
     """Kernels start before the one before them ends, share counters and partial sums, and fetch the next weight."""
-    monkeypatch.setattr(linear_streamed, "VARIANT", variant)
-    monkeypatch.setenv("MII_PDL_EARLY", early)
     shapes = [(1536, 1024), (1024, 1024), (5632, 1024), (1024, 2816)]
     weights = [pack_linear(random(n, k, seed=i, scale=k**-0.5)) for i in range(6) for n, k in shapes]
     start, gain = random(rows, 1024, seed=99), random(1024, seed=98)

@@ -63,7 +63,7 @@ def items_of(case: Case, parts: int) -> torch.Tensor:
     return torch.tensor(items, dtype=torch.int32).reshape(-1, 8)
 
 
-def run(library: ctypes.CDLL, case: Case, *, parts: int = 1, boxes: bool = False, turns: bool = True) -> torch.Tensor:
+def run(library: ctypes.CDLL, case: Case, *, parts: int = 1, boxes: bool = False) -> torch.Tensor:
     """The kernel's answer; rows of sequences that are no prompts keep what they held."""
     shape, batch, out = case.shape, case.batch, case.new_out()
     items = items_of(case, parts)
@@ -81,9 +81,7 @@ def run(library: ctypes.CDLL, case: Case, *, parts: int = 1, boxes: bool = False
     )  # fmt: skip
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (items, counters, partial)]
     box_rows = min(64, shape.block_size) if boxes else 0
-    failure = library.hopper_on_host(
-        ctypes.byref(args), pointers[0], len(items), *pointers[1:], box_rows, ctypes.c_bool(turns), 2
-    )
+    failure = library.hopper_on_host(ctypes.byref(args), pointers[0], len(items), *pointers[1:], box_rows, 2)
     assert failure is None, failure.decode()
     assert not bool(counters.any()), "counters are not zero again"
     return out
@@ -121,10 +119,6 @@ def test_heads_blocks_and_dtypes(library: ctypes.CDLL, block_size: int, head_dim
 @pytest.mark.parametrize("parts", [2, 3, 5])
 def test_tiles_whose_keys_are_shared(library: ctypes.CDLL, parts: int, window: int) -> None:
     check(library, make_case([(20, 700), (40, 150)], SHAPE.with_(window=window)), parts=parts, boxes=parts == 3)
-
-
-def test_warpgroups_that_take_no_turns(library: ctypes.CDLL) -> None:
-    check(library, make_case([(70, 400)], SHAPE), turns=False)
 
 
 @pytest.mark.parametrize("q_len", [31, 32, 33, 64, 65])

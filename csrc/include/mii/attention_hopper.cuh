@@ -41,7 +41,6 @@ struct HopperParams {
   AttentionParams p;
   TensorMap k, v;  // of the caches as [rows, D], in boxes of 64 elements by `box_rows` rows, swizzled
   int box_rows;    // 0: no boxes, threads copy every row
-  bool turns;      // the warpgroups take turns with the tensor cores
 };
 
 struct HopperNotes {
@@ -307,10 +306,10 @@ struct HopperWorker {
 
   // The warpgroups take turns in handing products to the tensor cores, so that each makes weights in the other's time.
   MII_DEVICE void take_turn() const {
-    if (all.turns) threads_wait(HopperBarrier::kTurn + group, kHopperConsumers * kWarpgroup);
+    threads_wait(HopperBarrier::kTurn + group, kHopperConsumers * kWarpgroup);
   }
   MII_DEVICE void pass_turn() const {
-    if (all.turns) threads_arrive(HopperBarrier::kTurn + 1 - group, kHopperConsumers * kWarpgroup);
+    threads_arrive(HopperBarrier::kTurn + 1 - group, kHopperConsumers * kWarpgroup);
   }
   MII_DEVICE void release(uint32_t barrier) const {
     if (thread % kWarp == 0) barrier_arrive(barrier);

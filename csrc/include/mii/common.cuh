@@ -195,7 +195,7 @@ __device__ __forceinline__ float block_max(float value, float* scratch) {
 // A kernel launched with `overlap` may start while the kernel before it still runs. Rules, for every such kernel:
 //   * every thread calls wait_for_previous() before it reads or writes global memory, and before it exits;
 //   * before that call a kernel may compute indices and prefetch_l2() constants, nothing else;
-//   * start_next() comes after wait_for_previous(), or, in begin(early), before it: then the next kernel too does nothing
+//   * start_next() comes after wait_for_previous(), or, as in begin(), before it: then the next kernel too does nothing
 //     but prefetch before its own wait. What came two kernels ago is finished once that wait is over, since the kernel in
 //     between ended only after its own.
 // Without the launch attribute, and below sm_90, both are no-ops.
@@ -210,12 +210,11 @@ __device__ __forceinline__ void start_next() {
 #endif
 }
 
-// Both at the start of a kernel. `early` lets the kernels after this one take their places, and a product its first weights,
-// while the kernels before this one still run.
-__device__ __forceinline__ void begin(bool early) {
-  if (early) start_next();
+// Both at the start of a kernel: the kernels after this one take their places, and a product its first weights, while the
+// kernels before this one still run.
+__device__ __forceinline__ void begin() {
+  start_next();
   wait_for_previous();
-  if (!early) start_next();
 }
 
 // Brings the line of `address` into the L2 cache; reads nothing, so it is safe before wait_for_previous().

@@ -19,7 +19,6 @@ struct NormArgs {
   int64_t rows, x_stride, out_stride;
   int width, kind;
   float inverse_width, eps;
-  bool early;  // see begin()
 };
 
 // Weight and bias applied to one normed value; see abi/norm.h for where each kind rounds.
@@ -139,7 +138,7 @@ __global__ void __launch_bounds__(norm_threads(Packs, WarpRows)) norm_rows(const
       prefetch_l2(reinterpret_cast<const char*>(args.weight) + i * 128);
     }
   }
-  begin(args.early);
+  begin();
   if (WarpRows && row >= args.rows) return;  // whole warps; no CTA barrier follows
 
   const auto sum_over_row = [&](float value) { return WarpRows ? warp_sum(value) : block_sum(value, scratch); };

@@ -29,7 +29,6 @@ struct RopeKvArgs {
   bool interleaved;
   float inverse_head_dim, norm_eps;
   float norm_plus;  // 1 for MII_RMS_PLUS1, else 0
-  bool early;       // see begin()
 };
 
 // Where a slot's first head lies in either cache; the next head follows block_size * head_dim further on.
@@ -119,7 +118,7 @@ __global__ void __launch_bounds__(kRopeThreads) rope_kv_packs(const RopeKvArgs<T
   const int b = partners ? item + pairs : a + 1;
   const bool rotate_a = Interleaved ? a < rotated : partners;
   const bool rotate_b = Interleaved ? b < rotated : partners;
-  begin(args.early);
+  begin();
   const int64_t token = blockIdx.x;
   T* row = args.qkv + token * args.qkv_stride;
   const bool norms = args.q_norm != nullptr || args.k_norm != nullptr;

@@ -26,7 +26,7 @@ using namespace mii;
 // Runs the items on `ctas` CTAs, one after the other; null, or why that came to no end. `counters` are 32 of the queue,
 // then those of arrivals.
 extern "C" const char* hopper_on_host(const MiiAttention* a, PrefillItem* items, int count, int32_t* counters, float* parts,
-                               int box_rows, bool turns, int ctas) {
+                               int box_rows, int ctas) {
   PlanHeader header = {0, 0, 0, count, 1};
   HopperParams all = {};
   all.p.a = *a;
@@ -39,7 +39,6 @@ extern "C" const char* hopper_on_host(const MiiAttention* a, PrefillItem* items,
   while (1 << all.p.block_bits < a->block_size) ++all.p.block_bits;
   all.p.unit = a->scale * kLog2e;
   all.box_rows = box_rows;
-  all.turns = turns;
   set_map(all.k, *a, a->k_cache, box_rows);
   set_map(all.v, *a, a->v_cache, box_rows);
   const Kernel kernel = a->dtype == MII_F16 ? kernel_of<__half>(*a) : kernel_of<__nv_bfloat16>(*a);

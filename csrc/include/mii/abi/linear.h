@@ -14,15 +14,13 @@ struct MiiLinear {
 };
 MII_API int32_t mii_linear(const struct MiiLinear* args, void* stream);
 
-// CUDA: the product of up to 64 rows as a stream of the weight, which is row-major and contiguous. cuBLASLt serves more.
+// CUDA: the product of up to 8 rows as a stream of the weight, which is row-major and contiguous. cuBLASLt serves more.
 // gated: the weight's rows are [gate | up], out = act(gate product) * (up product), both rounded before.
 struct MiiLinearStreamed {
   struct MiiLinear product;  // gated: out is [rows, out_features / 2]
   const void* next;          // memory that the product after this one reads, next_bytes of it, or null. About next_fetch
   int64_t next_bytes, next_fetch;  // bytes of it, evenly spread, come into the L2 cache while this product ends
-  int32_t next_lag;                // units of 16 to 32 KB that a CTA still waits for when it begins with that
   int32_t gated, activation;       // a MiiActivationKind
-  int32_t variant;                 // how the work is cut; 0 unless kernels are compared
 };
 MII_API int32_t mii_linear_streamed(const struct MiiLinearStreamed* args, void* stream);
 MII_API int64_t mii_linear_workspace_bytes(const struct MiiLinear* args);
