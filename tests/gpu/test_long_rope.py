@@ -14,7 +14,8 @@ def test_answers_that_cross_the_trained_length_equal_transformers(make_checkpoin
     oracle = Oracle(folder, "fp32", "cuda")
     engine = small_engine(folder, device="cuda", dtype="fp32", block_size=64)
     prompts = random_prompts(200, [3, 50, TRAINED - 1, TRAINED, TRAINED + 1, 90])
-    expected = [oracle.greedy(prompt, 40) for prompt in prompts]
+    # Some versions of transformers keep keys of the short rotation in their cache when an answer crosses the length.
+    expected = [oracle.greedy(prompt, 40, use_cache=False) for prompt in prompts]
     for _ in range(3):
         assert generate(engine, prompts, 40) == expected
     assert engine.stats().free_blocks == engine.num_blocks
