@@ -139,8 +139,8 @@ def launch(config: MIIConfig, *, attached: bool = False) -> Launch:
     """
     if world_size() > 1:
         raise LauncherError(
-            "mii.serve starts its processes itself, and this script runs in several (WORLD_SIZE is set); start it with "
-            "plain python"
+            f"a deployment starts its processes itself, and WORLD_SIZE is {world_size()}, as where a launcher starts "
+            "several; start this one with plain python, or unset WORLD_SIZE"
         )
     check_can_be_saved(config)
     make_registry_folder()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import os
+import threading
 from contextlib import suppress
 
 import torch
@@ -14,11 +15,17 @@ from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from mii.config import ModelConfig
 from mii.engine.devices import choose_device
 from mii.errors import LauncherError, MIIError
+from mii.logging import logger
 from mii.parallel.environment import Launch, read_launch, told_by_first
 from mii.parallel.ranks import Ranks
 
 __all__ = ["join"]
 
+_PATIENCE_SECONDS = 10.0
+_WAITING = (
+    "rank %d still waits for the others of %d ranks at %s:%d (WORLD_SIZE, MASTER_ADDR, MASTER_PORT); where no launcher "
+    "has started them, end this and unset WORLD_SIZE"
+)
 _groups = itertools.count()  # every rank makes the same groups in the same order
 
 
@@ -67,6 +74,9 @@ def _initialise(launch: Launch, device: torch.device | Exception) -> None:
     host, port = launch.address
     if host in ("127.0.0.1", "localhost") and "GLOO_SOCKET_IFNAME" not in os.environ:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # gloo asks for this machine's name, which not every container knows
+    waiting = threading.Timer(_PATIENCE_SECONDS, logger.warning, (_WAITING, launch.rank, launch.size, host, port))
+    waiting.daemon = True
+    waiting.start()
     try:
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     except RuntimeError as error:
@@ -74,6 +84,8 @@ def _initialise(launch: Launch, device: torch.device | Exception) -> None:
         raise LauncherError(
             f"the {launch.size} ranks cannot meet at {host}:{port} (MASTER_ADDR and MASTER_PORT): {reason}"
         ) from error
+    finally:
+        waiting.cancel()
     atexit.register(_finish)
 
 

@@ -100,3 +100,21 @@ def test_a_size_without_a_launcher_is_explained(tiny_llama: Path, monkeypatch: p
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(mii.errors.LauncherError, match=r"WORLD_SIZE is 2 and RANK is not set.*unset WORLD_SIZE"):
         mii.pipeline(str(tiny_llama), device="cpu")
+
+
+def test_a_rank_whose_others_do_not_come_says_whom_it_waits_for(tiny_llama: Path) -> None:
+    code = (
+        "import sys, mii, mii.parallel.script as s; s._PATIENCE_SECONDS = 0.1; mii.pipeline(sys.argv[1], device='cpu')"
+    )
+    alone = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tiny_llama)], env={**os.environ, **alone}, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stderr is not None
+        said = next(line for line in process.stderr if "waits" in line)
+        assert "rank 1 still waits for the others of 2 ranks at 127.0.0.1:9" in said
+        assert "unset WORLD_SIZE" in said
+    finally:
+        process.kill()
+        process.communicate()
