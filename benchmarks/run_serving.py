@@ -5,6 +5,8 @@
 
 A token's added time is from the moment when the stand-in engine (tests/serving/standin.py) emitted it until the load
 generator (mii bench serve) had it. Rates and times are those of the middle half of a run, when all streams are there.
+In the rows "grpc" streams share an RPC, as those of `MIIClient.astream` in one event loop do; in "rpc" each is a
+`GeneratorReplyStream` of its own, which is what other programs use.
 Needs what the tests need: pip install -e '.[dev]'.
 """
 
