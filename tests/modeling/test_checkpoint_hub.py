@@ -34,6 +34,7 @@ REPOSITORY = {
     "q/m-00001-of-00002.gguf": b"first",
     "q/m-00002-of-00002.gguf": b"second",
 }
+BREAK = 11 << 20  # bytes of a file after which the connection breaks; the client keeps what it has by pieces of 10 MB
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -53,6 +54,8 @@ class Hub(BaseHTTPRequestHandler):
     def answer(self, body: bool) -> None:
         path = self.path.partition("?")[0]
         self.server.seen.append((self.command, path))  # type: ignore[attr-defined]
+        if path.startswith(("/api/models/own/", "/own/")) and self.headers["Authorization"] == "Bearer secret":
+            path = path.replace("own/", "good/", 1)
         if path.startswith(("/api/models/gated/", "/gated/")):
             self.reply(403, b"{}", {"X-Error-Code": "GatedRepo"})
         elif path.startswith(("/api/models/down/", "/down/")):
@@ -84,21 +87,32 @@ class Hub(BaseHTTPRequestHandler):
             return
         content = REPOSITORY[name]
         etag = hashlib.sha256(content).hexdigest()
-        self.reply(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}, body)
+        described = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}
+        asked = self.headers["Range"]
+        if asked is None or not body:
+            self.reply(200, content, described, body)
+            return
+        first = int(asked.removeprefix("bytes=").rstrip("-"))
+        self.server.resumed.append((name, first))  # type: ignore[attr-defined]
+        described["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
+        self.reply(206, content[first:], described)
 
     def reply(self, status: int, content: bytes, headers: dict[str, str] | None = None, body: bool = True) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
-        if body:
+        if body and status == 200 and len(content) > BREAK:
+            self.wfile.write(content[:BREAK])
+            self.close_connection = True
+        elif body:
             self.wfile.write(content)
 
 
 @pytest.fixture
 def hub() -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.seen = []  # type: ignore[attr-defined]
+    server.seen, server.resumed = [], []  # type: ignore[attr-defined]
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
@@ -160,6 +174,26 @@ def test_a_gguf_file_of_a_repository_comes_with_its_other_parts(hub: ThreadingHT
     path = Path(ask(hub, tmp_path, "locate", "good/model/q/m-00002-of-00002.gguf"))
     assert path.read_bytes() == b"second"
     assert path.with_name("m-00001-of-00002.gguf").read_bytes() == b"first"
+
+
+def test_a_download_that_breaks_off_is_resumed(
+    hub: ThreadingHTTPServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = save({"filler": torch.zeros(3_000_000), "w": torch.arange(5.0)})
+    monkeypatch.setitem(REPOSITORY, "model.safetensors", large)
+    assert "[0.0, 1.0, 2.0, 3.0, 4.0]" in ask(hub, tmp_path, "open", "good/model")
+    ((name, first),) = hub.resumed  # type: ignore[attr-defined]
+    assert name == "model.safetensors" and 0 < first <= BREAK
+
+
+def test_a_revision_is_fetched_by_its_commit(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
+    assert f"/snapshots/{COMMIT} " in ask(hub, tmp_path, "open", f"good/model@{COMMIT}")
+    assert all(COMMIT in path for _, path in hub.seen if "/resolve/" in path)  # type: ignore[attr-defined]
+
+
+def test_what_is_private_needs_the_token(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
+    assert "[0.0, 1.0, 2.0, 3.0, 4.0]" in ask(hub, tmp_path, "open", "own/model", HF_TOKEN="secret")
+    assert "CheckpointNotFoundError" in ask(hub, tmp_path / "other", "open", "own/model", HF_TOKEN="another")
 
 
 def test_what_is_wrong_is_said_in_a_sentence(hub: ThreadingHTTPServer, tmp_path: Path) -> None:
