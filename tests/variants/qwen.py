@@ -12,6 +12,7 @@ VARIANTS = variants(
         "as released": {},
         "heads of 128, biases, tied": {"kv_channels": 128, "no_bias": False, "tie_word_embeddings": True},
         "partly rotated, other theta": {"rotary_pct": 0.5, "rotary_emb_base": 1000, "use_dynamic_ntk": False},
+        "log-n attention past 48 tokens": {"seq_length": 48, "use_dynamic_ntk": False},
     },
     write=write_qwen,
     oracle=QwenOracle,
