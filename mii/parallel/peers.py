@@ -1,8 +1,8 @@
 """Sums over the GPUs of one host without a library: each rank writes into memory of the others (csrc/include/mii/
 peers.cuh), and where a norm follows it is part of the same kernel.
 
-On with `MII_PEER_REDUCE=1`, on every rank or none. It takes up to 8 ranks on one host whose GPUs see each other's
-memory. Where that is not so, and for what is too large, NCCL serves.
+Two GPUs do so unless `MII_PEER_REDUCE=0`, more of them with `MII_PEER_REDUCE=1`, on every rank or none. It takes up to
+8 ranks on one host whose GPUs see each other's memory. Where that is not so, and for what is too large, NCCL serves.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from mii.logging import logger
 from mii.ops import abi, native
 from mii.parallel.meeting import DisagreementError, agree
 
-# Off until its speed and its behaviour on a card have been measured; benchmarks/run_all_reduce.py does that.
-ASKED_FOR = os.environ.get("MII_PEER_REDUCE", "") not in ("", "0")
+# Whether it is asked for (True), refused (False), or left to MEASURED: the numbers of GPUs on which it was measured.
+ASKED_FOR = {"": None, "0": False}.get(os.environ.get("MII_PEER_REDUCE", ""), True)
+MEASURED = (2,)
 PATIENCE_SECONDS = 10.0
 """How long a GPU waits for another one's numbers before it takes that rank for dead."""
 MOST_RANKS = 8
@@ -196,7 +197,7 @@ def open_peers(store: Any, rank: int, size: int, device: torch.device, is_local:
 
 
 def _offer(made: list[PeerMemory], rank: int, size: int, device: torch.device) -> str:
-    if not ASKED_FOR:
-        raise native.NativeError("MII_PEER_REDUCE is not set")
+    if not (size in MEASURED if ASKED_FOR is None else ASKED_FOR):
+        raise native.NativeError(f"{size} GPUs; MII_PEER_REDUCE=1 asks for it")
     made.append(PeerMemory(rank, size, device))
     return made[0].handle

@@ -77,6 +77,6 @@ def test_kernels_of_an_unknown_machine_fail(check: ModuleType, tmp_path: Path) -
     assert check.main([kernels(tmp_path, "NVIDIA A100", 1.0, 1e-6)]) == 1
 
 
-@pytest.mark.parametrize("name", ["h200-llama3-8b.json", "h200-llama3-8b-kernels.json"])
+@pytest.mark.parametrize("name", ["h100-llama3-8b.json", "h200-llama3-8b.json", "h200-llama3-8b-kernels.json"])
 def test_the_results_that_are_kept_pass(check: ModuleType, name: str) -> None:
     assert check.main([str(PATH.parent / "results" / name)]) == 0

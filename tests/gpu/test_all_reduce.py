@@ -209,7 +209,8 @@ def norms(peers: PeerMemory, dtype: torch.dtype, kind: int) -> list[str]:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norms_of_sums_are_those_of_two_kernels(crew: Crew, dtype: torch.dtype, kind: int) -> None:
     first, *others = crew.run(norms, dtype, kind)
-    assert len(first) >= 2 * len(SHAPES) - 4
+    left_to_others = 4 if dtype != torch.float32 else 6  # rows that are too long for a CTA
+    assert len(first) >= 2 * len(SHAPES) - left_to_others
     assert all(other == first for other in others)
 
 

@@ -97,7 +97,13 @@ def test_groups_that_are_too_large_or_too_far_apart_do_without(
 
 
 def test_nothing_is_said_where_nobody_asked(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(peers, "ASKED_FOR", False)
-    assert opened(2) == [None, None]
-    assert not made
-    assert not caplog.records
+    for asked, size in ((False, 2), (None, 4)):
+        monkeypatch.setattr(peers, "ASKED_FOR", asked)
+        assert opened(size) == [None] * size
+        assert not made
+        assert not caplog.records
+
+
+def test_two_gpus_need_not_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "ASKED_FOR", None)
+    assert None not in opened(2)
