@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import msgspec
 
 from mii.backend.plan import make_plan, python_environment
-from mii.backend.ports import choose_ports, ports_of
+from mii.backend.ports import PortClaims, choose_ports, ports_of
 from mii.config import MIIConfig, default_deployment_name, get_mii_config
 from mii.config.model import world_size
 from mii.config.registry import (
@@ -73,10 +73,13 @@ class Launch:
         config: with the ports that were chosen.
         process: the supervisor.
         connection: the socket that its events come from.
+        claims: its ports, until it listens on them.
     """
 
-    def __init__(self, config: MIIConfig, process: subprocess.Popen[bytes], connection: socket.socket) -> None:
-        self.config = config
+    def __init__(
+        self, config: MIIConfig, process: subprocess.Popen[bytes], connection: socket.socket, claims: PortClaims
+    ) -> None:
+        self.config, self.claims = config, claims
         self.pid = process.pid
         self._folder = deployment_folder(config.deployment_name)
         self._connection, self._received = connection, b""
@@ -153,14 +156,16 @@ def launch(config: MIIConfig, *, attached: bool = False) -> Launch:
                 "this one another deployment_name"
             )
         _end_leftover_processes(folder)
-        config = choose_ports(config, reserved_ports())
+        claims = PortClaims()
+        config = choose_ports(config, reserved_ports(), claims)
         plan = make_plan(config, folder, attached=attached)
         try:
             folder.create()
             save_deployment(config)
             write_private(folder.plan_file, msgspec.json.encode(plan))
-            return Launch(config, *_start_supervisor(folder))
+            return Launch(config, *_start_supervisor(folder), claims)
         except BaseException:
+            claims.release()
             folder.remove()
             raise
 

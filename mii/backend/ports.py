@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import socket
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -11,13 +12,47 @@ from mii.config import MIIConfig, ReplicaConfig
 from mii.config.placement import Placement, check_ports, make_replica_configs
 from mii.errors import PlacementError, PortTakenError
 
-__all__ = ["add_replicas", "choose_ports", "is_free", "port_owner", "ports_of"]
+__all__ = ["PortClaims", "add_replicas", "choose_ports", "is_free", "port_owner", "ports_of"]
 
 _LAST_PORT = 65535
 _LISTEN = "0A"  # state of a socket in /proc/net/tcp
 
 
-def choose_ports(config: MIIConfig, reserved: Collection[int] = ()) -> MIIConfig:
+class PortClaims:
+    """Ports that this process has chosen for others, which do not listen yet: nobody else on this machine chooses them.
+
+    A claim is an abstract Unix socket that is named after its port, so it ends with the process, however that ends. On
+    systems without such sockets nothing is claimed.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[int, socket.socket] = {}
+
+    def take(self, port: int) -> bool:
+        """Claims a port; False: somebody else has."""
+        if port in self._held or not sys.platform.startswith("linux"):
+            return True
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0mii-port-{port}")
+        except OSError:
+            claim.close()
+            return False
+        self._held[port] = claim
+        return True
+
+    def drop(self, port: int) -> None:
+        """Gives a port up."""
+        if claim := self._held.pop(port, None):
+            claim.close()
+
+    def release(self) -> None:
+        """Gives all up: their owners listen by now, or never will."""
+        for port in list(self._held):
+            self.drop(port)
+
+
+def choose_ports(config: MIIConfig, reserved: Collection[int] = (), claims: PortClaims | None = None) -> MIIConfig:
     """A copy of `config` with ports that are free on this machine.
 
     Ports that were not asked for move up to the next free ones, the replicas' together with the load balancer's where
@@ -26,6 +61,7 @@ def choose_ports(config: MIIConfig, reserved: Collection[int] = ()) -> MIIConfig
     Args:
         config: of the deployment.
         reserved: ports of other deployments, which may be starting and not listen yet.
+        claims: gets what is chosen; release it once the deployment listens.
 
     Raises:
         PortTakenError: a port that was asked for is taken.
@@ -33,7 +69,7 @@ def choose_ports(config: MIIConfig, reserved: Collection[int] = ()) -> MIIConfig
     """
     config = config.model_copy(deep=True)
     asked_replicas = bool(config.model_conf.replica_configs)
-    free = _Free(reserved)
+    free = _Free(reserved, claims)
     if "port_number" in config.model_fields_set:
         free.demand(config.port_number, "port_number", config.host)
     else:
@@ -121,14 +157,20 @@ def port_owner(port: int) -> str:
 class _Free:
     """Looks for free ports, and keeps in mind those of other deployments."""
 
-    def __init__(self, reserved: Collection[int]) -> None:
-        self._reserved = reserved
+    def __init__(self, reserved: Collection[int], claims: PortClaims | None = None) -> None:
+        self._reserved, self._claims = reserved, claims
 
     def has(self, port: int, host: str) -> bool:
-        return port not in self._reserved and is_free(port, host)
+        if port in self._reserved or (self._claims is not None and not self._claims.take(port)):
+            return False
+        if is_free(port, host):
+            return True
+        if self._claims is not None:
+            self._claims.drop(port)
+        return False
 
     def demand(self, port: int, option: str, host: str) -> None:
-        if port in self._reserved:
+        if port in self._reserved or (self._claims is not None and not self._claims.take(port)):
             raise PortTakenError(
                 f"port {port} ({option}) belongs to another deployment of mii; choose another one, or leave {option} "
                 "out for the next free one"

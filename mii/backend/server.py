@@ -80,7 +80,10 @@ class MIIServer:
             self._events = launched.events()
             import mii.backend.client  # noqa: F401  who starts a deployment talks to it: gRPC loads while it starts
 
-            failure = self._wait_ready(view)
+            try:
+                failure = self._wait_ready(view)
+            finally:
+                launched.claims.release()
             if failure is None:
                 return launched
             launched.close()

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from mii.backend import deployment
+from mii.backend.ports import PortClaims
 from mii.backend.server import MIIServer
 from mii.config import MIIConfig, get_mii_config
 from mii.config.registry import deployment_folder
@@ -328,9 +329,9 @@ def test_a_port_that_somebody_takes_after_its_choice_is_replaced(
 ) -> None:
     real, tries = deployment.choose_ports, []
 
-    def choose(given: MIIConfig, reserved: set[int]) -> MIIConfig:
+    def choose(given: MIIConfig, reserved: set[int], claims: PortClaims) -> MIIConfig:
         tries.append(given)
-        chosen = real(config(port_number=free_port()), reserved)
+        chosen = real(config(port_number=free_port()), reserved, claims)
         if len(tries) == 1:  # as if it had been free just now
             chosen.port_number = other.getsockname()[1]
         return chosen
@@ -350,7 +351,7 @@ def test_somebody_who_is_always_quicker_is_an_error(stand_ins: StandIns, monkeyp
         other.bind(("127.0.0.1", 0))
         other.listen()
         chosen = config(port_number=other.getsockname()[1])
-        monkeypatch.setattr(deployment, "choose_ports", lambda given, reserved: chosen)
+        monkeypatch.setattr(deployment, "choose_ports", lambda given, reserved, claims: chosen)
         with pytest.raises(DeploymentError, match=f"balancer: port {chosen.port_number} is taken"):
             MIIServer(config())
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mii.backend.ports import choose_ports, is_free, port_owner, ports_of
+from mii.backend.ports import PortClaims, choose_ports, is_free, port_owner, ports_of
 from mii.config import MIIConfig
 from mii.errors import PlacementError, PortTakenError
 
@@ -133,3 +133,18 @@ def test_an_address_that_is_not_this_machines_is_refused(host: str) -> None:
 
 def test_a_port_that_nobody_has_has_no_owner() -> None:
     assert port_owner(free_block(1)) == ""
+
+
+def test_two_that_start_at_the_same_time_choose_different_ports() -> None:
+    """Nobody listens yet, and neither is in the other's registry."""
+    mine, theirs = PortClaims(), PortClaims()
+    first = choose_ports(config({"replica_num": 2}), claims=mine)
+    second = choose_ports(config({"replica_num": 2}, enable_restful_api=True), claims=theirs)
+    assert not set(ports_of(first)) & set(ports_of(second))
+    with pytest.raises(PortTakenError, match="belongs to another deployment"):
+        choose_ports(config(port_number=first.port_number), claims=PortClaims())
+    mine.release()
+    again = PortClaims()
+    assert again.take(first.port_number)
+    for claims in (again, theirs):
+        claims.release()
