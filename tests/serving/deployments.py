@@ -78,10 +78,17 @@ def zombies() -> list[int]:
     return found
 
 
+_PORTS_OF_A_WORKER = 500
+
+
 def free_port(count: int = 8) -> int:
-    """The first of some free ports in a row. They are this process's own: several test runs share a machine."""
-    start = 15000 + os.getpid() % 1500 * 10
-    for first in range(start, start + 2000, count):
+    """The first of some free ports in a row. They are this process's own: workers of a test run, and test runs, share a
+    machine.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 4
+    run = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+    start = 15000 + (run % 7 * 4 + worker) * _PORTS_OF_A_WORKER
+    for first in range(start, start + _PORTS_OF_A_WORKER - count, count):
         if all(is_free(port, "0.0.0.0") for port in range(first, first + count)):
             return first
     raise AssertionError("no free ports")

@@ -29,9 +29,9 @@ def listening(port: int = 0, host: str = "127.0.0.1", family: int = socket.AF_IN
 
 
 def free_block(count: int) -> int:
-    """The first of `count` free ports in a row, away from those that other programs get for outgoing connections."""
+    """The first of `count` free ports in a row, away from those that other tests take and outgoing connections get."""
     return next(
-        first for first in range(20000, 30000) if all(is_free(port, "0.0.0.0") for port in range(first, first + count))
+        first for first in range(30000, 32000) if all(is_free(port, "0.0.0.0") for port in range(first, first + count))
     )
 
 
