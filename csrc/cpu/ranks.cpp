@@ -21,6 +21,7 @@
 #include <atomic>
 
 #include "mii/abi/ranks.h"
+#include "pause.h"
 
 namespace mii::cpu {
 namespace {
@@ -37,14 +38,6 @@ struct Header {
 };
 constexpr int64_t kHeader = 192;
 static_assert(sizeof(Header) <= kHeader && std::atomic<uint32_t>::is_always_lock_free);
-
-void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
-}
 
 int64_t nanoseconds() {
   timespec now;

@@ -10,6 +10,8 @@
 
 #include <atomic>
 
+#include "pause.h"
+
 // torch's OpenMP runtime, where mii.ops.native has made it visible: torch.set_num_threads speaks to it.
 extern "C" __attribute__((weak)) int omp_get_max_threads(void);
 
@@ -18,14 +20,6 @@ namespace {
 
 constexpr int kMaxThreads = 256;
 constexpr int kSpins = 4000;  // about 100 us: longer than the gap between two operations of a step
-
-void pause() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
-}
 
 struct Pool {
   // What there is to do. `open` is (job number << 32 | parts that nobody claimed yet). A thread claims a part by

@@ -3,6 +3,7 @@
 
 #include "launch.cuh"
 #include "mii/abi/ranks.h"
+#include "norm_args.cuh"
 
 namespace mii {
 namespace {
@@ -98,19 +99,7 @@ int32_t sum_norm_rows(const MiiAllReduceNorm& a, void* stream) {
   const int32_t code = check("all_reduce_norm", a.ranks, a.shots, a.shots * a.ranks.size * n.rows * part * kPackWords *
                                                                       (two ? 1 : held));
   if (code != MII_OK || n.rows == 0) return code;
-  const NormArgs<T> norm = {static_cast<T*>(n.out),
-                            static_cast<const T*>(n.x),
-                            static_cast<T*>(n.residual),
-                            static_cast<const T*>(n.weight),
-                            static_cast<const T*>(n.bias),
-                            nullptr,
-                            n.rows,
-                            n.x_stride,
-                            n.out_stride,
-                            static_cast<int>(n.width),
-                            n.kind,
-                            1.0f / static_cast<float>(n.width),
-                            n.eps};
+  const NormArgs<T> norm = norm_args<T>(n);
   if (two) return sum_norm<T, Slots, Slots, true>(a.ranks, norm, part, stream);
   return held == 1   ? sum_norm<T, Slots, 1, false>(a.ranks, norm, part, stream)
          : held == 2 ? sum_norm<T, Slots, 2, false>(a.ranks, norm, part, stream)

@@ -1,6 +1,6 @@
 // Launcher of the norms: chooses how many packs a thread holds and whether a warp or a CTA takes a row.
 #include "launch.cuh"
-#include "mii/norm.cuh"
+#include "norm_args.cuh"
 
 namespace mii {
 namespace {
@@ -30,19 +30,7 @@ int32_t launch_warp_rows(const NormArgs<T>& args, void* stream) {
 
 template <typename T>
 int32_t norm(const MiiNorm& a, void* stream) {
-  const NormArgs<T> args = {static_cast<T*>(a.out),
-                            static_cast<const T*>(a.x),
-                            static_cast<T*>(a.residual),
-                            static_cast<const T*>(a.weight),
-                            static_cast<const T*>(a.bias),
-                            static_cast<const T*>(a.x_weight),
-                            a.rows,
-                            a.x_stride,
-                            a.out_stride,
-                            static_cast<int>(a.width),
-                            a.kind,
-                            1.0f / static_cast<float>(a.width),
-                            a.eps};
+  const NormArgs<T> args = norm_args<T>(a);
   if (!vectorised<T>(a)) {
     return launch("mii_norm", norm_rows_any<T>, Shape{dim3(a.rows), dim3(256)}, stream, args);
   }
