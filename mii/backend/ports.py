@@ -89,13 +89,16 @@ def choose_ports(config: MIIConfig, reserved: Collection[int] = (), claims: Port
     return config
 
 
-def add_replicas(config: MIIConfig, placements: Sequence[Placement], reserved: Collection[int]) -> list[ReplicaConfig]:
+def add_replicas(
+    config: MIIConfig, placements: Sequence[Placement], reserved: Collection[int], claims: PortClaims | None = None
+) -> list[ReplicaConfig]:
     """The replicas of a deployment that runs, and more of them on ports that are free.
 
     Args:
         config: of the deployment.
         placements: where the new ones run.
         reserved: ports that start to be used, the deployment's own among them.
+        claims: gets what is chosen; release it once they listen.
 
     Raises:
         PlacementError: there are no ports for them.
@@ -104,7 +107,7 @@ def add_replicas(config: MIIConfig, placements: Sequence[Placement], reserved: C
     before = model.replica_configs
     nowhere = [Placement("localhost", ())] * len(before)
     added = make_replica_configs(model, config.port_number, [*nowhere, *placements])[len(before) :]
-    free, used = _Free(reserved), set(ports_of(config))
+    free, used = _Free(reserved, claims), set(ports_of(config))
     for index, replica in enumerate(added, start=len(before)):
         if replica.is_local:
             _settle_replica(replica, index, False, free, used)

@@ -13,7 +13,7 @@ import msgspec
 import mii
 from mii.backend.deployment import Status, describe_failure, find, find_alive, reserved_ports
 from mii.backend.plan import make_plan
-from mii.backend.ports import add_replicas
+from mii.backend.ports import PortClaims, add_replicas
 from mii.backend.startup import StartupView, startup_view
 from mii.config import MIIConfig
 from mii.config.device_map import DeviceMap, parse_device_map
@@ -82,12 +82,14 @@ class _Request:
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._connection.settimeout(_ANSWER_SECONDS)
         self._events = self._read()
+        self._claims = PortClaims()
 
     def __enter__(self) -> _Request:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._connection.close()
+        self._claims.release()
 
     def send(self, replicas: int, added: DeviceMap | None) -> MIIConfig:
         """Returns once the supervisor has begun, and other deployments see the new ports."""
@@ -143,7 +145,7 @@ class _Request:
         configs = model.replica_configs[:replicas]
         changes: dict[str, Any] = {"replica_num": replicas}
         if more > 0:
-            configs = add_replicas(config, self._place(config, more, added, machine), reserved_ports())
+            configs = add_replicas(config, self._place(config, more, added, machine), reserved_ports(), self._claims)
         if added is not None and isinstance(model.device_map, dict):
             changes["device_map"] = _joined(model.device_map, added)
         changes["replica_configs"] = configs
