@@ -13,8 +13,9 @@ from mii.engine.logits_processing import EditedRow, LogitsProcessor, holds_slot
 from mii.engine.sampling import Sampler
 from mii.engine.scoring import LaunchedScores, ScoredPrompt, Scorer
 from mii.engine.sequence import Sequence
+from mii.modeling.arena import ActivationArena
 from mii.modeling.decoder import Decoder
-from mii.modeling.forward import ActivationArena, Forward
+from mii.modeling.forward import Forward
 
 _FEW = 16
 

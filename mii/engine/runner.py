@@ -25,8 +25,9 @@ from mii.engine.sampling import Sampler
 from mii.engine.scoring import LaunchedScores
 from mii.engine.sequence import Sequence
 from mii.engine.timeline import Timeline
+from mii.modeling.arena import ActivationArena
 from mii.modeling.decoder import Decoder
-from mii.modeling.forward import ActivationArena, Forward
+from mii.modeling.forward import Forward
 from mii.ops import abi
 from mii.ops.all_reduce import Group
 from mii.ops.attention import AttentionBatch, AttentionPlan

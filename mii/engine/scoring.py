@@ -16,8 +16,9 @@ import torch
 
 from mii.batching.data_classes import TokenLogprob
 from mii.engine.sequence import Sequence
+from mii.modeling.arena import ActivationArena
 from mii.modeling.decoder import Decoder
-from mii.modeling.forward import ActivationArena, Forward
+from mii.modeling.forward import Forward
 from mii.ops.logits import Scores, score, upload
 from mii.ops.shard_scores import score_shards
 

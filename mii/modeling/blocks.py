@@ -12,6 +12,7 @@ from typing import ClassVar, Protocol
 from mii.modeling.attention import Attention
 from mii.modeling.forward import Forward
 from mii.modeling.layers import BranchNorm, Norm
+from mii.modeling.liveness import Life, life
 from mii.modeling.mlp import MLP, DenseMLP, make_mlp
 from mii.modeling.parameters import JointLinear, Module, Placement
 from mii.modeling.spec import ModelSpec
@@ -22,11 +23,13 @@ class Block(Protocol):
     """A decoder layer.
 
     `adds_later`: whether its last branch is still to be added to the stream when it returns. `norms_branch`: whether
-    that branch is normed before it is added; the weight then belongs to the norm that adds it.
+    that branch is normed before it is added; the weight then belongs to the norm that adds it. `hidden_life`: when it
+    needs the buffer `hidden`.
     """
 
     adds_later: ClassVar[bool]
     norms_branch: ClassVar[bool]
+    hidden_life: ClassVar[Life]
 
     @property
     def mlp(self) -> MLP: ...
@@ -49,6 +52,7 @@ class SequentialBlock(Module):
 
     adds_later: ClassVar[bool] = True
     norms_branch: ClassVar[bool] = False
+    hidden_life: ClassVar[Life] = life(("norm", "qkv"), ("mlp_norm", "up"))
 
     def __init__(self, place: Placement, spec: ModelSpec, layer: int) -> None:
         self.attention_norm = Norm(place, spec, branch=self.norms_branch and layer > 0)
@@ -86,6 +90,7 @@ class NormedBranchBlock(Module):
 
     adds_later: ClassVar[bool] = True
     norms_branch: ClassVar[bool] = True
+    hidden_life: ClassVar[Life] = life()
 
     def __init__(self, place: Placement, spec: ModelSpec, layer: int) -> None:
         self.attention_norm = BranchNorm(place, spec) if layer > 0 else None  # of what the layer before left
@@ -113,6 +118,8 @@ class NormedResidualBlock(SequentialBlock):
     `apply_residual_connection_post_layernorm`).
     """
 
+    hidden_life: ClassVar[Life] = life(("norm", "mlp_norm"))
+
     def __call__(self, forward: Forward, first: bool) -> None:
         buffers = forward.buffers
         hidden, residual, branch = buffers.hidden, buffers.residual, buffers.branch
@@ -126,6 +133,7 @@ class PostNormBlock(SequentialBlock):
     """`x = norm(x + attention(x)); x = norm(x + mlp(x))`: the first transformers, and OPT-350m."""
 
     adds_later: ClassVar[bool] = False
+    hidden_life: ClassVar[Life] = life(("mlp_norm", "end"))
 
     def _share_sums(self) -> None:
         self.attention_norm.add_up(self.attention)
@@ -148,6 +156,7 @@ class ParallelBlock(Module):
 
     adds_later: ClassVar[bool] = True
     norms_branch: ClassVar[bool] = False
+    hidden_life: ClassVar[Life] = life(("norm", "up"))
     two_norms: ClassVar[bool] = False
 
     def __init__(self, place: Placement, spec: ModelSpec, layer: int) -> None:

@@ -121,16 +121,28 @@ class ExpertBuffers:
 class ExpertMemory:
     """Memory of the experts for the largest step; the layers take turns in it."""
 
-    def __init__(self, spec: ModelSpec, place: Placement, max_tokens: int) -> None:
+    def __init__(self, spec: ModelSpec, place: Placement, max_tokens: int, tensors: Mapping[str, torch.Tensor]) -> None:
         assert spec.experts is not None
         experts, self._place = spec.experts, place
         self.routing, self._features = routing_of(experts), (spec.hidden_size, experts.intermediate_size)
         self._lists = ExpertLists(self.routing, max_tokens, place.device)
+        self._logits, self._hidden, self._parts, self._shared, self._shared_gate = (
+            tensors[name] for name in self.shapes(spec, max_tokens)
+        )
+
+    @staticmethod
+    def shapes(spec: ModelSpec, max_tokens: int) -> dict[str, tuple[int, int]]:
+        """Rows and width of the tensors that it is made from, by the names that they have in an arena."""
+        assert spec.experts is not None
+        experts = spec.experts
         pairs, shared = max_tokens * experts.top_k, max_tokens if experts.shared_size else 0
-        self._logits = place.empty(max_tokens, experts.count)
-        self._hidden = place.empty(pairs, experts.intermediate_size)
-        self._parts = place.empty(pairs, spec.hidden_size)
-        self._shared, self._shared_gate = place.empty(shared, spec.hidden_size), place.empty(shared, 1)
+        return {
+            "experts.logits": (max_tokens, experts.count),
+            "experts.hidden": (pairs, experts.intermediate_size),
+            "experts.parts": (pairs, spec.hidden_size),
+            "experts.shared": (shared, spec.hidden_size),
+            "experts.shared_gate": (shared, 1),
+        }
 
     def views(self, tokens: int) -> ExpertBuffers:
         """The buffers of a step of so many tokens, whose kernels follow from that."""
@@ -147,5 +159,5 @@ class ExpertMemory:
 
     @property
     def num_bytes(self) -> int:
-        tensors = (self._logits, self._hidden, self._parts, self._shared, self._shared_gate)
-        return sum(t.numel() * t.element_size() for t in tensors) + self._lists.num_bytes
+        """Of its own memory, the lists."""
+        return self._lists.num_bytes

@@ -1,0 +1,124 @@
+"""The memory of a step's activations.
+
+Buffers that are never needed at the same time lie in the same place (`mii.modeling.liveness`): what is widest, the gate
+and up projections, takes up what queries, keys, values and logits had or will have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from mii.modeling.blocks import BLOCKS
+from mii.modeling.experts import ExpertMemory
+from mii.modeling.forward import Activations
+from mii.modeling.liveness import ALWAYS, Claim, Life, lay_out, life
+from mii.modeling.parameters import Placement
+from mii.modeling.spec import ModelSpec
+
+# Whether gated activations are written over their own gates, as rows that are twice as far apart as they are wide, so
+# that the widest buffer of all is the only one of its kind.
+ACTIVATES_IN_PLACE = False
+
+_ALIGNED = 256  # bytes that every buffer begins at a multiple of
+
+_LIVES = {
+    "residual": ALWAYS,
+    "branch": life(("output", "mlp_norm"), ("down", "end"), ("norm", "norm")),
+    "qkv": life(("qkv", "attend")),
+    "attention": life(("attend", "output")),
+    "up": life(("up", "activate")),
+    "activated": life(("up", "down")),  # some kernels compute it from `hidden` at once
+    "joint": life(("attend", "down")),
+    "experts.logits": life(("up", "experts_up")),
+    "experts.hidden": life(("experts_up", "experts_down")),
+    "experts.parts": life(("experts_down", "combine")),
+    "experts.shared": life(("down", "combine")),
+    "experts.shared_gate": life(("down", "combine")),
+}
+_LAST = ("last", "last_residual", "last_normed", "last_projected", "logits")
+
+
+class ActivationArena:
+    """Memory for the largest step, handed out as views of fewer rows; views are kept, since shapes recur."""
+
+    def __init__(self, spec: ModelSpec, place: Placement, max_tokens: int, max_samples: int, up_width: int) -> None:
+        self._spec, self.max_samples = spec, max_samples
+        widths = _widths(spec, up_width)
+        shapes = {name: (max_samples if name in _LAST else max_tokens, width) for name, width in widths.items()}
+        if spec.experts is not None:
+            shapes |= ExpertMemory.shapes(spec, max_tokens)
+        tensors = _allocate(place, shapes, _lives(spec))
+        self.num_bytes = tensors.pop("").nbytes
+        self._rows = {name: tensor for name, tensor in tensors.items() if name in widths and name not in _LAST}
+        self._rows |= self._inside(self._rows)
+        self._samples = {name: tensors[name] for name in _LAST}
+        self._experts = None if spec.experts is None else ExpertMemory(spec, place, max_tokens, tensors)
+        if self._experts is not None:
+            self.num_bytes += self._experts.num_bytes
+        self._views: dict[tuple[int, int], Activations] = {}
+
+    def _inside(self, rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The buffers that are columns of others."""
+        spec = self._spec
+        if spec.parallel:
+            attention, activated = rows["joint"].split([spec.q_size, spec.mlp_width], dim=1)
+            return {"attention": attention, "activated": activated}
+        inside = {"joint": rows["residual"][:, :0]}
+        if _activates_in_place(spec):
+            inside["activated"] = rows["up"][:, : spec.mlp_width]
+        return inside
+
+    def views(self, tokens: int, samples: int) -> Activations:
+        key = (tokens, samples)
+        if key not in self._views:
+            if len(self._views) >= 1024:
+                self._views.clear()
+            rows = {name: tensor[:tokens] for name, tensor in self._rows.items()}
+            sampled = {name: tensor[:samples] for name, tensor in self._samples.items()}
+            experts = None if self._experts is None else self._experts.views(tokens)
+            self._views[key] = Activations(**rows, **sampled, experts=experts)
+        return self._views[key]
+
+
+def _activates_in_place(spec: ModelSpec) -> bool:
+    return ACTIVATES_IN_PLACE and spec.mlp == "gated" and not spec.parallel
+
+
+def _widths(spec: ModelSpec, up_width: int) -> dict[str, int]:
+    """Of the buffers with memory of their own. In parallel blocks attention and MLP write side by side."""
+    widths = dict.fromkeys(("hidden", "residual", "branch"), spec.hidden_size)
+    widths |= {"qkv": spec.q_size + 2 * spec.kv_size, "up": up_width}
+    if spec.parallel:
+        widths["joint"] = spec.q_size + spec.mlp_width
+    else:
+        widths |= {"attention": spec.q_size} | ({} if _activates_in_place(spec) else {"activated": spec.mlp_width})
+    widths |= dict.fromkeys(("last", "last_residual", "last_normed"), spec.hidden_size)
+    return widths | {"last_projected": spec.embedding_size, "logits": spec.vocab_span.size}
+
+
+def _lives(spec: ModelSpec) -> dict[str, Life]:
+    lives = _LIVES | dict.fromkeys(_LAST, life(("end", "end")))
+    lives["hidden"] = BLOCKS[spec.block].hidden_life
+    if spec.experts is not None:  # they read what a dense MLP has done with by then
+        lives["hidden"] |= life(("up", "experts_up"))
+    if _activates_in_place(spec):
+        lives["up"] |= lives["activated"]
+    return lives
+
+
+def _allocate(
+    place: Placement, shapes: Mapping[str, tuple[int, int]], lives: Mapping[str, Life]
+) -> dict[str, torch.Tensor]:
+    """A tensor for each shape, and under "" the memory that they share."""
+    aligned = _ALIGNED // place.dtype.itemsize
+    claims = {name: Claim(-(-rows * width // aligned) * aligned, lives[name]) for name, (rows, width) in shapes.items()}
+    places = lay_out(claims)
+    memory = place.empty(max(places[name] + claim.size for name, claim in claims.items()))
+    memory.zero_()  # padding of a bucket reads what no step wrote, which must be finite
+    tensors = {
+        name: memory[places[name] : places[name] + rows * width].view(rows, width)
+        for name, (rows, width) in shapes.items()
+    }
+    return {"": memory} | tensors
