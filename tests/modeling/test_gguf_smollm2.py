@@ -55,9 +55,11 @@ def test_all_272_tensors_are_there_under_their_names(checkpoint: Checkpoint) -> 
     assert 96_000_000 < checkpoint_size(checkpoint) < 98_362_432
 
 
+STORED_NAMES = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, LAYERS)
+
+
 def stored_name(name: str) -> str:
-    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, LAYERS)
-    found = table.get_name(name, try_suffixes=(".weight",))
+    found = STORED_NAMES.get_name(name, try_suffixes=(".weight",))
     assert found is not None
     return found
 
