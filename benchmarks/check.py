@@ -26,9 +26,9 @@ def matches(entry: dict[str, Any], report: dict[str, Any]) -> bool:
     if report["benchmark"] == "kernels" or "cases" in entry:
         return report["benchmark"] == "kernels" and "cases" in entry
     model = report["model"]
-    return bool(
-        entry["shape"] == model["name"] and entry["dtype"] == model["dtype"] and entry["layers"] == model["layers"]
-    )
+    same = all(entry[name] == model[name] for name in ("dtype", "layers"))
+    ranks = entry.get("tensor_parallel", 1) == model.get("tensor_parallel", 1)
+    return bool(same and ranks and entry["shape"] == model["name"])
 
 
 def compare(entry: dict[str, Any], report: dict[str, Any]) -> list[tuple[str, str, bool]]:

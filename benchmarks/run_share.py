@@ -77,7 +77,14 @@ def engine_speed(args: argparse.Namespace, runs: list[list[Job]]) -> float:
     from mii.benchmark.offline import load
     from mii.benchmark.workload import run_jobs
 
-    options = {"shape": args.what, "layers": args.layers, "device": args.device, "dtype": "auto", "option": []}
+    options = {
+        "shape": args.what,
+        "layers": args.layers,
+        "device": args.device,
+        "dtype": "auto",
+        "option": [],
+        "tensor_parallel": 1,
+    }
     engine = load(argparse.Namespace(**options))
     try:
         results = [run_jobs(engine, jobs) for jobs in runs]
@@ -87,8 +94,8 @@ def engine_speed(args: argparse.Namespace, runs: list[list[Job]]) -> float:
 
 
 @contextmanager
-def serving(model: str, device: str, *, random_weights: bool) -> Iterator[MIIClient]:
-    """A deployment that answers HTTP, whose engine may make its weights up."""
+def serving(model: str, device: str, *, random_weights: bool, **more: Any) -> Iterator[MIIClient]:
+    """A deployment, by default one that answers HTTP, whose engine may make its weights up."""
 
     def plan(*given: Any, **options: Any) -> Any:
         made = make_plan(*given, **options)
@@ -100,7 +107,7 @@ def serving(model: str, device: str, *, random_weights: bool) -> Iterator[MIICli
         return msgspec.structs.replace(made, processes=processes)
 
     with mock.patch.object(deployment, "make_plan", plan):
-        client = mii.serve(model, deployment_name=NAME, device=device, enable_restful_api=True)
+        client = mii.serve(model, deployment_name=NAME, device=device, **{"enable_restful_api": True, **more})
     try:
         yield client
     finally:

@@ -9,6 +9,7 @@ import torch
 
 from mii.engine import Engine
 from mii.engine.costs import count_weights
+from mii.parallel.engines import FirstEngine
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -22,8 +23,9 @@ def reset_peak(device: torch.device) -> None:
         _CLEAR.write_text("5")
 
 
-def memory_ledger(engine: Engine) -> dict[str, int]:
-    """Bytes by use: a partition of "used", which on a GPU is all that the driver has given away, to others too.
+def memory_ledger(engine: Engine | FirstEngine) -> dict[str, int]:
+    """Bytes by use, of several ranks those of the first: a partition of "used", which on a GPU is all that the driver
+    has given away, to others too.
 
     On a GPU: weights; kv_cache; graphs (those that were captured at the start; others are in `driver`); activations,
     the buffers of a step; tensors, the most that torch held beside these since `reset_peak`; unused, what torch keeps

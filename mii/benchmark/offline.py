@@ -2,6 +2,7 @@
 
     mii bench offline --shape smollm2-135m --device cpu
     mii bench offline --shape llama3-8b --json results.json
+    mii bench offline --shape llama3-8b --tensor-parallel 2
 
 Weights are random and made in memory, so no model file is needed; a folder or a .gguf file in place of a shape's name
 is read as it is.
@@ -10,18 +11,23 @@ is read as it is.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mii.benchmark.shapes import MIXES, SHAPES
 from mii.cli_options import add_config_option
-from mii.errors import CheckpointNotFoundError
+from mii.errors import CheckpointNotFoundError, UnsupportedFeatureError
 
 if TYPE_CHECKING:
+    import torch
+
     from mii.benchmark.rows import Row
+    from mii.config import ModelConfig
     from mii.engine import Engine
     from mii.modeling.checkpoint import Checkpoint
+    from mii.parallel.engines import FirstEngine
 
 ROW_NAMES = ("decode-1", "decode-8", "decode-64", "prompt-512", "batch-16", *MIXES, "host-256", "first-token", "start")
 
@@ -45,8 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=_positive, help="use only this many layers of the shape")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="auto", help="bf16, fp16 or fp32 (default: what the checkpoint says)")
+    parser.add_argument(
+        "--tensor-parallel",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="divide the model among N processes, which are started here: one a GPU, or a share of the cores each",
+    )
     add_config_option(parser)
-    parser.add_argument("--repeats", type=_positive, default=3, help="runs of each decoding figure (default: 3)")
+    parser.add_argument("--repeats", type=_positive, default=3, help="runs of each figure (default: 3; of mixes 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file too")
     parser.add_argument("--timeline", type=Path, metavar="FILE", help="host-256: write what each step's time went into")
     parser.add_argument("--verbose", action="store_true", help="show the engine's log")
@@ -94,23 +107,19 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
     machine, names = describe_machine(device), _row_names(args, device.type)
     if machine["load_average"] > 0.5 * machine["cores"]:
         say(f"note: other programs use this machine (load {machine['load_average']:.1f}); figures will be too low.")
-    engine = load(args)
-    ready = process_age()
-    phases = engine.start.as_dict() if engine.start is not None else {}
-    rows = [Row("ready", ready, "s", False, None, [], phases)]
-    runner = engine.runner
-    assert runner is not None
-    dtype, spec = runner.dtype, runner.spec
-    try:
-        limits = measure_limits(device, dtype)
-        reset_peak(device)
+    with _engine(args) as engine:
+        phases = engine.start_report.as_dict() if engine.start_report is not None else {}
+        rows = [Row("ready", process_age(), "s", False, None, [], phases)]
+        runner = engine.runner
+        assert runner is not None
+        dtype, spec = runner.dtype, runner.spec
+        limits = measure_limits(runner.device, dtype)
+        reset_peak(runner.device)
         bench = Bench(engine, Roofline.of(spec, dtype, limits), args.repeats, args.timeline)
         for name in [name for name in names if name in ROWS]:
             rows.append(ROWS[name](bench))
             say(f"{name}: {rows[-1].value:,.4g} {rows[-1].unit}")
         memory = memory_ledger(engine)
-    finally:
-        engine.destroy()
     if "first-token" in names:
         rows.append(first_token_row(str(_model_file(args.shape)), device.type))
     if "start" in names:
@@ -119,28 +128,52 @@ def measure(args: argparse.Namespace, say: Callable[[str], None]) -> dict[str, A
         "name": args.shape,
         "layers": spec.num_layers,
         "dtype": str(dtype).removeprefix("torch."),
+        "tensor_parallel": args.tensor_parallel,
         "options": dict(args.option),
     }
     return {"model": model, "machine": machine, "limits": limits, "memory": memory, "rows": rows}
 
 
-def load(args: argparse.Namespace) -> Engine:
-    """The engine of the shape or model that the arguments name."""
-    from mii.config import ModelConfig
-    from mii.engine import build_engine
+@contextmanager
+def _engine(args: argparse.Namespace) -> Iterator[Engine | FirstEngine]:
+    """The engine, divided among processes where that is asked for; destroyed afterwards."""
+    if args.tensor_parallel > 1:
+        from mii.benchmark.ranks import divided_engine
 
-    options: dict[str, Any] = {"device": args.device, "dtype": args.dtype, **dict(args.option)}
-    config = ModelConfig(model_name_or_path=args.shape, **options)
-    with _open(args, config.device) as checkpoint:
+        with divided_engine(args) as first:
+            yield first
+        return
+    engine = load(args)
+    try:
+        yield engine
+    finally:
+        engine.destroy()
+
+
+def load(args: argparse.Namespace) -> Engine:
+    """The engine of the shape or model that the arguments name, on one device."""
+    from mii.engine import build_engine
+    from mii.engine.devices import choose_device
+
+    config = config_of(args)
+    with open_model(args, choose_device(config.device, config.local_device)) as checkpoint:
         return build_engine(config, checkpoint)
 
 
-def _open(args: argparse.Namespace, device: str) -> Checkpoint:
+def config_of(args: argparse.Namespace) -> ModelConfig:
+    """How the arguments say that the model is run."""
+    from mii.config import ModelConfig
+
+    options: dict[str, Any] = {"device": args.device, "dtype": args.dtype, **dict(args.option)}
+    return ModelConfig(model_name_or_path=args.shape, tensor_parallel=args.tensor_parallel, **options)
+
+
+def open_model(args: argparse.Namespace, device: torch.device) -> Checkpoint:
+    """The model's files; of a named shape, weights that are made up on the device."""
     if args.shape in SHAPES:
         from mii.benchmark.random_checkpoint import RandomCheckpoint
-        from mii.engine.devices import choose_device
 
-        return RandomCheckpoint(_config(args), choose_device(device), args.shape)
+        return RandomCheckpoint(_config(args), device, args.shape)
     if args.layers is not None:
         raise CheckpointNotFoundError("--layers cuts a named shape; a model from files has the layers that it has.")
     if not Path(args.shape).exists():
@@ -168,8 +201,10 @@ def _config(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _row_names(args: argparse.Namespace, device_type: str) -> list[str]:
-    from mii.benchmark.rows import CPU_ROWS, GPU_ROWS
+    from mii.benchmark.rows import CPU_ROWS, GPU_ROWS, RANKS_ROWS
 
+    if args.tensor_parallel > 1:
+        return _rows_of_ranks(args.rows or list(RANKS_ROWS if device_type == "cuda" else CPU_ROWS))
     if args.rows == ["all"]:
         return list(dict.fromkeys((*GPU_ROWS, *MIXES, "start")))
     if args.rows:
@@ -180,6 +215,17 @@ def _row_names(args: argparse.Namespace, device_type: str) -> list[str]:
     except CheckpointNotFoundError:
         return rows
     return [*rows, "first-token"]
+
+
+def _rows_of_ranks(rows: list[str]) -> list[str]:
+    from mii.benchmark.rows import GPU_ROWS
+
+    timed = [name for name in rows if name in ("start", "first-token")]
+    if timed:
+        raise UnsupportedFeatureError(
+            f"--rows {' '.join(timed)} is of one process; leave --tensor-parallel out for it."
+        )
+    return list(dict.fromkeys((*GPU_ROWS, *MIXES) if rows == ["all"] else rows))
 
 
 def _model_file(shape: str) -> Path:

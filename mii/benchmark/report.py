@@ -78,7 +78,8 @@ def print_report(report: Mapping[str, Any]) -> None:
 
     machine, model, limits = report["machine"], report["model"], report["limits"]
     console = Console(highlight=False)
-    console.print(f"{machine.get('gpu', machine['cpu'])}, {model['name']}, {model['dtype']}")
+    ranks = f"{model['tensor_parallel']} ranks, limits of one, " if model["tensor_parallel"] > 1 else ""
+    console.print(f"{machine.get('gpu', machine['cpu'])}, {ranks}{model['name']}, {model['dtype']}")
     console.print(
         f"limits: {limits['bandwidth_bytes_per_s'] / 1e9:,.1f} GB/s, {limits['matmul_flop_per_s'] / 1e12:,.2f} TFLOP/s "
         f"({limits['how']})"

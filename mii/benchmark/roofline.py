@@ -5,6 +5,8 @@ at random), keys and values read once for each generated token, two FLOPs for ea
 weight and token, four for each query, key and channel of attention. Matrix products and attention come one after the
 other, as in any engine without kernels that overlap them; each takes the longer of its memory time and its arithmetic
 time at the rates of `MachineLimits`. Norms, rotations, sampling and the host count as nothing: nobody reaches 100 %.
+A model that is divided among ranks takes as long as the largest part, which is rank 0's; sums over ranks count as
+nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from mii.modeling.spec import ModelSpec
 
 @dataclass(frozen=True, slots=True)
 class Roofline:
-    """A model's cost against a machine's limits.
+    """A model's cost, or that of one rank's part of it, against the limits of its device.
 
     Args:
         body: Weights of all matrices but the head: each works on every token.
@@ -52,7 +54,7 @@ class Roofline:
         return cls(
             limits=limits,
             body=sum(matrices),
-            head=spec.hidden_size * spec.vocab_size,
+            head=spec.hidden_size * spec.vocab_span.size,
             attention_width=spec.num_layers * spec.q_size,
             kv_bytes=spec.kv_bytes_per_token(dtype.itemsize),
             element_size=dtype.itemsize,

@@ -2,7 +2,8 @@
 
 Decoding: the time of a run of 272 tokens minus that of a run of 16, over the 256 tokens between them, so that prompts
 and start-up cancel out; the median of three. Throughput: all requests at once, counted tokens over the time of the
-whole call, the better of two runs. Every run has prompts of its own, so nothing comes from the prefix cache.
+whole call, the better of two runs, or one where nothing is to be repeated. Every run has prompts of its own, so nothing
+comes from the prefix cache.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from mii.benchmark.shapes import MIXES, Job, make_batch, make_mix, with_fresh_id
 from mii.benchmark.workload import Run, run_jobs
 from mii.engine import Engine
 from mii.engine.timeline import Timeline
+from mii.parallel.engines import FirstEngine
 
 PROMPT, SHORT, LONG = 128, 16, 272
 _repetition = itertools.count(1)
@@ -56,7 +58,7 @@ class Row:
 class Bench:
     """An engine that is ready, and what its machine allows."""
 
-    engine: Engine
+    engine: Engine | FirstEngine
     roofline: Roofline
     repeats: int = 3
     timeline_file: Path | None = None
@@ -92,9 +94,9 @@ def decode_row(bench: Bench, batch: int) -> Row:
 def throughput_row(
     bench: Bench, name: str, jobs: list[Job], counted: Callable[[Run], int], unit: str, runs: int = 2
 ) -> Row:
-    """Counted tokens a second over the whole call, the best of some runs."""
+    """Counted tokens a second over the whole call, the best of some runs: as many as the bench repeats at most."""
     bench.run([Job(job.prompt_ids, min(job.new_tokens, 4)) for job in jobs[: max(1, len(jobs) // 8)]])
-    results = [bench.run(jobs) for _ in range(runs)]
+    results = [bench.run(jobs) for _ in range(min(runs, bench.repeats))]
     samples = [counted(result) / result.seconds for result in results]
     best = max(results, key=lambda result: counted(result) / result.seconds)
     limit = counted(best) / bench.roofline.workload(jobs)
@@ -175,6 +177,8 @@ ROWS: dict[str, Callable[[Bench], Row]] = {
 }
 _DECODES = ("decode-1", "decode-8", "decode-64")
 GPU_ROWS = (*_DECODES, "prefill-2048", "fastgen-2600-60", "chat", "decode-128-512", "host-256")
+RANKS_ROWS = (*_DECODES, "fastgen-2600-60", "chat")
+"""Of a model that is divided among GPUs."""
 CPU_ROWS = ("decode-1", "prompt-512", "batch-16")
 
 _FIRST_TOKEN = """

@@ -35,7 +35,7 @@ engine.add_request(EngineRequest(uid=0, prompt_ids=list(range(10, 42)), max_new_
 while not engine.step():
     pass
 now = time.time()
-print(json.dumps({"now": now, "phases": engine.start.as_dict()}))
+print(json.dumps({"now": now, "phases": engine.start_report.as_dict()}))
 """
 
 

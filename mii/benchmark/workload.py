@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from mii.batching.data_classes import EngineRequest
 from mii.benchmark.shapes import Job
 from mii.engine import Engine
+from mii.parallel.engines import FirstEngine
 
 _uids = itertools.count(1)
 
@@ -26,7 +27,7 @@ class Run:
     steps: int
 
 
-def run_jobs(engine: Engine, jobs: Sequence[Job]) -> Run:
+def run_jobs(engine: Engine | FirstEngine, jobs: Sequence[Job]) -> Run:
     """Gives all requests at once, greedy and without an end of text, and steps until the last token is there.
 
     Raises:

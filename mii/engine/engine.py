@@ -79,7 +79,7 @@ class Engine(RaggedInterface):
         )
         self._profile = profile or StepProfile(runner.device, average=False, synchronise=False)
         self._timeline: Timeline | None = None
-        self.start: StartReport | None = None  # where the time of its making went
+        self.start_report: StartReport | None = None  # where the time of its making went
         self._overlapped = runner.device.type == "cuda"
         self._sequences = {}
         self._start_empty()

@@ -121,7 +121,7 @@ def build_engine(
     if ranks is None or ranks.rank == 0:
         _report(runner)
         start.log()
-    engine.start = start
+    engine.start_report = start
     return engine if ranks is None else ranks.engine(engine)
 
 

@@ -12,19 +12,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch._C._distributed_c10d import TCPStore
 
 from mii.engine import build_engine
-from mii.engine.devices import choose_device
-from mii.errors import MIIError
 from mii.launch.state import start_ticks, write_private
 from mii.modeling.checkpoint import open_checkpoint
 from mii.parallel.engines import FirstEngine, OtherEngine
-from mii.parallel.ranks import Ranks
+from mii.parallel.ranks import Ranks, own_device
 
 if TYPE_CHECKING:
-    from mii.config import ModelConfig
     from mii.launch.process import Process
 
 __all__ = ["load_part"]
@@ -46,23 +42,13 @@ def load_part(process: Process) -> FirstEngine | OtherEngine:
     note = run / f"replica-{process.replica}-ranks"
     store = _open_store(note, size) if process.rank == 0 else _find_store(note, size)
     listen = f"ipc://{run / f'replica-{process.replica}-steps'}"
-    ranks = Ranks(store, process.rank, size, _device(config), listen=listen)
+    ranks = Ranks(store, process.rank, size, own_device(config), listen=listen)
     process.report("opening the checkpoint")
     model, revision, trust = config.model_name_or_path, config.revision, config.trust_remote_code
     with ranks.loading(), open_checkpoint(model, revision=revision, trust_remote_code=trust) as checkpoint:
         part = build_engine(config, checkpoint, config.progress, ranks)
     assert isinstance(part, FirstEngine | OtherEngine)
     return part
-
-
-def _device(config: ModelConfig) -> torch.device | Exception:
-    try:
-        device = choose_device(config.device, config.local_device)
-    except MIIError as error:
-        return error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
 
 
 def _open_store(note: Path, size: int) -> Any:

@@ -15,6 +15,7 @@ import torch
 
 from mii.batching.data_classes import EngineRequest, TokenOutput
 from mii.engine.engine import Engine, EngineStats
+from mii.engine.timeline import Timeline
 from mii.errors import GenerationError, PipelineDestroyedError, RequestError
 from mii.logging import logger
 from mii.parallel.channel import FirstChannel, OtherChannel
@@ -31,6 +32,7 @@ class _Ranked:
         self.engine, self._group = engine, group
         self.max_length, self.vocab_size, self.stop_ids = engine.max_length, engine.vocab_size, engine.stop_ids
         self.num_blocks, self.block_size = engine.num_blocks, engine.block_size
+        self.start_report = engine.start_report
 
     @property
     def runner(self) -> Any:
@@ -93,6 +95,10 @@ class FirstEngine(_Ranked):
         except Exception as error:
             self._broken = self._channel.explain(error)
             raise GenerationError(self._broken) from error
+
+    def record(self, timeline: Timeline | None) -> None:
+        """As `Engine.record`, on this rank."""
+        self.engine.record(timeline)
 
     def destroy(self) -> None:
         """Ends the engines of all ranks."""

@@ -30,7 +30,7 @@ def digest_of(checkpoint: Checkpoint) -> str:
         state.update(f"{name} {shape} {size} ".encode())
         for index in _sample(shape, size):
             part = checkpoint.get(name, torch.float32, index)
-            state.update(part.contiguous().numpy().tobytes())
+            state.update(part.contiguous().cpu().numpy().tobytes())
     return state.hexdigest()
 
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.distributed_c10d import PrefixStore
 
-from mii.errors import LauncherError
+from mii.engine.devices import choose_device
+from mii.errors import LauncherError, MIIError
 from mii.parallel.channel import FirstChannel, OtherChannel
 from mii.parallel.engines import FirstEngine, OtherEngine
 from mii.parallel.environment import told_by_first
@@ -20,10 +21,22 @@ from mii.parallel.meeting import meet
 from mii.parallel.messages import Hello
 
 if TYPE_CHECKING:
+    from mii.config import ModelConfig
     from mii.engine.engine import Engine
     from mii.modeling.checkpoint import Checkpoint
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "own_device"]
+
+
+def own_device(config: ModelConfig) -> torch.device | MIIError:
+    """The device of this rank, which a GPU is current from now on; or why it has none."""
+    try:
+        device = choose_device(config.device, config.local_device)
+    except MIIError as error:
+        return error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 class Ranks:
@@ -47,14 +60,14 @@ class Ranks:
         store: Any,
         rank: int,
         size: int,
-        device: torch.device | Exception,
+        device: torch.device | MIIError,
         *,
         listen: str = "",
         host: str = "",
         keeps: bool = False,
     ) -> None:
         self.rank, self.size, self._keeps = rank, size, keeps
-        reasons = meet(store, rank, size, "device", str(device) if isinstance(device, Exception) else "")
+        reasons = meet(store, rank, size, "device", str(device) if isinstance(device, MIIError) else "")
         for other, reason in enumerate(reasons):
             if reason:
                 raise told_by_first(LauncherError(f"rank {other} of {size}: {reason}"))

@@ -13,11 +13,10 @@ from torch import distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
 from mii.config import ModelConfig
-from mii.engine.devices import choose_device
 from mii.errors import LauncherError, MIIError
 from mii.logging import logger
 from mii.parallel.environment import Launch, read_launch, told_by_first
-from mii.parallel.ranks import Ranks
+from mii.parallel.ranks import Ranks, own_device
 
 __all__ = ["join"]
 
@@ -41,7 +40,7 @@ def join(config: ModelConfig, *, keeps: bool) -> Ranks:
     """
     try:
         launch = read_launch()
-        device = _device(config)
+        device = own_device(config)
         _share_cores(launch)
         _initialise(launch, device)
     except MIIError as error:
@@ -50,23 +49,13 @@ def join(config: ModelConfig, *, keeps: bool) -> Ranks:
     return Ranks(store, launch.rank, launch.size, device, host=launch.address[0], keeps=keeps)
 
 
-def _device(config: ModelConfig) -> torch.device | Exception:
-    try:
-        device = choose_device(config.device, config.local_device)
-    except MIIError as error:
-        return error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    return device
-
-
 def _share_cores(launch: Launch) -> None:
     """Ranks of one machine share its cores; some launchers give every one of them all."""
     if launch.local_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_size))
 
 
-def _initialise(launch: Launch, device: torch.device | Exception) -> None:
+def _initialise(launch: Launch, device: torch.device | MIIError) -> None:
     """torch.distributed's default group, which scripts may use and mii takes its store from. It stays afterwards."""
     if dist.is_initialized():
         return

@@ -61,7 +61,8 @@ def groups(card: ModuleType, place: object, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def run(card: ModuleType, place: object, part: str, limit: float = 60.0) -> object:
-    return card.run_part(part, lambda log, seconds: getattr(card, part)(place, log, seconds), place, limit)
+    parts = sys.modules["card_parts"]
+    return parts.run_part(part, lambda log, seconds: getattr(card, part)(place, log, seconds), place, limit)
 
 
 @pytest.mark.usefixtures("groups")

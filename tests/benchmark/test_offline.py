@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from mii.benchmark.random_checkpoint import RandomCheckpoint
 from mii.benchmark.shapes import SHAPES, Job, make_batch
 from mii.benchmark.start import start_row
 from mii.benchmark.workload import run_jobs
-from mii.errors import CheckpointNotFoundError
+from mii.errors import CheckpointNotFoundError, PlacementError, UnsupportedFeatureError
 from mii.modeling.checkpoint import open_checkpoint
 
 
@@ -50,6 +51,33 @@ def test_the_command_prints_and_writes_its_figures(
     assert batch["value"] == pytest.approx(16 * 64 / batch["details"]["seconds"])
     printed = capsys.readouterr().out
     assert all(name in printed for name in rows)
+
+
+def test_two_ranks_are_started_measured_and_ended(tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    shape = ("--shape", "smollm2-135m", "--layers", "1", "--dtype", "fp32", "--tensor-parallel", "2")
+    arguments = parse(*shape, "--rows", "decode-1", "--repeats", "1", "--json", str(path))
+    assert offline.run(arguments) == 0
+    report = json.loads(path.read_text())
+    assert [row["name"] for row in report["rows"]] == ["ready", "decode-1"]
+    assert report["model"]["tensor_parallel"] == 2
+    assert report["rows"][1]["limit"] > 0
+    whole = 576 * (2 * 576 + 2 * 192 + 3 * 1536) + 49152 * 576  # one layer and the embedding, which both ranks have
+    assert 0.5 < report["memory_bytes"]["weights"] / 4 / (whole + 2 * 576) < 0.98
+    assert not multiprocessing.active_children()
+
+
+def test_what_keeps_a_rank_from_its_part_is_said_once(tiny_llama: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(PlacementError, match="3 attention heads"):
+        offline.run(parse("--shape", str(tiny_llama), "--tensor-parallel", "4"))
+    assert not multiprocessing.active_children()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("row", ["start", "first-token"])
+def test_rows_of_one_process_are_refused_of_several(row: str) -> None:
+    with pytest.raises(UnsupportedFeatureError, match=f"--rows {row} is of one process"):
+        offline.run(parse("--shape", "smollm2-135m", "--tensor-parallel", "2", "--rows", row))
 
 
 def test_the_weights_of_the_ledger_are_those_of_the_files(tiny_llama: Path) -> None:

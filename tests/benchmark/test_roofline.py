@@ -30,6 +30,16 @@ def test_a_decode_step_reads_the_weights_and_each_context(llama: Roofline, batch
     assert 1e3 * llama.decode_step(batch, 272) == pytest.approx(milliseconds, abs=0.01)
 
 
+def test_of_two_ranks_each_reads_half_of_all() -> None:
+    config = SHAPES["llama3-8b"]
+    spec = find_family(config).read_spec(config)
+    limits = MachineLimits(3.02e12, 807e12, "given")
+    whole, half = (Roofline.of(each, torch.bfloat16, limits) for each in (spec, spec.sharded(0, 2)))
+    assert half.decode_step(8, 272) == pytest.approx(whole.decode_step(8, 272) / 2)
+    jobs = make_mix("chat", 128256)
+    assert half.workload(jobs) == pytest.approx(whole.workload(jobs) / 2)
+
+
 def test_a_prompt_is_bound_by_arithmetic(llama: Roofline) -> None:
     jobs = make_mix("prefill-2048", 128256)
     assert 64 * 2048 / llama.workload(jobs) == pytest.approx(55_600, rel=0.01)

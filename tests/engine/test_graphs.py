@@ -101,8 +101,8 @@ def test_when_the_time_is_up_the_rest_is_left(tiny_llama: Path) -> None:
 
 def test_a_start_says_where_its_time_went(tiny_llama: Path) -> None:
     engine = small_engine(tiny_llama)
-    assert engine.start is not None
-    phases = engine.start.as_dict()
+    assert engine.start_report is not None
+    phases = engine.start_report.as_dict()
     assert {"weights", "buffers", "KV cache", "all"} <= phases.keys()
     assert all(seconds >= 0 for seconds in phases.values())
     engine.destroy()
