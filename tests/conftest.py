@@ -25,9 +25,12 @@ from tests.families_table import FamiliesTable
 
 TESTS = Path(__file__).parent
 GPU_TESTS = TESTS / "gpu"
-# What has the files that take longest: with several workers these go first, and the many files that take a moment
-# fill up the end.
-LONGEST = ("serving", "parallel", "test_examples.py", "test_cli.py", "ops", "modeling", "benchmark")
+# The files that take longest, and the folders that have such: with several workers these go first, and the many files
+# that take a moment fill up the end.
+LONGEST = (
+    *("modeling/test_families.py", "parallel/test_script.py", "serving", "parallel", "ops/test_emulated_card.py"),
+    *("test_examples.py", "test_cli.py", "modeling", "ops", "benchmark"),
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,8 +49,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """What `pytest -n auto` starts: two workers at least, as many tests wait for processes, and four at most."""
-    return max(2, min(4, len(os.sched_getaffinity(0))))
+    """What `pytest -n auto` starts: a worker more than cores, as many tests wait for processes; four at most."""
+    return min(4, len(os.sched_getaffinity(0)) + 1)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -78,8 +81,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def _turn(item: pytest.Item) -> int:
-    folder = item.path.relative_to(TESTS).parts[0]
-    return LONGEST.index(folder) if folder in LONGEST else len(LONGEST)
+    file = item.path.relative_to(TESTS)
+    return next((turn for turn, path in enumerate(LONGEST) if file.is_relative_to(path)), len(LONGEST))
 
 
 def _no_gpu() -> str | None:

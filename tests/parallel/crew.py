@@ -34,7 +34,8 @@ class Crew:
     """
 
     def __init__(self, size: int, start: Start, patience: float = 10.0) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")  # which imports torch once, and starts nothing of it
+        context.set_forkserver_preload(["torch", __name__])
         self._store = TCPStore("127.0.0.1", 0, size + 1, True, wait_for_workers=False)
         self._pipes: list[Connection] = []
         self.processes = []
