@@ -2,7 +2,8 @@
 
 A step's time is that of its products, which no step can do in less time than reading all weights takes, plus that of
 attention: reading the context of every sequence that decodes, and multiplying each token of a prompt with all before
-it (the roofline model, Williams, Waterman and Patterson, 2009). Pure arithmetic, so every rank comes to the same plan.
+it (the roofline model, Williams, Waterman and Patterson, 2009). Pure arithmetic, so ranks with the same costs come to
+the same plan.
 """
 
 from __future__ import annotations

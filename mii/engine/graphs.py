@@ -4,9 +4,9 @@ Every kernel of a step takes its work from lists in device memory, so a graph ca
 sequences) serves every step that fits in it. All graphs share one memory pool.
 
 They are captured when the engine starts (`mii.engine.capture`), those of decode first, as many as `CAPTURE_SECONDS`
-allow; of a model that is divided among ranks none are. A bucket that is left runs eagerly the first time (kernels load,
-cuBLAS picks its algorithms), is captured the second time and replayed from then on. Where an operation had no kernel
-for the model and torch served, nothing is captured.
+allow; of a model that is divided among ranks where `MII_CAPTURE_RANKS=1` asks for it. A bucket that is left runs
+eagerly the first time (kernels load, cuBLAS picks its algorithms), is captured the second time and replayed from then
+on. Where an operation had no kernel for the model and torch served, nothing is captured.
 
 Steps of many tokens keep the device busy for longer than their launches take, so they are launched one kernel at a time
 and lose nothing: a layer's dozen launches take some 100 us of the host, hidden behind the step before, which takes

@@ -10,7 +10,8 @@ import torch
 
 from mii.batching.pace import Pace, make_pace
 from mii.config import DSStateManagerConfig, ModelConfig
-from mii.engine.capture import capture_steps, graph_memory
+from mii.engine.capture import AMONG_RANKS, capture_steps, graph_memory
+from mii.engine.costs import count_weights
 from mii.engine.devices import choose_device, choose_dtype, free_memory
 from mii.engine.engine import Engine
 from mii.engine.graphs import CAPTURE_SECONDS
@@ -18,7 +19,7 @@ from mii.engine.pacing import measure_costs
 from mii.engine.profile import StepProfile
 from mii.engine.runner import Runner, RunnerLimits
 from mii.engine.startup import StartReport
-from mii.errors import CheckpointError, OutOfMemoryError, UnsupportedFeatureError
+from mii.errors import CheckpointError, OutOfMemoryError
 from mii.logging import logger
 from mii.modeling.checkpoint import Checkpoint, open_checkpoint
 from mii.modeling.checkpoint.read_ahead import ReadAhead, reads_ahead
@@ -76,7 +77,6 @@ def build_engine(
     config: ModelConfig, checkpoint: Checkpoint, progress: bool | None = None, ranks: Ranks | None = None
 ) -> Engine | FirstEngine | OtherEngine:
     """The engine of an opened checkpoint; with `ranks`, what this one has of it (within `ranks.loading`)."""
-    _check_pace(config)
     start, group = StartReport(), None if ranks is None else ranks.group
     device = choose_device(config.device, config.local_device)
     dtype = choose_dtype(config.dtype, checkpoint.config, device)
@@ -94,14 +94,12 @@ def build_engine(
                 model = load_model(checkpoint, device, dtype, progress=show, group=group)
         ends = stop_ids(checkpoint.config, checkpoint.generation_config)
         with start.phase("buffers"):
-            runner = Runner(model, limits, ends)
-        if ranks is None:
-            _make_cache(config, runner, free, start)
-            pace = _pace(config, runner, start)
-        else:
-            options = f"{dtype}, {limits}, prefix_caching={config.prefix_caching}"
-            runner.make_cache(ranks.settle(checkpoint, options, _num_blocks(config, runner, free, group=group)))
-            pace = None
+            largest = spec if group is None else spec.sharded(0, group.size)
+            runner = Runner(model, limits, ends, weights=count_weights(largest))
+        if ranks is not None:
+            ranks.compare(checkpoint, _options(config, dtype, limits))
+        _make_cache(config, runner, free, start, ranks)
+        pace = _pace(config, runner, start)
     except torch.OutOfMemoryError as error:
         gc.collect()
         torch.cuda.empty_cache()
@@ -125,30 +123,30 @@ def build_engine(
     return engine if ranks is None else ranks.engine(engine)
 
 
-def _make_cache(config: ModelConfig, runner: Runner, free_at_start: int, start: StartReport) -> None:
+def _options(config: ModelConfig, dtype: torch.dtype, limits: RunnerLimits) -> str:
+    """What all ranks must have been asked for alike."""
+    pace = f"optimize_for={config.optimize_for}, target_token_ms={config.target_token_ms}"
+    return f"{dtype}, {limits}, prefix_caching={config.prefix_caching}, {pace}"
+
+
+def _make_cache(
+    config: ModelConfig, runner: Runner, free_at_start: int, start: StartReport, ranks: Ranks | None
+) -> None:
     """The KV cache, and on a GPU the graphs, whose memory is set aside first."""
-    reserved, captures = 0, runner.graphs is not None
+    reserved, captures = 0, runner.graphs is not None and (ranks is None or AMONG_RANKS)
     if captures:
         with start.phase("first steps"):
             reserved = graph_memory(runner, lambda: free_memory(runner.device))
             start.note(f"{reserved / _GIB:.2f} GiB set aside for graphs")
     with start.phase("KV cache"):
-        runner.make_cache(_num_blocks(config, runner, free_at_start, reserved))
+        blocks = _num_blocks(config, runner, free_at_start, reserved)
+        runner.make_cache(blocks if ranks is None else ranks.least_room(blocks))
     if captures:
         with start.phase("graphs"):
             before = free_memory(runner.device)
             captured = capture_steps(runner, CAPTURE_SECONDS)
             runner.graph_bytes = max(0, before - free_memory(runner.device))
             start.note(f"{captured.graphs} of {captured.planned}; the others when they are used")
-
-
-def _check_pace(config: ModelConfig) -> None:
-    """Ranks come to the same plans only from the same costs, and each of them would measure others."""
-    if config.tensor_parallel > 1 and (config.target_token_ms is not None or config.optimize_for != "throughput"):
-        raise UnsupportedFeatureError(
-            f"optimize_for={config.optimize_for!r} and target_token_ms={config.target_token_ms} are for one device and "
-            f"tensor_parallel is {config.tensor_parallel}; lower max_ragged_batch_size instead."
-        )
 
 
 def _pace(config: ModelConfig, runner: Runner, start: StartReport) -> Pace | None:
@@ -159,7 +157,8 @@ def _pace(config: ModelConfig, runner: Runner, start: StartReport) -> Pace | Non
         target = None if config.target_token_ms is None else config.target_token_ms / 1e3
         pace = make_pace(measure_costs(runner), target, least=runner.limits.block_size)
         start.note(f"{1e3 * pace.seconds:.1f} ms a token")
-    if target is not None and target < pace.seconds:
+    group = runner.model.place.group
+    if target is not None and target < pace.seconds and (group is None or group.rank == 0):
         logger.warning(
             "target_token_ms is %g and a step of this model takes %.1f ms here; %.1f ms are aimed at",
             config.target_token_ms, 1e3 * pace.costs.step, 1e3 * pace.seconds,
@@ -216,9 +215,7 @@ def _check_weights_fit(
         )
 
 
-def _num_blocks(
-    config: ModelConfig, runner: Runner, free_at_start: int, reserved: int = 0, group: Group | None = None
-) -> int:
+def _num_blocks(config: ModelConfig, runner: Runner, free_at_start: int, reserved: int = 0) -> int:
     """How many KV blocks memory allows, or the config says. `reserved`: bytes that will be taken later. Ranks on one
     CPU share what there is.
 
@@ -235,7 +232,7 @@ def _num_blocks(
     budget = int(fraction * free_at_start) - max(0, free_at_start - free)  # others may have given some back
     if "memory_config" in manager.model_fields_set or runner.device.type == "cuda":
         budget = min(budget, free - memory.size)
-    blocks = budget // _sharing(runner.device, group) // runner.block_bytes
+    blocks = budget // _sharing(runner.device, runner.model.place.group) // runner.block_bytes
     if blocks < 1:
         raise OutOfMemoryError(
             f"After the weights {free / _GIB:.2f} GiB are free on {runner.device}. memory_fraction={fraction} allows "

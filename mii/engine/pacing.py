@@ -9,12 +9,15 @@ import torch
 from mii.batching.pace import StepCosts
 from mii.engine.costs import count_expert_weights, count_weights
 from mii.engine.runner import Runner
+from mii.ops.all_reduce import of_first
 
 MANY_TOKENS = {"cuda": 2048, "cpu": 64}  # enough for products to be limited by arithmetic
 
 
 def measure_costs(runner: Runner, rounds: int = 3) -> StepCosts:
     """Times steps of one token and of many, with nobody in them; attention follows from the rates that they reach.
+
+    Ranks take these steps together, and all of them go by what rank 0 has found, so that they come to the same plans.
 
     Args:
         runner: It has its cache.
@@ -31,12 +34,9 @@ def measure_costs(runner: Runner, rounds: int = 3) -> StepCosts:
         met = experts * spec.experts.top_k / spec.experts.count  # by a token
         step += met * runner.dtype.itemsize / bandwidth
         token += 2 * met / arithmetic
-    return StepCosts(
-        step=step,
-        token=token,
-        context=spec.kv_bytes_per_token(runner.dtype.itemsize) / bandwidth,
-        pair=4 * spec.num_layers * spec.q_size / arithmetic,
-    )
+    context, pair = spec.kv_bytes_per_token(runner.dtype.itemsize) / bandwidth, 4 * spec.num_layers * spec.q_size
+    found = (step, token, context, pair / arithmetic)
+    return StepCosts(*of_first(runner.model.place.group, found, runner.device))
 
 
 def _seconds(runner: Runner, tokens: int, sequences: int, rounds: int) -> float:

@@ -104,7 +104,10 @@ class SampledTokens:
 class Runner:
     """One model on one device."""
 
-    def __init__(self, model: Decoder, limits: RunnerLimits, stop_ids: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, model: Decoder, limits: RunnerLimits, stop_ids: tuple[int, ...] = (), *, weights: int | None = None
+    ) -> None:
+        """`weights`: numbers of the largest rank's part, so that all ranks capture the same steps."""
         self.model, self.limits = model, limits
         self.spec, self.device, self.dtype = model.spec, model.place.device, model.place.dtype
         self.rotation = Rotation(self.spec.ropes, limits.max_length, self.device)
@@ -133,7 +136,7 @@ class Runner:
         self.timeline: Timeline | None = None
         self.graph_bytes = 0  # of the graphs that were captured at the start
         self.graphs = StepGraphs(self.device) if self.device.type == "cuda" else None
-        self.most_captured = most_captured_tokens(count_weights(self.spec), limits.max_tokens)
+        self.most_captured = most_captured_tokens(weights or count_weights(self.spec), limits.max_tokens)
         self._recorded = RecordedSteps()
         self._sent = SentBlocks(limits.max_slots)
         self._forwards: dict[Bucket, Forward] = {}
@@ -203,21 +206,23 @@ class Runner:
         return LaunchedStep(plan.sampled, *copied, scores, self.model.place.group)
 
     @torch.inference_mode()
-    def rehearse(self, bucket: Bucket, *, capture: bool = False) -> None:
+    def rehearse(self, bucket: Bucket, draws: Draws | None = None, *, capture: bool = False) -> None:
         """Runs a step of this size with nobody in it, so that kernels load and products choose their algorithms.
 
         Args:
             bucket: Tokens and sequences. The cache is not touched.
+            draws: What the sampler exchanges, one of its `usual`; None: the first of them.
             capture: Keep it as a graph instead; it has to have run before.
         """
         forward, tokens = self._views(bucket, bucket[1]), self.sampled.on_device
+        draws = draws or self.sampler.usual[0]
         self.step.host().counts.fill(0)
         forward.step.upload()
         forward.cos_sin, forward.rope_rows = self.rotation.tables, forward.step.rope_rows
         if capture and self.graphs is not None:
-            self.graphs.capture((*bucket, None), lambda: self._execute(forward, tokens[: bucket[1]]))
+            self.graphs.capture((*bucket, draws), lambda: self._execute(forward, tokens[: bucket[1]], draws))
         else:
-            self._execute(forward, tokens[: bucket[1]])
+            self._execute(forward, tokens[: bucket[1]], draws)
 
     @torch.inference_mode()
     def logits(self, plan: Plan) -> torch.Tensor:

@@ -31,6 +31,11 @@ class Sampler:
         """What a step with these requests has to exchange between ranks; None without others."""
         return None if self.group is None else Draws.of(choices)
 
+    @property
+    def usual(self) -> tuple[Draws | None, ...]:
+        """What most steps have to exchange: of greedy requests, and of those that leave sampling to the defaults."""
+        return (None,) if self.group is None else (Draws(), Draws(random=True, top_p=True))
+
     def workspace(self, rows: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor | None:
         """Scratch memory for up to `rows` rows."""
         return sample_workspace(rows, self.vocab.whole, dtype, device) if self.group is None else None

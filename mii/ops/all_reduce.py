@@ -8,6 +8,7 @@ What serves is the group's matter: memory that the ranks share, or a library.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -39,6 +40,21 @@ class Group(Protocol):
 
     def wait(self, event: torch.cuda.Event) -> None:
         """Until an event on the device, or the end of a rank that it would wait for in vain."""
+
+
+def of_first(group: Group | None, numbers: Sequence[float], device: torch.device) -> list[float]:
+    """Rank 0's numbers, bit for bit, on every rank: what each would measure for itself and all must agree on.
+
+    Args:
+        group: the ranks, all of which call this at the same point; None: there is one.
+        numbers: of this rank, as many on every one.
+        device: of the group's tensors.
+    """
+    if group is None:
+        return list(numbers)
+    mine = torch.tensor(list(numbers), dtype=torch.float64, device=device)
+    found: list[float] = group.all_gather(mine)[0].tolist()
+    return found
 
 
 def all_reduce(x: torch.Tensor, group: Group) -> None:

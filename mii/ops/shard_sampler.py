@@ -88,7 +88,7 @@ def sample_shards(
 
     Args:
         tokens, params, slots, positions, counts, last_token, suppress, suppress_ids: as there, the same on every
-            rank; at least one row, and the first one is no padding.
+            rank; at least one row, and the first one is no padding, unless all are.
         logits: [rows, span.size], this rank's.
         span: the ids whose logits they are.
         group: the ranks, which hold the vocabulary in order.
@@ -97,7 +97,7 @@ def sample_shards(
     active = slots >= 0
     if counts is not None:
         active = active & (torch.arange(len(slots), device=slots.device) < counts[abi.NUM_SAMPLES])
-    slot = torch.where(active, slots, slots[0]).long()  # rows of padding draw what the first row draws
+    slot = torch.where(active, slots, slots[0].clamp(min=0)).long()  # rows of padding draw what the first row draws
     step = max(1, _BLOCK // span.whole)
     for start in range(0, len(slots), step):
         rows = slice(start, start + step)
@@ -106,7 +106,8 @@ def sample_shards(
         drawn = _sample(values, lowest, chosen, span, group, draws).int()
         tokens[rows] = torch.where(active[rows], drawn, tokens[rows])
     if last_token is not None:
-        last_token.scatter_(0, slot, torch.where(active, tokens, tokens[0]))
+        first = torch.where(active[0], tokens[0], last_token[slot[0]])
+        last_token.scatter_(0, slot, torch.where(active, tokens, first))
 
 
 def _chosen(params: SamplingTable, slot: torch.Tensor, positions: torch.Tensor) -> _Rows:

@@ -1,7 +1,8 @@
 """What the ranks of a group say to each other besides numbers, as MessagePack over ZeroMQ.
 
 Rank 0 listens (ROUTER), the others connect (DEALER). Each begins with `Hello` once its part of the model is loaded, and
-gets `Welcome` or `Refused`. From then on `Work` comes for every step, until `End`.
+again once it knows how many KV blocks it has room for, and gets `Welcome` or `Refused`. From then on `Work` comes for
+every step, until `End`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Hello(msgspec.Struct, tag="hello", frozen=True):
         versions: of mii and torch.
         options: how it was asked to run the model.
         weights: a digest of the checkpoint.
-        blocks: KV blocks that it has room for.
+        blocks: KV blocks that it has room for; 0: it does not know yet.
     """
 
     rank: int

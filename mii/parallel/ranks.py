@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 from torch.distributed.distributed_c10d import PrefixStore
 
@@ -98,13 +99,12 @@ class Ranks:
             self.group.close()
             raise told_by_first(error) from None
 
-    def settle(self, checkpoint: Checkpoint, options: str, blocks: int) -> int:
-        """Compares what the ranks have loaded; returns how many KV blocks each of them makes.
+    def compare(self, checkpoint: Checkpoint, options: str) -> None:
+        """Compares what the ranks have loaded. From here on they take steps together.
 
         Args:
             checkpoint: the weights.
             options: how the model is run.
-            blocks: KV blocks that this rank has room for.
 
         Raises:
             LauncherError: they do not fit together, or one could not load its part.
@@ -112,7 +112,19 @@ class Ranks:
         from mii import __version__
 
         versions = f"mii {__version__}, torch {torch.__version__}, {platform.machine()}"
-        return self._channel.settle(Hello(self.rank, versions, options, digest_of(checkpoint), blocks))
+        self._hello = Hello(self.rank, versions, options, digest_of(checkpoint), 0)
+        self._channel.settle(self._hello)
+
+    def least_room(self, blocks: int) -> int:
+        """The KV blocks that each rank makes: what the one with the least room has room for.
+
+        Args:
+            blocks: that this one has room for.
+
+        Raises:
+            LauncherError: one of them could not find out.
+        """
+        return self._channel.settle(msgspec.structs.replace(self._hello, blocks=blocks))
 
     def engine(self, engine: Engine) -> FirstEngine | OtherEngine:
         """The engine of this rank."""

@@ -15,7 +15,6 @@ from mii.errors import (
     LoadError,
     OutOfMemoryError,
     UnsupportedDeviceError,
-    UnsupportedFeatureError,
 )
 from tests.oracle import generate, small_engine
 
@@ -138,9 +137,3 @@ def test_nothing_stays_allocated_after_a_failed_load(tiny_llama: Path, monkeypat
 
 def test_available_memory_is_a_plausible_number() -> None:
     assert 1 << 20 < devices.free_memory(CPU) < 1 << 50
-
-
-def test_a_time_for_each_token_is_refused_for_several_ranks(tiny_llama: Path) -> None:
-    for options in ({"target_token_ms": 20}, {"optimize_for": "latency"}):
-        with pytest.raises(UnsupportedFeatureError, match="tensor_parallel is 2"):
-            load_engine(config(tiny_llama, tensor_parallel=2, **options))

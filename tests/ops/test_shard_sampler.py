@@ -100,3 +100,21 @@ def test_what_is_exchanged_follows_from_the_requests() -> None:
     assert Draws.of([greedy]) == Draws()
     assert Draws.of([greedy, plain]) == Draws(random=True)
     assert Draws.of([plain, SamplingParams(temperature=2.0, top_k=3)]) == Draws(random=True, top_k=True)
+
+
+@pytest.mark.parametrize("draws", [Draws(), Draws(random=True, top_p=True)])
+def test_rows_that_are_all_padding_change_nothing(draws: Draws) -> None:
+    """As in steps that run when an engine starts."""
+
+    def work(group: Group) -> tuple[torch.Tensor, torch.Tensor]:
+        span, slots = split(300, group.rank, group.size), torch.full((3,), -1, dtype=torch.int32)
+        tokens, last = torch.full((3,), -7, dtype=torch.int32), torch.arange(5, 9, dtype=torch.int32)
+        sample_shards(
+            tokens, torch.zeros(3, span.size), SamplingTable.allocate(4), slots, torch.zeros_like(slots), span=span,
+            group=group, draws=draws, last_token=last,
+        )  # fmt: skip
+        return tokens, last
+
+    for tokens, last in on_ranks(2, work):
+        assert tokens.tolist() == [-7, -7, -7]
+        assert last.tolist() == [5, 6, 7, 8]

@@ -22,6 +22,7 @@ HELLO = Hello(1, "mii 1", "fp32", "abc", 10)
     [
         ({"versions": "mii 2"}, "its versions are not those of rank 0"),
         ({"options": "bf16"}, "its options are not those of rank 0"),
+        ({"options": "fp32, optimize_for=latency"}, "its options are not those of rank 0"),
         ({"weights": "def"}, "its weights are not those of rank 0"),
     ],
 )
