@@ -1,4 +1,4 @@
-"""Products with the weights of an 8B Llama: our streaming kernel beside cuBLASLt, which alone takes more rows than 8.
+"""Products with the weights of an 8B Llama: our kernels beside cuBLASLt.
 
 Each product alone, then chains over 32 layers with weights of their own, in one graph, so that nothing is found in the
 cache and what lies between two kernels counts: the four products of a layer, and all of a layer but attention.
@@ -6,13 +6,14 @@ cache and what lies between two kernels counts: the four products of a layer, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from benchmarks.timing import Call, Case, graph_seconds, run_cases
-from mii.ops import linear_streamed
+from mii.ops import linear_hopper
 from mii.ops.linear import LinearWeight, gated_linear, linear, pack_linear
 from mii.ops.norm import norm
 from mii.ops.rope_kv import rope_kv
@@ -26,9 +27,10 @@ LAYER = {
     "down": (HIDDEN, INTERMEDIATE),
 }
 WEIGHTS = LAYER | {"head": (128256, HIDDEN)}
-ROWS, MORE_ROWS = (1, 4, linear_streamed.ROWS), (16, 64, 128, 256, 384, 512)
-CHAIN_ROWS, LAYERS = (1, linear_streamed.ROWS), 32
-FETCHED = (0, 4, 8, 16, 24)  # MiB of the next weight that a streamed product brings into the cache
+ROWS, MORE_ROWS = (1, 4, 8), (16, 64, 128, 256, 384, 512)
+CHAIN_ROWS, LAYERS = (1, 8, 16, 64), 32
+KERNELS = {"cuBLASLt": (), "streamed": ("STREAMED",), "wide": ("WIDE",), "both": ("STREAMED", "WIDE")}
+FETCHED = (0, 8)  # MiB of the next weight that a streamed product brings into the cache
 DTYPE, SIZE = torch.bfloat16, 2
 
 
@@ -39,27 +41,28 @@ def run(device: torch.device) -> list[dict[str, Any]]:
     return [*run_cases(_products(), device), *_chains(device)]
 
 
-def _choose(rows: int, fetched: int = linear_streamed.FETCH_BYTES >> 20) -> None:
-    """Up to how many rows the streaming kernel multiplies, and how much it brings of what follows."""
-    linear_streamed.ROWS, linear_streamed.FETCH_BYTES = rows, fetched << 20
+def _choose(kernels: tuple[str, ...], fetched: int = linear_hopper.FETCH_BYTES >> 20) -> None:
+    """Which of our kernels multiply, and how much they bring of what follows."""
+    linear_hopper.STREAMED_ROWS = 8 if "STREAMED" in kernels else 0
+    linear_hopper.WIDE_FROM, linear_hopper.WIDE_ROWS = (1, 128) if "WIDE" in kernels else (1, 0)
+    linear_hopper.FETCH_BYTES = fetched << 20
 
 
 def _products() -> Iterator[Case]:
     for name, (n, k) in WEIGHTS.items():
         for rows in ROWS:
-            yield _case(name, rows, n, k, "cuBLASLt", lambda: _choose(0))
-            yield _case(name, rows, n, k, "streamed", lambda: _choose(max(ROWS)))
+            yield from (_case(name, rows, n, k, how) for how in ("cuBLASLt", "streamed", "wide"))
         for rows in MORE_ROWS:
-            yield _case(name, rows, n, k, "cuBLASLt", lambda: _choose(0))
+            yield from (_case(name, rows, n, k, how) for how in ("cuBLASLt", "wide"))
 
 
-def _case(name: str, rows: int, n: int, k: int, how: str, choose: Callable[[], None]) -> Case:
+def _case(name: str, rows: int, n: int, k: int, how: str) -> Case:
     def make(device: torch.device) -> Call:
         x = torch.randn(rows, k, device=device, dtype=DTYPE)
         weight, out = _weight(device, n, k), torch.empty(rows, n, device=device, dtype=DTYPE)
 
         def call() -> None:
-            choose()
+            _choose(KERNELS[how])
             linear(out, x, weight)
 
         return call
@@ -114,13 +117,12 @@ def _chains(device: torch.device) -> Iterator[dict[str, Any]]:
     for rows in CHAIN_ROWS:
         chain = _Chain(device, rows)
         for name, run_layer in (("four products", chain.products), ("layer but attention", chain.layer)):
-            for fetched in (None, *FETCHED):
-                _choose(0 if fetched is None else max(ROWS), fetched or 0)
+            for how, fetched in itertools.product(KERNELS, FETCHED):
+                _choose(KERNELS[how], fetched)
                 calls = [
                     lambda i=i, run_layer=run_layer: run_layer(layers[i], layers[(i + 1) % LAYERS][0])  # type: ignore[misc]
                     for i in range(LAYERS)
                 ]
-                how = "cuBLASLt" if fetched is None else f"streamed, {fetched} MiB ahead"
-                text = f"{name}, {rows} rows, {how}"
+                text = f"{name}, {rows} rows, {how}, {fetched} MiB ahead"
                 yield {"kernel": "linear chain", "case": text, "seconds": graph_seconds(calls), "bytes": moved}
-    _choose(max(ROWS))
+    _choose(KERNELS["both"])

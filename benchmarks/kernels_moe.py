@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.timing import Call, Case, run_cases
 from mii.ops import abi
-from mii.ops.moe import MANY_EXPERTS, moe_combine, moe_down, moe_up, pack_experts
+from mii.ops.moe import moe_combine, moe_down, moe_up, pack_experts
 from mii.ops.moe_routing import ExpertLists, ExpertRows, Routing, route
 
 KERNELS = {abi.MOE_STREAM: "stream", abi.MOE_MMA: "mma", abi.MOE_WGMMA: "wgmma", abi.MOE_SIMPLE: "simple"}
@@ -56,9 +56,9 @@ def _cases(hopper: bool) -> Iterator[Case]:
             yield from _products(
                 shape, tokens, abi.MOE_STREAM, next(r for r in (8, 16, 32, 64) if tokens <= r or r == 64)
             )
-    for kernel, tile_rows in ((abi.MOE_MMA, 128), *(((abi.MOE_WGMMA, 128), (abi.MOE_WGMMA, 192)) if hopper else ())):
+    for kernel in (abi.MOE_MMA, abi.MOE_WGMMA) if hopper else (abi.MOE_MMA,):
         for shape in (QWEN3, MIXTRAL):
-            yield from _products(shape, 8192, kernel, tile_rows)
+            yield from _products(shape, 8192, kernel, 128)
     yield from _products(QWEN3, 2048, *_for_prompts(QWEN3, hopper))
     yield from _products(QWEN3, 1, abi.MOE_SIMPLE, 8)
     for shape in (QWEN3, MIXTRAL):
@@ -72,7 +72,7 @@ def _for_prompts(shape: Shape, hopper: bool) -> tuple[int, int]:
     """The best kernel for many rows, and the rows of its tiles."""
     if not hopper:
         return abi.MOE_MMA, 128
-    return abi.MOE_WGMMA, 192 if shape.routing.experts >= MANY_EXPERTS else 128
+    return abi.MOE_WGMMA, 128
 
 
 @dataclass

@@ -3,8 +3,10 @@
 #include "mii/moe_combine.cuh"
 #include "mii/moe_mma.cuh"
 #include "mii/moe_route.cuh"
-#include "mii/moe_wgmma.cuh"
+#include "mii/moe_wide.cuh"
 #include "shared_memory.cuh"
+#include "tensor_map.cuh"
+#include "wide_gate.cuh"
 
 namespace mii {
 namespace {
@@ -87,20 +89,26 @@ int32_t launch_mma(const MiiMoeLinear& a, void* stream) {
   return launch("mii_moe (mma)", moe_mma<T, Up>, shape, stream, moe_args<T>(a));
 }
 
-template <typename T, int Groups, bool Up>
-int32_t launch_wgmma(const MiiMoeLinear& a, void* stream) {
-  constexpr int kShared = MoeWgmmaShape<Groups>::kSharedBytes;
-  if (const int32_t status = grant_shared<moe_wgmma<T, Groups, Up>>("mii_moe", kShared); status != MII_OK) return status;
-  const Shape shape = {dim3(card().sms), dim3(MoeWgmmaShape<Groups>::kThreads), kShared};
-  return launch("mii_moe (wgmma)", moe_wgmma<T, Groups, Up>, shape, stream, moe_args<T>(a));
+template <typename T, bool Up>
+int32_t launch_wide(const MiiMoeLinear& a, void* stream) {
+  constexpr int kShared = MoeWideShape::kSharedBytes, kBoxRows = MoeWideShape::kHalf;
+  static_assert(MoeWideShape::kRows == kMoeTileRows && kBoxRows == kMoeTileRows);
+  if (const int32_t status = grant_shared<moe_wide<T, Up>>("mii_moe", kShared); status != MII_OK) return status;
+  MoeWideArgs<T> args = {{}, {}, moe_args<T>(a), {}};
+  MII_REQUIRE(!Up || gate_of(a.activation, &args.gate), MII_UNSUPPORTED, "mii_moe: no gate by activation %d", a.activation);
+  const int64_t rows = int64_t(a.experts) * (Up ? 2 : 1) * a.out_features;
+  const bool mapped =
+      encode_matrix(&args.weight, a.dtype, a.weight, rows, a.in_features, a.in_features, kBoxRows) &&
+      (Up || encode_matrix(&args.x, a.dtype, a.x, a.tokens * a.top_k, a.in_features, a.x_stride, kBoxRows));
+  MII_REQUIRE(mapped, MII_UNSUPPORTED, "mii_moe: the driver makes no tensor map of this product");
+  const Shape shape = {dim3(card().sms), dim3(MoeWideShape::kThreads), kShared};
+  return launch("mii_moe (wide)", moe_wide<T, Up>, shape, stream, args);
 }
 
 template <typename T, bool Up>
 int32_t product_16_bit(const MiiMoeLinear& a, void* stream) {
   if (a.kernel == MII_MOE_MMA) return launch_mma<T, Up>(a, stream);
-  if (a.kernel == MII_MOE_WGMMA) {
-    return a.tile_rows == kMoeTileRows ? launch_wgmma<T, 2, Up>(a, stream) : launch_wgmma<T, 3, Up>(a, stream);
-  }
+  if (a.kernel == MII_MOE_WGMMA) return launch_wide<T, Up>(a, stream);
   switch (a.tile_rows) {
     case 8:
       return launch_stream<T, 8, Up>(a, stream);
@@ -126,10 +134,8 @@ int32_t check_moe(const char* name, const MiiMoeLinear& a) {
   const bool steps = a.in_features % 8 == 0 && a.x_stride % 8 == 0 && a.in_features > 0;
   MII_REQUIRE(steps && aligned(a.x, 16) && aligned(a.weight, 16) && aligned(a.workspace, 16), MII_UNSUPPORTED,
               "%s: rows of x and weight must be whole chunks of 16 bytes", name);
-  const bool wide = a.kernel == MII_MOE_WGMMA && a.tile_rows == MoeWgmmaShape<3>::kTileRows;
-  MII_REQUIRE(a.kernel == MII_MOE_STREAM || a.tile_rows == kMoeTileRows || wide, MII_INVALID,
-              "%s: tiles of %d rows; kernel %d takes %d, warpgroup products also 192", name, a.tile_rows, a.kernel,
-              kMoeTileRows);
+  MII_REQUIRE(a.kernel == MII_MOE_STREAM || a.tile_rows == kMoeTileRows, MII_INVALID,
+              "%s: tiles of %d rows; kernel %d takes %d", name, a.tile_rows, a.kernel, kMoeTileRows);
   MII_REQUIRE(a.kernel != MII_MOE_WGMMA || (card().major == 9 && card().minor == 0), MII_UNSUPPORTED,
               "%s: warpgroup products are those of compute capability 9.0", name);
   return MII_OK;

@@ -177,6 +177,7 @@ FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "mii_sample_workspace_bytes": MiiSample,
     "mii_linear": MiiLinear,
     "mii_linear_streamed": MiiLinearStreamed,
+    "mii_linear_wide": MiiLinearStreamed,
     "mii_linear_workspace_bytes": MiiLinear,
     "mii_linear_pack": MiiLinearPack,
     "mii_linear_packed_bytes": MiiLinearPack,

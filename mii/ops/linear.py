@@ -2,7 +2,7 @@
 
 On the CPU the weight is repacked into panels of 16 output features (csrc/cpu/isa/linear.cpp) that serve one row (a
 stream through memory) and many (AMX tiles) alike, so there is one copy of it. On a GPU the weight stays as it is and
-torch multiplies (cuBLASLt), or, for a few rows, a kernel that streams the weight (mii/ops/linear_streamed.py). Where no
+torch multiplies (cuBLASLt), or, for a few rows, a kernel that streams the weight (mii/ops/linear_hopper.py). Where no
 native library serves, torch multiplies.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mii.ops import abi, linear_streamed, native
+from mii.ops import abi, linear_hopper, native
 from mii.ops.activation import activation
 
 
@@ -111,7 +111,7 @@ def pack_linear(weight: torch.Tensor) -> LinearWeight:
             data, packed = huge_pages.empty(bytes_needed), True
             args.packed = data.data_ptr()
             library.call("mii_linear_pack", args)
-    linear_streamed.prepare(weight.device)
+    linear_hopper.prepare(weight.device)
     return LinearWeight(data, out_features, in_features, weight.dtype, packed)
 
 
@@ -137,7 +137,7 @@ def linear(
     """
     _check(out, x, weight, weight.out_features)
     if not weight.packed:
-        if not linear_streamed.linear(out, x, weight.data, bias, _data(following)):
+        if not linear_hopper.linear(out, x, weight.data, bias, _data(following)):
             _linear_torch(out, x, weight.data, bias)
         return
     if x.stride(1) != 1 or out.stride(1) != 1:
@@ -181,7 +181,7 @@ def gated_linear(
         ValueError: an unknown kind, shapes or dtypes that do not fit together.
     """
     _check(out, x, weight, weight.out_features // 2)
-    if not weight.packed and linear_streamed.linear(out, x, weight.data, bias, _data(following), kind):
+    if not weight.packed and linear_hopper.linear(out, x, weight.data, bias, _data(following), kind):
         return
     linear(scratch, x, weight, bias, following=following)
     activation(out, scratch, kind, gated=True)

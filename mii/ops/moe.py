@@ -7,7 +7,7 @@
 Rows, pairs and tiles are those of `mii.ops.moe_routing`. On the CPU every expert's weight is packed into the panels of
 `mii.ops.linear` (csrc/cpu/isa/moe.cpp). On a GPU the weights stay as they are, and `choose_kernel` picks by the number
 of tokens: a stream of the weights of the experts that are hit (csrc/include/mii/moe_stream.cuh), or tensor-core tiles
-(moe_mma.cuh; moe_wgmma.cuh on compute capability 9.0).
+(moe_mma.cuh; moe_wide.cuh on compute capability 9.0).
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from mii.ops.moe_routing import ExpertRows, Routing
 # The best kernels that a GPU may take: "simple" (plain cores), "mma" (with the stream for few rows), "wgmma" (the same
 # and compute capability 9.0's tensor cores for prompts). benchmarks/kernels_moe.py measures them.
 KERNELS = "wgmma"
-MANY_EXPERTS = 64  # from which warpgroup products are faster in tiles of 192 rows than of 128
 STREAMED_ROWS = 48  # of an expert on average, up to which the weights' bytes take longer than the arithmetic
 
 
@@ -47,7 +46,7 @@ def choose_kernel(
     if tokens * routing.top_k <= STREAMED_ROWS * routing.experts or tokens <= 64:
         return abi.MOE_STREAM, next(rows for rows in (8, 16, 32, 64) if tokens <= rows or rows == 64)
     if KERNELS == "wgmma" and torch.cuda.get_device_capability(device) == (9, 0):
-        return abi.MOE_WGMMA, 192 if routing.experts >= MANY_EXPERTS else 128
+        return abi.MOE_WGMMA, 128
     return abi.MOE_MMA, 128
 
 

@@ -9,6 +9,8 @@ import torch
 from torch.nn import functional
 
 from mii.ops import linear as module
+from mii.ops import linear_hopper
+from mii.ops.activation import activation
 from mii.ops.linear import LinearWeight, gated_linear, linear, pack_linear
 from mii.ops.norm import norm
 
@@ -81,6 +83,36 @@ def test_gated_product_equals_torch(rows: int, shape: tuple[int, int], dtype: to
         out = torch.full((rows, width), float("nan"), device="cuda", dtype=dtype)
         gated_linear(out, out.new_empty(rows, 2 * width), x, pack_linear(weight), kind, bias)
         assert_near(out, body(gate) * up, eps=4)
+
+
+# By warpgroup products: tiles and steps of k that are whole and cut off.
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(12288, 64), (12300, 1000), (28672, 4096)], ids=str)
+@pytest.mark.parametrize("rows", [9, 16, 64, 65, 128])
+def test_wide_product_equals_torch(rows: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    for seed in range(2):
+        out, expected = product(rows, *shape, dtype, bias=rows % 2 == 0, seed=seed)
+        assert_near(out, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", linear_hopper.GATES)
+@pytest.mark.parametrize("shape", [(6144, 64), (6150, 1000), (14336, 4096)], ids=str)
+@pytest.mark.parametrize("rows", [9, 64, 100, 129, 300, 2048])
+def test_wide_gated_product_equals_torch(
+    rows: int, shape: tuple[int, int], kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_hopper, "GATED_ROWS", 129)
+    monkeypatch.setattr(linear_hopper, "GATED_SHARE", 0.0)
+    width, k = shape
+    x, weight = random(rows, k, dtype=dtype), random(2 * width, k, dtype=dtype, seed=1, scale=k**-0.5)
+    bias = random(2 * width, dtype=dtype, seed=2) if rows % 2 else None
+    both = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    expected = torch.empty(rows, width, dtype=dtype, device="cuda")
+    activation(expected, both.to(dtype), kind, gated=True)
+    out = torch.full((rows, width), float("nan"), device="cuda", dtype=dtype)
+    gated_linear(out, out.new_empty(rows, 2 * width), x, pack_linear(weight), kind, bias)
+    assert_near(out, expected.double(), eps=4)
 
 
 def test_runs_repeat_bit_for_bit() -> None:

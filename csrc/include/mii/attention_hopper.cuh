@@ -8,6 +8,7 @@
 #pragma once
 #include "mii/attention_queue.cuh"
 #include "mii/attention_score.cuh"
+#include "mii/tensor_map.cuh"
 #include "mii/wgmma.cuh"
 
 namespace mii {
@@ -32,11 +33,6 @@ struct HopperShape {
   static_assert(kSlots >= 4, "two tiles are read at once, one is on its way, one is waited for");
 };
 
-// A tensor map (CUtensorMap), which only the driver and the copies of boxes look into.
-struct alignas(128) TensorMap {
-  uint64_t words[16];
-};
-
 struct HopperParams {
   AttentionParams p;
   TensorMap k, v;  // of the caches as [rows, D], in boxes of 64 elements by `box_rows` rows, swizzled
@@ -58,19 +54,6 @@ struct HopperBarrier {
 };
 
 #if defined(MII_HOPPER)
-
-// A place in a ring of kCount that is gone round again and again, and the parity of its present turn.
-template <int kCount>
-struct RingPlace {
-  int at = 0;
-  uint32_t parity = 0;
-  MII_DEVICE void next() {
-    if (++at == kCount) {
-      at = 0;
-      parity ^= 1;
-    }
-  }
-};
 
 // The shared memory of a CTA.
 template <int D>

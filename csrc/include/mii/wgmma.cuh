@@ -52,28 +52,35 @@ MII_DEVICE void product(float (&d)[kRegisters], uint64_t a, uint64_t b);
 // d += a b, a in registers, b in shared memory with N along its rows' elements ("transposed").
 template <typename T, int kRegisters>
 MII_DEVICE void product_transposed(float (&d)[kRegisters], const uint32_t (&a)[4], uint64_t b);
+#define MII_NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
 #define MII_NAMES_32 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
-  "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define MII_RESULTS_32 \
-  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
-  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
-  "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
-  "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+  MII_NAMES_16 ", " \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define MII_NAMES_48 \
+  MII_NAMES_32 ", " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define MII_NAMES_64 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, " \
-  "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, " \
-  "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, " \
-  "%59, %60, %61, %62, %63"
-#define MII_RESULTS_64 \
-  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), \
-  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), \
-  "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), \
-  "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), \
-  "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), \
-  "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), \
-  "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), \
-  "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+  MII_NAMES_48 ", " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define MII_NAMES_96 \
+  MII_NAMES_64 ", " \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define MII_NAMES_112 \
+  MII_NAMES_96 ", " \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
+#define MII_NAMES_128 \
+  MII_NAMES_112 ", " \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define MII_RESULTS_8(I) \
+  "+f"(d[I]), "+f"(d[I + 1]), "+f"(d[I + 2]), "+f"(d[I + 3]), "+f"(d[I + 4]), "+f"(d[I + 5]), "+f"(d[I + 6]), "+f"(d[I + 7])
+#define MII_RESULTS_16 MII_RESULTS_8(0), MII_RESULTS_8(8)
+#define MII_RESULTS_32 MII_RESULTS_16, MII_RESULTS_8(16), MII_RESULTS_8(24)
+#define MII_RESULTS_48 MII_RESULTS_32, MII_RESULTS_8(32), MII_RESULTS_8(40)
+#define MII_RESULTS_64 MII_RESULTS_48, MII_RESULTS_8(48), MII_RESULTS_8(56)
+#define MII_RESULTS_96 MII_RESULTS_64, MII_RESULTS_8(64), MII_RESULTS_8(72), MII_RESULTS_8(80), MII_RESULTS_8(88)
+#define MII_RESULTS_112 MII_RESULTS_96, MII_RESULTS_8(96), MII_RESULTS_8(104)
+#define MII_RESULTS_128 MII_RESULTS_112, MII_RESULTS_8(112), MII_RESULTS_8(120)
 
 #define MII_PRODUCT(REGISTERS, COLUMNS, TYPE, A, B, ADD)                                                      \
   asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %" #ADD ", 0;\n"                                         \
@@ -81,6 +88,14 @@ MII_DEVICE void product_transposed(float (&d)[kRegisters], const uint32_t (&a)[4
                " {" MII_NAMES_##REGISTERS "}, %" #A ", %" #B ", add, 1, 1, 0, 0;\n}"                          \
                : MII_RESULTS_##REGISTERS                                                                     \
                : "l"(a), "l"(b), "n"(kAdd ? 1 : 0))
+#define MII_PRODUCT_OF(REGISTERS, COLUMNS, A, B, ADD)             \
+  if constexpr (kRegisters == REGISTERS) {                        \
+    if constexpr (std::is_same_v<T, __half>) {                    \
+      MII_PRODUCT(REGISTERS, COLUMNS, "f16", A, B, ADD);          \
+    } else {                                                      \
+      MII_PRODUCT(REGISTERS, COLUMNS, "bf16", A, B, ADD);         \
+    }                                                             \
+  }
 #define MII_PRODUCT_TRANSPOSED(REGISTERS, COLUMNS, TYPE, A0, A1, A2, A3, B)                                      \
   asm volatile("{\n.reg .pred add;\nsetp.eq.b32 add, 0, 0;\n"                                                    \
                "wgmma.mma_async.sync.aligned.m64n" #COLUMNS "k16.f32." TYPE "." TYPE                             \
@@ -90,12 +105,14 @@ MII_DEVICE void product_transposed(float (&d)[kRegisters], const uint32_t (&a)[4
 
 template <typename T, bool kAdd, int kRegisters>
 MII_DEVICE void product(float (&d)[kRegisters], uint64_t a, uint64_t b) {
-  static_assert(kRegisters == 64);
-  if constexpr (std::is_same_v<T, __half>) {
-    MII_PRODUCT(64, 128, "f16", 64, 65, 66);
-  } else {
-    MII_PRODUCT(64, 128, "bf16", 64, 65, 66);
-  }
+  static_assert(kRegisters % 16 == 0 && kRegisters <= 128 && kRegisters != 80, "no such product here");
+  MII_PRODUCT_OF(16, 32, 16, 17, 18)
+  MII_PRODUCT_OF(32, 64, 32, 33, 34)
+  MII_PRODUCT_OF(48, 96, 48, 49, 50)
+  MII_PRODUCT_OF(64, 128, 64, 65, 66)
+  MII_PRODUCT_OF(96, 192, 96, 97, 98)
+  MII_PRODUCT_OF(112, 224, 112, 113, 114)
+  MII_PRODUCT_OF(128, 256, 128, 129, 130)
 }
 
 template <typename T, int kRegisters>
@@ -117,11 +134,23 @@ MII_DEVICE void product_transposed(float (&d)[kRegisters], const uint32_t (&a)[4
 }
 
 #undef MII_PRODUCT
+#undef MII_PRODUCT_OF
 #undef MII_PRODUCT_TRANSPOSED
+#undef MII_RESULTS_8
+#undef MII_NAMES_16
 #undef MII_NAMES_32
+#undef MII_NAMES_48
 #undef MII_NAMES_64
+#undef MII_NAMES_96
+#undef MII_NAMES_112
+#undef MII_NAMES_128
+#undef MII_RESULTS_16
 #undef MII_RESULTS_32
+#undef MII_RESULTS_48
 #undef MII_RESULTS_64
+#undef MII_RESULTS_96
+#undef MII_RESULTS_112
+#undef MII_RESULTS_128
 
 // ---- barriers in shared memory ------------------------------------------------------------------------------------
 MII_DEVICE void barrier_init(uint32_t barrier, int arrivals) {
@@ -162,6 +191,19 @@ MII_DEVICE void copy_box(uint32_t target, const void* map, int column, int row, 
       "l"(map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
 }
+
+// A place in a ring of kCount that is gone round again and again, and the parity of its present turn.
+template <int kCount>
+struct RingPlace {
+  int at = 0;
+  uint32_t parity = 0;
+  MII_DEVICE void next() {
+    if (++at == kCount) {
+      at = 0;
+      parity ^= 1;
+    }
+  }
+};
 
 // Makes this thread's writes to shared memory visible to products, which read it by another way than loads do.
 MII_DEVICE void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

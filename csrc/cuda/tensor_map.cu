@@ -1,0 +1,43 @@
+// Tensor maps by the driver's own encoder.
+#include "tensor_map.cuh"
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+namespace mii {
+namespace {
+
+static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= alignof(CUtensorMap));
+
+// cuTensorMapEncodeTiled by way of the runtime, so that nothing has to be linked with the driver; null: not there.
+decltype(&cuTensorMapEncodeTiled) find_encoder() {
+  void* entry = nullptr;
+  cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &result);
+#endif
+  if (error != cudaSuccess) cudaGetLastError();
+  const bool found = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found ? entry : nullptr);
+}
+
+}  // namespace
+
+bool encode_matrix(TensorMap* map, int32_t dtype, const void* data, int64_t rows, int64_t columns, int64_t stride,
+                   int box_rows) {
+  static const auto encode = find_encoder();
+  if (encode == nullptr || rows <= 0 || columns <= 0 || rows >= int64_t(1) << 31 || columns >= int64_t(1) << 31) return false;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * 2};  // bytes
+  const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)};
+  const cuuint32_t steps[2] = {1, 1};
+  const auto type = dtype == MII_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  return encode(reinterpret_cast<CUtensorMap*>(map), type, 2, const_cast<void*>(data), sizes, strides, box, steps,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+}  // namespace mii
