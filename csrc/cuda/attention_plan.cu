@@ -231,8 +231,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ 
   int* tile_base = order + p.a.max_seqs + 1;
   if (threadIdx.x == 0) shared.longest = shared.prefills = 0;
   __syncthreads();
-  wait_for_previous();
-  start_next();
+  wait_for_previous();  // and no start_next(): attention reads the list before its own wait (attention_decode.cuh)
   const int seqs = min(p.a.counts[MII_NUM_SEQS], static_cast<int>(p.a.max_seqs));
   PlanHeader header = {};
   const int2 decodes = list_decodes(p, seqs, decode_base, shared);
@@ -244,6 +243,7 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ 
   }
   cut_axis(p, decodes, decode_base, header, header.prompts_apart || shared.prefills == 0);
   if (threadIdx.x == 0) *p.work.header = header;
+  __threadfence();  // for those who read it without having waited
 }
 
 size_t plan_shared(int64_t max_seqs) { return sizeof(Shared) + 3 * (max_seqs + 1) * sizeof(int); }

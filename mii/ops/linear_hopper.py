@@ -20,7 +20,7 @@ WIDE_ROWS = 128  # up to which reading the weight is most of a product's time
 # Gated products of more rows: from how many, and the least share of multiprocessors that have a tile in the last round.
 GATED_ROWS, GATED_SHARE = 1024, 0.93
 GATES = ("silu", "gelu_tanh", "gelu_quick")  # that warpgroup products apply
-WIDE_FROM = int(os.environ.get("X_WIDE_FROM", "9"))
+WIDE_FROM = int(os.environ.get("X_WIDE_FROM", "1"))
 # Bytes of the following product's weight that come into the L2 cache while a product ends: about what memory delivers
 # between the last read of one product and the first of the next.
 FETCH_BYTES = 8 << 20

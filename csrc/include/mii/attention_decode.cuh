@@ -4,6 +4,9 @@
 // every 64 and keeps a running softmax of its own, fed by its own ring of asynchronous copies, which runs ahead
 // across jobs; so warps meet only when a job ends. There the four results become one, and where other CTAs had a
 // share of the job the last of them joins the parts (Flash-Decoding, with the even cut of stream-K).
+//
+// In a step without prompts the first keys are asked for before the kernel before this one has ended: keys of earlier
+// steps lie there, and so does the work list, whose kernel lets nobody start before it has ended itself.
 #pragma once
 #include "mii/attention_queue.cuh"
 #include "mii/attention_score.cuh"
@@ -32,7 +35,7 @@ struct DecodeLoader {
   MII_DEVICE void look_up(const AttentionParams& p, int warp) {
     const int key = at.key(warp);
     if (at.more() && at.live(key)) {
-      block = p.a.block_table[at.seq.slot * p.a.max_blocks + (key >> p.block_bits)];
+      block = __ldcg(p.a.block_table + at.seq.slot * p.a.max_blocks + (key >> p.block_bits));
     }
   }
 
@@ -189,6 +192,10 @@ struct JobParts {
   int first, count;
 
   MII_DEVICE JobParts(const JobCursor& job, int chunk_units) {
+    if (job.seq.whole()) {
+      first = 0, count = 1;
+      return;
+    }
     const int begin = job.base + kJobOverhead;
     first = begin / chunk_units;
     count = (begin + job.seq.tiles - 1) / chunk_units - first + 1;
@@ -206,7 +213,7 @@ MII_DEVICE void finish_job(const AttentionParams& p, const JobCursor& job, Decod
                            int thread, float* merge, SharedNotes* notes) {
   using Shape = DecodeShape<D, kBudget>;
   const int warp = thread / kWarp, lane = thread % kWarp, rows = job.seq.q_len * p.group;
-  const JobParts parts(job, p.work.header->chunk_units);
+  const JobParts parts(job, load_planned(p.work.header).chunk_units);
   // Columns that fit at once: 256 with up to 4 rows, 128 with 8, 64 with 16.
   const int quad_bits = rows <= 4 ? 6 : rows <= 8 ? 5 : 4, columns = 4 << quad_bits;
   float* part = parts.count > 1 ? parts.part<D>(p, chunk - parts.first) : nullptr;
@@ -276,12 +283,18 @@ MII_DEVICE void decode_chunk(const AttentionParams& p, int chunk, int thread, un
   JobCursor& job = notes->decode.job[warp];
   if (lane == 0) job = loader.at;
   loader.look_up(p, warp);
+  bool waited = false;
 #pragma unroll 1
   for (int i = 0; i < Shape::kDepth; ++i) {
+    if (!waited && !(loader.at.more() && loader.at.old(loader.at.key(warp)))) {
+      wait_for_previous();
+      waited = true;
+    }
     loader.load(p, p.a.k_cache, ring + 2 * i * Shape::kSlot, thread);
     loader.load(p, p.a.v_cache, ring + (2 * i + 1) * Shape::kSlot, thread);
     loader.step(p, warp);
   }
+  wait_for_previous();
   if (thread == 0) Queue::draw(p, notes);
   uint32_t slot = ring;
   DecodeState<T, D> state;

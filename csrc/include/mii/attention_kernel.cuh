@@ -27,8 +27,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_kernel(const _
 #endif
   extern __shared__ __align__(128) unsigned char shared[];
   SharedNotes* notes = reinterpret_cast<SharedNotes*>(shared + attention_shared<D, kBudget>() - kNotesBytes);
-  wait_for_previous();
   start_next();
+  if (load_planned(p.work.header).items > 0) wait_for_previous();
   if (threadIdx.x == 0) Queue::enter(p, notes);
   for (__syncthreads(); notes->kind >= 0; __syncthreads()) {
     const int thread = thread_in_cta();
@@ -40,6 +40,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_kernel(const _
     __syncthreads();  // the shared memory of this work is free
     if (threadIdx.x == 0) Queue::next(p, notes);
   }
+  wait_for_previous();  // of those who had nothing to do
 }
 
 }  // namespace mii

@@ -30,33 +30,38 @@ struct JobCursor {
   int tile, tile_end;  // counted from seq.first_tile; equal: the chunk is done
 
   MII_DEVICE void start(const AttentionParams& p, int chunk) {
-    const PlanHeader header = *p.work.header;
+    const PlanHeader header = load_planned(p.work.header);
     const int begin = chunk * header.chunk_units;
     end = min(begin + header.chunk_units, header.units);
-    index = p.work.chunk_first[chunk];
-    seq = p.work.decode[index];
+    index = __ldcg(p.work.chunk_first + chunk);
+    seq = load_planned(p.work.decode + index);
     const int units = seq.tiles + kJobOverhead;
     head = (begin - seq.base) / units;
     base = seq.base + head * units;
+    if (seq.whole() && begin > base) return next_job(p);  // the chunk before has this one
     tile = max(begin - base - kJobOverhead, 0);
-    tile_end = min(end - base - kJobOverhead, seq.tiles);
+    find_end();
   }
 
   MII_DEVICE void next_job(const AttentionParams& p) {
     tile = tile_end = 0;
     base += seq.tiles + kJobOverhead;
-    if (base + kJobOverhead >= end) return;
+    if (base >= end) return;
     if (++head == p.a.kv_heads) {
       head = 0;
-      seq = p.work.decode[++index];
+      seq = load_planned(p.work.decode + ++index);
     }
-    tile_end = min(end - base - kJobOverhead, seq.tiles);
+    find_end();
   }
+  MII_DEVICE void find_end() { tile_end = seq.whole() ? seq.tiles : min(end - base - kJobOverhead, seq.tiles); }
 
   MII_DEVICE bool more() const { return tile < tile_end; }
   // First key of a warp's step in the present tile, and whether anyone sees one of its keys.
   MII_DEVICE int key(int warp) const { return (seq.first_tile + tile) * kDecodeTile + warp * kDecodeStep; }
   MII_DEVICE bool live(int key) const { return key < seq.kv_len && key + kDecodeStep > seq.key_begin; }
+  // Whether no key of a warp's step can be of this engine step: of its own new tokens, or of those of a sequence whose
+  // block it shares since the same step, who are no more than a job has rows.
+  MII_DEVICE bool old(int key) const { return key + kDecodeStep <= seq.kv_len - seq.q_len - kDecodeRows; }
 };
 static_assert(kMinChunk > kJobOverhead, "a chunk that begins in a job's empty units holds a tile of it");
 
@@ -125,8 +130,9 @@ struct Queue {
   static constexpr int kPrefill = 0, kDecode = 1, kDone = -1;
 
   MII_DEVICE static int limit(const AttentionParams& p, int kind) {
-    if (kind == kDecode) return p.work.header->chunks;
-    return p.work.header->prompts_apart ? 0 : p.work.header->items * p.a.kv_heads;
+    const PlanHeader header = load_planned(p.work.header);
+    if (kind == kDecode) return header.chunks;
+    return header.prompts_apart ? 0 : header.items * p.a.kv_heads;
   }
 
   __device__ static void enter(const AttentionParams& p, SharedNotes* notes) {

@@ -16,6 +16,7 @@ constexpr int kDecodeTile = 64;     // keys of one unit on the axis
 constexpr int kDecodeStep = 16;     // of them, one warp's: k of one mma
 constexpr int kJobOverhead = 1;     // what starting a job costs, in units
 constexpr int kMinChunk = 4;        // units; shorter chunks cost more to join than they save
+constexpr int kWholeJob = 8;        // tiles up to which a job is never cut: joining its parts would cost more
 constexpr int kMinPrefillPart = 8;  // key tiles below which an item is never split
 
 // Rows and keys of a prefill tile.
@@ -32,7 +33,22 @@ struct alignas(16) PlanHeader {
 struct alignas(16) DecodeSeq {
   int32_t base, first_tile, tiles;  // tiles of kDecodeTile keys, first_tile the one that holds key_begin
   int32_t kv_len, q_start, q_len, slot, key_begin;
+
+  // Whose jobs belong to the chunk that they start in, as a whole.
+  __host__ __device__ bool whole() const { return tiles <= kWholeJob; }
 };
+
+// Of the work list, which may be read before the kernel before this one has ended: past the L1 cache.
+template <typename T>
+__device__ __forceinline__ T load_planned(const T* address) {
+  static_assert(sizeof(T) % 16 == 0 && alignof(T) == 16);
+  T value;
+#pragma unroll
+  for (size_t i = 0; i < sizeof(T) / 16; ++i) {
+    reinterpret_cast<int4*>(&value)[i] = __ldcg(reinterpret_cast<const int4*>(address) + i);
+  }
+  return value;
+}
 
 // Packed rows row .. of sequence `seq` against key tiles tile_begin .. tile_end.
 struct alignas(16) PrefillItem {

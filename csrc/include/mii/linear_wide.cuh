@@ -88,7 +88,7 @@ struct LinearWide {
     RingPlace<Shape::kStages> place;
     WideSums<Shape> sums;
     for (int item = blockIdx.x; item < items(); item += gridDim.x) {
-      multiply_tile<T>(ring, sums, steps(), place);
+      multiply_tile<T, false>(ring, sums, steps(), place, true);
       store_tile<T>(sums, tile(item));
     }
   }

@@ -53,12 +53,7 @@ struct MoeWide {
       const T* source = valid ? a.moe.x + tokens[i] * a.moe.x_stride + k : a.moe.x;
       copy_async(ring.x(place) + Shape::X::offset(row + kAtOnce * i, chunk), source, valid);
     }
-    copy_async_commit();
-  }
-  // This thread's rows of a stage are there, and visible to products.
-  MII_DEVICE void announce(int place) const {
-    publish_to_products();
-    barrier_arrive(ring.full(place));
+    barrier_arrive_after_copies(ring.full(place));
   }
   MII_DEVICE void copy_tiles() const {
     const bool leader = threadIdx.x % kWarpgroup == 0;
@@ -78,19 +73,10 @@ struct MoeWide {
       for (int step = 0; step < steps(); ++step, ++turns, place.next()) {
         if (turns >= Shape::kStages) barrier_wait(ring.empty(place.at), place.parity ^ 1);
         if (leader) copy_boxes(at, items.at(item).y, step, place.at);
-        if constexpr (Up) {
-          gather(tokens, step, place.at);
-          if (turns >= 2) {  // two stages may be under way before one is waited for
-            copy_async_wait<2>();
-            announce((turns - 2) % Shape::kStages);
-          }
-        }
+        if constexpr (Up) gather(tokens, step, place.at);
       }
     }
-    if constexpr (Up) {
-      copy_async_wait<0>();
-      for (int turn = max(turns - 2, 0); turn < turns; ++turn) announce(turn % Shape::kStages);
-    }
+    if constexpr (Up) copy_async_wait<0>();  // nothing lands after the end
   }
 
   // ---- the multiplying warpgroups
@@ -98,8 +84,9 @@ struct MoeWide {
     RingPlace<Shape::kStages> place;
     WideSums<Shape> sums;
     for (int item = blockIdx.x; item < items.count(); item += gridDim.x) {
-      multiply_tile<T>(ring, sums, steps(), place);
-      store_tile(sums, tile(item), items.at(item).y * kColumns);
+      const int4 at = tile(item);
+      multiply_tile<T, Up>(ring, sums, steps(), place, threadIdx.x / kWarpgroup * 64 < at.z);
+      store_tile(sums, at, items.at(item).y * kColumns);
     }
   }
   MII_DEVICE void store_tile(WideSums<Shape>& sums, const int4 at, int first) const {

@@ -183,6 +183,10 @@ MII_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
 MII_DEVICE void barrier_expect(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
+// Arrives once all that this thread asked for by copy_async has landed.
+MII_DEVICE void barrier_arrive_after_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
 // Starts copying the box of a tensor map that begins at (column, row); tells `barrier` of its bytes.
 MII_DEVICE void copy_box(uint32_t target, const void* map, int column, int row, uint32_t barrier) {
   asm volatile(

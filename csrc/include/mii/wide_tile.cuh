@@ -104,17 +104,26 @@ MII_DEVICE void multiply_step(const WideRing<Shape>& ring, WideSums<Shape>& sums
 }
 
 // sums = x . weight over the next `steps` stages. A stage is given back once the products of the one after are handed over,
-// so that the tensor cores always have work.
-template <typename T, typename Shape>
+// so that the tensor cores always have work. `Gathered`: threads copied x, whose writes products do not see by themselves.
+// Not `any`: none of this warpgroup's rows is asked for, the stages only pass by.
+template <typename T, bool Gathered, typename Shape>
 MII_DEVICE void multiply_tile(const WideRing<Shape>& ring, WideSums<Shape>& sums, int steps,
-                              RingPlace<Shape::kStages>& place) {
+                              RingPlace<Shape::kStages>& place, bool any) {
   const auto release = [&](int of) {
     if (threadIdx.x % kWarp == 0) barrier_arrive(ring.empty(of));
   };
+  if (!any) {
+    for (int step = 0; step < steps; ++step, place.next()) {
+      barrier_wait(ring.full(place.at), place.parity);
+      release(place.at);
+    }
+    return;
+  }
   sums.clear();
   int before = 0;
   for (int step = 0; step < steps; ++step) {
     barrier_wait(ring.full(place.at), place.parity);
+    if constexpr (Gathered) publish_to_products();
     multiply_step<T>(ring, sums, place.at);
     if (step > 0) {
       products_wait<1>();
