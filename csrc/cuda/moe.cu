@@ -90,12 +90,11 @@ int32_t launch_mma(const MiiMoeLinear& a, void* stream) {
 }
 
 template <typename T, bool Up>
-int32_t launch_wide(const MiiMoeLinear& a, void* stream) {
+int32_t launch_wide(const MiiMoeLinear& a, WideGate gate, void* stream) {
   constexpr int kShared = MoeWideShape::kSharedBytes, kBoxRows = MoeWideShape::kHalf;
   static_assert(MoeWideShape::kRows == kMoeTileRows && kBoxRows == kMoeTileRows);
   if (const int32_t status = grant_shared<moe_wide<T, Up>>("mii_moe", kShared); status != MII_OK) return status;
-  MoeWideArgs<T> args = {{}, {}, moe_args<T>(a), {}};
-  MII_REQUIRE(!Up || gate_of(a.activation, &args.gate), MII_UNSUPPORTED, "mii_moe: no gate by activation %d", a.activation);
+  MoeWideArgs<T> args = {{}, {}, moe_args<T>(a), gate};
   const int64_t rows = int64_t(a.experts) * (Up ? 2 : 1) * a.out_features;
   const bool mapped =
       encode_matrix(&args.weight, a.dtype, a.weight, rows, a.in_features, a.in_features, kBoxRows) &&
@@ -107,8 +106,9 @@ int32_t launch_wide(const MiiMoeLinear& a, void* stream) {
 
 template <typename T, bool Up>
 int32_t product_16_bit(const MiiMoeLinear& a, void* stream) {
-  if (a.kernel == MII_MOE_MMA) return launch_mma<T, Up>(a, stream);
-  if (a.kernel == MII_MOE_WGMMA) return launch_wide<T, Up>(a, stream);
+  WideGate gate = {};
+  if (a.kernel == MII_MOE_WGMMA && (!Up || gate_of(a.activation, &gate))) return launch_wide<T, Up>(a, gate, stream);
+  if (a.kernel == MII_MOE_MMA || a.kernel == MII_MOE_WGMMA) return launch_mma<T, Up>(a, stream);
   switch (a.tile_rows) {
     case 8:
       return launch_stream<T, 8, Up>(a, stream);

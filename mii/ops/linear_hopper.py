@@ -1,14 +1,12 @@
 """Products on a Hopper GPU by kernels of our own, where they are faster than cuBLASLt.
 
-Up to 8 rows: a stream of the weight (csrc/include/mii/linear_stream.cuh). More rows of a weight that has tiles for all
-multiprocessors, and gated products of many: warpgroup products (csrc/include/mii/linear_wide.cuh). Both read the weight
-where it lies, row-major, so cuBLASLt serves all else from the same memory. The gated forms compute gate and up of an
-output side by side and apply the activation before anything is written.
+Up to 128 rows of a weight that has tiles for the multiprocessors, and gated products of many rows: warpgroup products
+(csrc/include/mii/linear_wide.cuh). Up to 8 rows of other weights: a stream of the weight (linear_stream.cuh). Both read
+the weight where it lies, row-major, so cuBLASLt serves all else from the same memory. The gated forms compute gate and
+up of an output side by side and apply the activation before anything is written.
 """
 
 from __future__ import annotations
-
-import os
 
 import torch
 
@@ -20,7 +18,6 @@ WIDE_ROWS = 128  # up to which reading the weight is most of a product's time
 # Gated products of more rows: from how many, and the least share of multiprocessors that have a tile in the last round.
 GATED_ROWS, GATED_SHARE = 1024, 0.93
 GATES = ("silu", "gelu_tanh", "gelu_quick")  # that warpgroup products apply
-WIDE_FROM = int(os.environ.get("X_WIDE_FROM", "1"))
 # Bytes of the following product's weight that come into the L2 cache while a product ends: about what memory delivers
 # between the last read of one product and the first of the next.
 FETCH_BYTES = 8 << 20
@@ -80,7 +77,7 @@ def linear(
 def _kernel(rows: int, features: int, activation: str | None, multiprocessors: int) -> str | None:
     """The function that multiplies so many rows by a weight of so many features; None: cuBLASLt does."""
     wide = activation is None or activation in GATES
-    if wide and WIDE_FROM <= rows <= WIDE_ROWS and features >= 128 * WIDE_TILES:
+    if wide and rows <= WIDE_ROWS and features >= 128 * WIDE_TILES:
         return "mii_linear_wide"
     if rows <= STREAMED_ROWS:
         return "mii_linear_streamed"

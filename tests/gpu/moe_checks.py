@@ -32,7 +32,7 @@ MANY = (
 )
 
 
-def check_products(case: MoeCase, kernel: int, tile_rows: int, dtype: torch.dtype) -> None:
+def check_products(case: MoeCase, kernel: int, tile_rows: int, dtype: torch.dtype, kind: str = "silu") -> None:
     """Both products of a case by one kernel against plain torch, several times: counters reset themselves."""
     routing, pairs, routed = case.routing, case.tokens * case.routing.top_k, case.routed * case.routing.top_k
     up, down = case.weights(dtype, "cuda")
@@ -40,8 +40,8 @@ def check_products(case: MoeCase, kernel: int, tile_rows: int, dtype: torch.dtyp
         rows, x = lists(case, "cuda", kernel, tile_rows), case.x(dtype, "cuda", seed)
         route(rows, case.logits(dtype, "cuda", seed), routing, counts=case.counts("cuda"))
         hidden, expected = (torch.full((pairs, case.width), torch.nan, dtype=dtype, device="cuda") for _ in range(2))
-        moe_up(hidden, x, up, rows, routing, "silu")
-        moe_up_reference(expected, x, up, rows, routing, "silu")
+        moe_up(hidden, x, up, rows, routing, kind)
+        moe_up_reference(expected, x, up, rows, routing, kind)
         assert_near(hidden[:routed], expected[:routed])
         assert hidden[routed:].isnan().all()
         parts, expected = (torch.full((pairs, case.hidden), torch.nan, dtype=dtype, device="cuda") for _ in range(2))

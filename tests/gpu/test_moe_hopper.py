@@ -27,17 +27,19 @@ def kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("kernels_only")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", [*SMALL, *MORE, *MANY], ids=str)
-@pytest.mark.parametrize("tile_rows", [128])
-def test_warpgroup_tiles_equal_reference(tile_rows: int, case: MoeCase, dtype: torch.dtype) -> None:
-    check_products(case, abi.MOE_WGMMA, tile_rows, dtype)
+def test_warpgroup_tiles_equal_reference(case: MoeCase, dtype: torch.dtype) -> None:
+    check_products(case, abi.MOE_WGMMA, 128, dtype)
 
 
 @pytest.mark.usefixtures("kernels_only")
-@pytest.mark.parametrize("tile_rows", [128])
-def test_a_large_product_equals_reference(tile_rows: int) -> None:
-    check_products(MoeCase(2048, 2048, 768, Routing(16, 4)), abi.MOE_WGMMA, tile_rows, torch.bfloat16)
+def test_a_large_product_equals_reference() -> None:
+    check_products(MoeCase(2048, 2048, 768, Routing(16, 4)), abi.MOE_WGMMA, 128, torch.bfloat16)
 
 
-@pytest.mark.parametrize("tile_rows", [128])
-def test_one_graph_serves_every_routing(tile_rows: int) -> None:
-    check_graph(MoeCase(700, 512, 264, Routing(8, 2)), abi.MOE_WGMMA, tile_rows)
+def test_one_graph_serves_every_routing() -> None:
+    check_graph(MoeCase(700, 512, 264, Routing(8, 2)), abi.MOE_WGMMA, 128)
+
+
+@pytest.mark.usefixtures("kernels_only")
+def test_a_gate_that_warpgroup_products_do_not_apply_is_served_too() -> None:
+    check_products(MANY[0], abi.MOE_WGMMA, 128, torch.bfloat16, kind="relu2")

@@ -10,15 +10,15 @@ alignas(1024) unsigned char memory[card::kSharedBytes];
 }
 
 #include "mii/moe_route.cuh"
-#include "mii/moe_wgmma.cuh"
+#include "mii/moe_mma.cuh"
 
 namespace {
 
 using mii::Half;
 
-enum Kernel { kSimple, kStream8, kStream16, kStream32, kStream64, kMma, kWgmma, kWide };
-constexpr int kTileRows[] = {8, 8, 16, 32, 64, 128, 128, 192};
-const char* const kNames[] = {"simple", "stream 8", "stream 16", "stream 32", "stream 64", "mma", "wgmma", "wide wgmma"};
+enum Kernel { kSimple, kStream8, kStream16, kStream32, kStream64, kMma };
+constexpr int kTileRows[] = {8, 8, 16, 32, 64, 128};
+const char* const kNames[] = {"simple", "stream 8", "stream 16", "stream 32", "stream 64", "mma"};
 
 struct Case {
   Kernel kernel;
@@ -158,10 +158,6 @@ void run_product(const Case& c, const mii::MoeArgs<Half>& args) {
       return run(mii::moe_stream<Half, 64, Up>, mii::kMoeThreads);
     case kMma:
       return run(mii::moe_mma<Half, Up>, mii::MoeMmaShape::kThreads);
-    case kWgmma:
-      return run(mii::moe_wgmma<Half, 2, Up>, mii::MoeWgmmaShape<2>::kThreads);
-    case kWide:
-      return run(mii::moe_wgmma<Half, 3, Up>, mii::MoeWgmmaShape<3>::kThreads);
   }
 }
 
@@ -207,11 +203,7 @@ int main() {
       {kStream8, 7, 5, 40, 2, 136, 72, 3, false}, {kStream8, 3, 0, 8, 2, 64, 64, 4, false},
       {kStream8, 2, 2, 3, 1, 64, 8, 9, false},    {kStream16, 16, 16, 8, 2, 200, 136, 7, true},
       {kStream32, 30, 30, 4, 2, 136, 72, 4, false}, {kStream64, 100, 90, 3, 2, 72, 64, 2, true},
-      {kMma, 150, 140, 3, 2, 136, 72, 3, true},   
-      {kMma, 5, 0, 20, 2, 64, 200, 5, false},     {kWgmma, 150, 140, 3, 2, 136, 72, 3, true},
-      {kWgmma, 5, 0, 20, 2, 64, 200, 5, false},
-      {kWgmma, 90, 90, 2, 1, 200, 264, 2, true},  {kWide, 250, 240, 3, 2, 136, 72, 3, true},
-      {kWide, 30, 30, 8, 1, 72, 264, 4, false},
+      {kMma, 150, 140, 3, 2, 136, 72, 3, true},   {kMma, 5, 0, 20, 2, 64, 200, 5, false},
   };
   for (const Case& c : cases) run_case(c);
 }

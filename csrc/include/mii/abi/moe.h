@@ -34,7 +34,7 @@ enum MiiMoeKernel {
   MII_MOE_SIMPLE = 0,  // any format and size, on the plain cores
   MII_MOE_STREAM = 1,  // few rows for each expert: a stream of the weights of the experts that are hit
   MII_MOE_MMA = 2,     // many rows: tensor cores by mma.sync
-  MII_MOE_WGMMA = 3,   // many rows: tensor cores of compute capability 9.0
+  MII_MOE_WGMMA = 3,   // many rows: tensor cores of compute capability 9.0, by mma.sync with a gate that they do not apply
 };
 struct MiiMoeLinear {
   void* out;                  // row stride out_stride
