@@ -106,7 +106,8 @@ def sample_shards(
         drawn = _sample(values, lowest, chosen, span, group, draws).int()
         tokens[rows] = torch.where(active[rows], drawn, tokens[rows])
     if last_token is not None:
-        first = torch.where(active[0], tokens[0], last_token[slot[0]])
+        # a tensor of one number as the index would be read by the host, which a graph forbids
+        first = torch.where(active[:1], tokens[:1], last_token[slot[:1]])
         last_token.scatter_(0, slot, torch.where(active, tokens, first))
 
 
