@@ -16,10 +16,7 @@ from mii.modeling.forward import Activations
 from mii.modeling.liveness import ALWAYS, Claim, Life, lay_out, life
 from mii.modeling.parameters import Placement
 from mii.modeling.spec import ModelSpec
-
-# Whether gated activations are written over their own gates, as rows that are twice as far apart as they are wide, so
-# that the widest buffer of all is the only one of its kind.
-ACTIVATES_IN_PLACE = False
+from mii.ops.linear import scratch_rows
 
 _ALIGNED = 256  # bytes that every buffer begins at a multiple of
 
@@ -47,6 +44,7 @@ class ActivationArena:
         self._spec, self.max_samples = spec, max_samples
         widths = _widths(spec, up_width)
         shapes = {name: (max_samples if name in _LAST else max_tokens, width) for name, width in widths.items()}
+        shapes["up"] = (_up_rows(spec, place, max_tokens, up_width), up_width)
         if spec.experts is not None:
             shapes |= ExpertMemory.shapes(spec, max_tokens)
         tensors = _allocate(place, shapes, _lives(spec))
@@ -65,10 +63,7 @@ class ActivationArena:
         if spec.parallel:
             attention, activated = rows["joint"].split([spec.q_size, spec.mlp_width], dim=1)
             return {"attention": attention, "activated": activated}
-        inside = {"joint": rows["residual"][:, :0]}
-        if _activates_in_place(spec):
-            inside["activated"] = rows["up"][:, : spec.mlp_width]
-        return inside
+        return {"joint": rows["residual"][:, :0]}
 
     def views(self, tokens: int, samples: int) -> Activations:
         key = (tokens, samples)
@@ -82,8 +77,11 @@ class ActivationArena:
         return self._views[key]
 
 
-def _activates_in_place(spec: ModelSpec) -> bool:
-    return ACTIVATES_IN_PLACE and spec.mlp == "gated" and not spec.parallel
+def _up_rows(spec: ModelSpec, place: Placement, max_tokens: int, up_width: int) -> int:
+    """Rows of the gate and up projections: fewer than tokens where kernels of many rows leave them in registers."""
+    if spec.mlp != "gated" or spec.experts is not None:
+        return max_tokens
+    return scratch_rows(max_tokens, up_width, spec.activation, place.dtype, place.device)
 
 
 def _widths(spec: ModelSpec, up_width: int) -> dict[str, int]:
@@ -93,7 +91,7 @@ def _widths(spec: ModelSpec, up_width: int) -> dict[str, int]:
     if spec.parallel:
         widths["joint"] = spec.q_size + spec.mlp_width
     else:
-        widths |= {"attention": spec.q_size} | ({} if _activates_in_place(spec) else {"activated": spec.mlp_width})
+        widths |= {"attention": spec.q_size, "activated": spec.mlp_width}
     widths |= dict.fromkeys(("last", "last_residual", "last_normed"), spec.hidden_size)
     return widths | {"last_projected": spec.embedding_size, "logits": spec.vocab_span.size}
 
@@ -103,8 +101,6 @@ def _lives(spec: ModelSpec) -> dict[str, Life]:
     lives["hidden"] = BLOCKS[spec.block].hidden_life
     if spec.experts is not None:  # they read what a dense MLP has done with by then
         lives["hidden"] |= life(("up", "experts_up"))
-    if _activates_in_place(spec):
-        lives["up"] |= lives["activated"]
     return lives
 
 

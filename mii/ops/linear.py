@@ -172,8 +172,8 @@ def gated_linear(
     """out = act(x @ gate^T) * (x @ up^T), both products with their bias and rounded first; the weight is [gate | up].
 
     Args:
-        out: [rows, out_features / 2]; scratch: [rows, out_features], for the two products where no
-            kernel does all at once.
+        out: [rows, out_features / 2]; scratch: [at most rows, out_features], for the two products where no kernel does
+            all at once: then as many rows are done at a time as it has.
         x, weight, bias, following: as for `linear`.
         kind: one of `abi.ACTIVATIONS`.
 
@@ -183,8 +183,27 @@ def gated_linear(
     _check(out, x, weight, weight.out_features // 2)
     if not weight.packed and linear_hopper.linear(out, x, weight.data, bias, _data(following), kind):
         return
-    linear(scratch, x, weight, bias, following=following)
-    activation(out, scratch, kind, gated=True)
+    at_once = max(1, scratch.shape[0])
+    for first in range(0, x.shape[0], at_once):
+        some = x[first : first + at_once]
+        both = scratch[: some.shape[0]]
+        linear(both, some, weight, bias, following=following)
+        activation(out[first : first + at_once], both, kind, gated=True)
+
+
+_LEAST_SCRATCH = 1024  # rows: a product that is refused for what cannot be foretold, its tensors' places, stays fast
+
+
+def scratch_rows(rows: int, features: int, kind: str, dtype: torch.dtype, device: torch.device) -> int:
+    """How many rows of scratch memory `gated_linear` wants so that no product of up to `rows` rows is cut.
+
+    Args:
+        rows: The most that there will be.
+        features: The weight's out_features.
+        kind, dtype, device: The activation, and what the tensors have.
+    """
+    wanted = linear_hopper.scratch_rows(rows, features, kind, dtype, device)
+    return min(rows, max(wanted, _LEAST_SCRATCH))
 
 
 def _check(out: torch.Tensor, x: torch.Tensor, weight: LinearWeight, width: int) -> None:

@@ -89,6 +89,21 @@ def _kernel(rows: int, features: int, activation: str | None, multiprocessors: i
     return None
 
 
+def most_rows_without(rows: int, features: int, activation: str, multiprocessors: int) -> int:
+    """The largest number of rows, up to `rows`, whose gated product has no kernel here."""
+    without = (each for each in range(rows, 0, -1) if _kernel(each, features, activation, multiprocessors) is None)
+    return next(without, 0)
+
+
+def scratch_rows(rows: int, features: int, activation: str, dtype: torch.dtype, device: torch.device) -> int:
+    """As `mii.ops.linear.scratch_rows`."""
+    if device.type != "cuda" or native.library(device) is None or dtype not in (torch.float16, torch.bfloat16):
+        return rows
+    if torch.cuda.get_device_capability(device) != (9, 0):
+        return rows
+    return most_rows_without(rows, features, activation, _multiprocessors(device))
+
+
 _multiprocessor_counts: dict[torch.device, int] = {}
 
 

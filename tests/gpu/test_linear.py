@@ -11,7 +11,7 @@ from torch.nn import functional
 from mii.ops import linear as module
 from mii.ops import linear_hopper
 from mii.ops.activation import activation
-from mii.ops.linear import LinearWeight, gated_linear, linear, pack_linear
+from mii.ops.linear import LinearWeight, gated_linear, linear, pack_linear, scratch_rows
 from mii.ops.norm import norm
 
 # Tiles and steps of k that are whole, cut off, fewer than the card has multiprocessors, and many for each.
@@ -27,6 +27,7 @@ SHAPES = [
     (49152, 576),
 ]
 DTYPES = [torch.bfloat16, torch.float16]
+TORCH = module._linear_torch
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +114,17 @@ def test_wide_gated_product_equals_torch(
     out = torch.full((rows, width), float("nan"), device="cuda", dtype=dtype)
     gated_linear(out, out.new_empty(rows, 2 * width), x, pack_linear(weight), kind, bias)
     assert_near(out, expected.double(), eps=4)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 200, 1023, 1024, 1664, 1665, 4096])
+def test_an_engines_scratch_is_enough_for_every_gated_product(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_linear_torch", TORCH)  # which takes some of them
+    x, weight = random(rows, 256), pack_linear(random(28672, 256, seed=1, scale=1 / 16))
+    most = scratch_rows(8192, 28672, "silu", x.dtype, x.device)
+    out, expected = (torch.full((rows, 14336), float("nan"), device="cuda", dtype=x.dtype) for _ in range(2))
+    gated_linear(out, out.new_empty(min(rows, most), 28672), x, weight, "silu")
+    gated_linear(expected, out.new_empty(rows, 28672), x, weight, "silu")
+    assert torch.equal(out, expected)
 
 
 def test_runs_repeat_bit_for_bit() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mii.ops import linear_hopper
 from mii.ops.activation import activation_reference
-from mii.ops.linear import gated_linear, linear, pack_linear
+from mii.ops.linear import gated_linear, linear, pack_linear, scratch_rows
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -21,6 +22,29 @@ def test_it_is_the_activation_of_the_product(dtype: torch.dtype, bias: bool) -> 
     linear(both, x, packed, offset)
     activation_reference(expected, both, "silu", gated=True)
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 7])
+def test_with_little_scratch_it_is_done_in_pieces(rows: int) -> None:
+    weight, x = pack_linear(torch.randn(2 * 24, 32)), torch.randn(rows, 32)
+    out, expected = torch.full((rows, 24), torch.nan), torch.empty(rows, 24)
+    gated_linear(out, torch.empty(min(rows, 3), 48), x, weight, "gelu")
+    gated_linear(expected, torch.empty(rows, 48), x, weight, "gelu")
+    torch.testing.assert_close(out, expected)
+
+
+def test_where_no_kernel_does_all_at_once_scratch_has_a_row_for_each() -> None:
+    assert scratch_rows(8192, 28672, "silu", torch.bfloat16, torch.device("cpu")) == 8192
+
+
+@pytest.mark.parametrize("features", [512, 2 * 8960, 28672, 57344])
+@pytest.mark.parametrize("kind", ["silu", "gelu"])
+def test_every_product_of_more_rows_than_scratch_has_is_a_hopper_kernels(features: int, kind: str) -> None:
+    most = linear_hopper.most_rows_without(8192, features, kind, 132)
+    kernels = [linear_hopper._kernel(rows, features, kind, 132) for rows in range(1, 8193)]
+    assert all(kernels[most:])
+    assert most == 0 or kernels[most - 1] is None
+    assert most == 8192 if kind == "gelu" else most < 8192
 
 
 def test_an_output_as_wide_as_the_product_is_refused() -> None:
