@@ -33,6 +33,10 @@ int32_t mii_moe_route(const MiiMoeRoute* args, void*) {
   const int32_t status = check("moe_route", args->dtype, args->experts, args->top_k);
   if (status != MII_OK) return status;
   if (args->tile_rows < 1) return fail(MII_INVALID, "moe_route needs tiles of at least one row, not %d", args->tile_rows);
+  if (args->groups < 1 || args->experts % args->groups != 0 || args->top_groups < 1 || args->top_groups > args->groups ||
+      args->top_k > args->experts / args->groups * args->top_groups)
+    return fail(MII_INVALID, "moe_route: %d of %d groups of %d experts, of which a token goes to %d", args->top_groups,
+                args->groups, args->experts, args->top_k);
   return active_kernels().moe_route(*args, tokens_of(args->counts, args->tokens));
 }
 

@@ -3,6 +3,7 @@
 #include "mii/moe_combine.cuh"
 #include "mii/moe_mma.cuh"
 #include "mii/moe_route.cuh"
+#include "mii/moe_rows.cuh"
 #include "mii/moe_wide.cuh"
 #include "shared_memory.cuh"
 #include "tensor_map.cuh"
@@ -12,11 +13,20 @@ namespace mii {
 namespace {
 
 constexpr int kMostStreamedRows = 64;
+constexpr int kRowsCtas = 2;  // a multiprocessor: those of the next kernel find room beside them
 
 int64_t moe_partial_bytes() { return int64_t(card().sms) * 2 * (kMostStreamedRows / 8) * kMoeThreads * sizeof(float4); }
 
+// Tokens of a CTA: so few that every multiprocessor has some.
+int route_chunk(int64_t tokens) {
+  int chunk = kLeastChunk;
+  while (chunk < kMostChunk && ceil_div(tokens, int64_t(chunk)) > card().sms) chunk *= 2;
+  return chunk;
+}
+
 template <typename T, int N>
 int32_t launch_route(const MiiMoeRoute& a, void* stream) {
+  const int chunk = route_chunk(a.tokens);
   const MoeRouteArgs<T> args = {a.chosen,
                                 a.weights,
                                 a.offsets,
@@ -25,18 +35,22 @@ int32_t launch_route(const MiiMoeRoute& a, void* stream) {
                                 static_cast<const T*>(a.logits),
                                 a.bias,
                                 a.counts,
-                                static_cast<int*>(a.workspace),
+                                static_cast<uint32_t*>(a.workspace),
                                 a.logits_stride,
                                 static_cast<int>(a.tokens),
+                                chunk,
                                 a.experts,
                                 a.top_k,
                                 a.scoring,
                                 a.renormalise,
                                 a.tile_rows,
+                                a.groups,
+                                a.top_groups,
                                 a.scale};
-  const int64_t wanted = ceil_div(a.tokens, int64_t(kRouteWarps)), most = 2 * card().sms;
-  const dim3 grid(static_cast<unsigned>(wanted < most ? wanted : most));
-  return launch("mii_moe_route", moe_route<T, N>, Shape{grid, dim3(kRouteThreads)}, stream, args);
+  const Shape shape = {dim3(static_cast<unsigned>(ceil_div(a.tokens, int64_t(chunk)))), dim3(kRouteThreads)};
+  const int32_t status = launch("mii_moe_route", moe_route<T, N>, shape, stream, args);
+  if (status != MII_OK || shape.grid.x == 1) return status;
+  return launch("mii_moe_route (place)", moe_place<T>, shape, stream, args);
 }
 
 template <typename T>
@@ -81,6 +95,13 @@ int32_t launch_stream(const MiiMoeLinear& a, void* stream) {
   return launch("mii_moe (stream)", moe_stream<T, Tokens, Up>, shape, stream, moe_args<T>(a));
 }
 
+template <typename T, int Tokens, bool Up>
+int32_t launch_rows(const MiiMoeLinear& a, void* stream) {
+  const int64_t pairs = a.tokens * a.top_k, tiles = (pairs < a.experts ? pairs : a.experts) + pairs / Tokens;
+  const Shape shape = {dim3(card().sms * kRowsCtas), dim3(kRowsThreads)};
+  return launch("mii_moe (rows)", moe_rows<T, Tokens, Up>, shape, stream, moe_args<T>(a), static_cast<int>(tiles));
+}
+
 template <typename T, bool Up>
 int32_t launch_mma(const MiiMoeLinear& a, void* stream) {
   constexpr int kShared = MoeMmaShape::kSharedBytes;
@@ -109,6 +130,12 @@ int32_t product_16_bit(const MiiMoeLinear& a, void* stream) {
   WideGate gate = {};
   if (a.kernel == MII_MOE_WGMMA && (!Up || gate_of(a.activation, &gate))) return launch_wide<T, Up>(a, gate, stream);
   if (a.kernel == MII_MOE_MMA || a.kernel == MII_MOE_WGMMA) return launch_mma<T, Up>(a, stream);
+  if (a.kernel == MII_MOE_ROWS) {
+    if (a.tile_rows == 1) return launch_rows<T, 1, Up>(a, stream);
+    if (a.tile_rows == 2) return launch_rows<T, 2, Up>(a, stream);
+    if (a.tile_rows == 4) return launch_rows<T, 4, Up>(a, stream);
+    return fail(MII_INVALID, "mii_moe: products by rows take tiles of 1, 2 or 4 rows, not %d", a.tile_rows);
+  }
   switch (a.tile_rows) {
     case 8:
       return launch_stream<T, 8, Up>(a, stream);
@@ -124,7 +151,7 @@ int32_t product_16_bit(const MiiMoeLinear& a, void* stream) {
 }
 
 int32_t check_moe(const char* name, const MiiMoeLinear& a) {
-  MII_REQUIRE(a.kernel >= MII_MOE_SIMPLE && a.kernel <= MII_MOE_WGMMA, MII_UNSUPPORTED, "%s: kernel %d", name, a.kernel);
+  MII_REQUIRE(a.kernel >= MII_MOE_SIMPLE && a.kernel <= MII_MOE_ROWS, MII_UNSUPPORTED, "%s: kernel %d", name, a.kernel);
   const int64_t pairs = a.tokens * a.top_k;
   MII_REQUIRE(pairs < (int64_t(1) << 31) && a.in_features < (int64_t(1) << 30) && a.out_features < (int64_t(1) << 30),
               MII_UNSUPPORTED, "%s: %lld pairs of %lld x %lld are too many", name, static_cast<long long>(pairs),
@@ -134,8 +161,8 @@ int32_t check_moe(const char* name, const MiiMoeLinear& a) {
   const bool steps = a.in_features % 8 == 0 && a.x_stride % 8 == 0 && a.in_features > 0;
   MII_REQUIRE(steps && aligned(a.x, 16) && aligned(a.weight, 16) && aligned(a.workspace, 16), MII_UNSUPPORTED,
               "%s: rows of x and weight must be whole chunks of 16 bytes", name);
-  MII_REQUIRE(a.kernel == MII_MOE_STREAM || a.tile_rows == kMoeTileRows, MII_INVALID,
-              "%s: tiles of %d rows; kernel %d takes %d", name, a.tile_rows, a.kernel, kMoeTileRows);
+  MII_REQUIRE(a.kernel == MII_MOE_STREAM || a.kernel == MII_MOE_ROWS || a.tile_rows == kMoeTileRows,
+              MII_INVALID, "%s: tiles of %d rows; kernel %d takes %d", name, a.tile_rows, a.kernel, kMoeTileRows);
   MII_REQUIRE(a.kernel != MII_MOE_WGMMA || (card().major == 9 && card().minor == 0), MII_UNSUPPORTED,
               "%s: warpgroup products are those of compute capability 9.0", name);
   return MII_OK;
@@ -179,6 +206,11 @@ extern "C" int32_t mii_moe_route(const MiiMoeRoute* a, void* stream) {
               "mii_moe_route: up to %d of %d experts", kMostChoices, kMostExperts);
   MII_REQUIRE(a->top_k >= 1 && a->top_k <= a->experts && a->tile_rows >= 1, MII_INVALID,
               "mii_moe_route: %d of %d experts, tiles of %d rows", a->top_k, a->experts, a->tile_rows);
+  MII_REQUIRE(a->groups <= kMostGroups, MII_UNSUPPORTED, "mii_moe_route: up to %d groups", kMostGroups);
+  MII_REQUIRE(a->groups >= 1 && a->experts % a->groups == 0 && a->top_groups >= 1 && a->top_groups <= a->groups &&
+                  a->top_k <= a->experts / a->groups * a->top_groups,
+              MII_INVALID, "mii_moe_route: %d of %d groups of %d experts, of which a token goes to %d", a->top_groups,
+              a->groups, a->experts, a->top_k);
   MII_REQUIRE(a->tokens * a->top_k < (int64_t(1) << 30), MII_UNSUPPORTED, "mii_moe_route: too many tokens");
   MII_REQUIRE(a->workspace && aligned(a->tiles, 16), MII_INVALID, "mii_moe_route: a workspace and aligned tiles");
   if (a->tokens == 0) return MII_OK;

@@ -14,8 +14,9 @@ COUNTS = 8
 RMS, RMS_PLUS1, LAYER = range(3)
 NORMS = {"rms": RMS, "rms_plus1": RMS_PLUS1, "layer": LAYER}
 MOE_SCORINGS = {"softmax": 0, "sigmoid": 1}
+MOE_CHUNK = 16
 PEER_ALLOCATE, PEER_OPEN, PEER_CLOSE, PEER_FREE = range(4)
-MOE_SIMPLE, MOE_STREAM, MOE_MMA, MOE_WGMMA = range(4)
+MOE_SIMPLE, MOE_STREAM, MOE_MMA, MOE_WGMMA, MOE_ROWS = range(5)
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "gelu_quick": 4, "relu2": 5, "softcap": 6}
 
 
@@ -110,7 +111,7 @@ MiiMoeRoute = _struct(
     "MiiMoeRoute",
     (c_void_p, "chosen weights offsets pairs tiles logits bias counts workspace"),
     (c_int64, "tokens logits_stride"),
-    (c_int32, "experts top_k scoring renormalise tile_rows"),
+    (c_int32, "experts top_k scoring renormalise tile_rows groups top_groups"),
     (c_float, "scale"),
     (c_int32, "dtype"),
 )

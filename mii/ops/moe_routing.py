@@ -4,6 +4,10 @@
     chosen = the top_k largest score + bias, ties to the lower expert                 (Shazeer et al., arXiv 1701.06538)
     weight = scale * score[chosen], divided before by the sum of the chosen scores where `renormalise` says so
 
+Of several groups of neighbouring experts a token chooses from the `top_groups` best ones only. A group counts by its
+largest score + bias (DeepSeek-V2, arXiv 2405.04434, section 2.2.2), with sigmoid scores by the sum of its two largest
+(DeepSeek-V3, arXiv 2412.19437, section 2.1.2).
+
 A pair is a token and one of its choices, number `token * top_k + choice`; a row is a place in the list of pairs sorted
 by expert. How many rows an expert gets changes from step to step, so it is kept on the device: kernels read `offsets`
 and `tiles`, and their launches depend on upper bounds only. Padding behind the step's tokens gets no rows.
@@ -28,6 +32,7 @@ class Routing:
         scoring: One of `abi.MOE_SCORINGS`.
         renormalise: Whether the weights of a token add up to `scale`.
         scale: Factor on all weights.
+        groups: Of experts, all of one size. top_groups: How many of them a token chooses from.
     """
 
     experts: int
@@ -35,6 +40,8 @@ class Routing:
     scoring: str = "softmax"
     renormalise: bool = True
     scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
 
     def __post_init__(self) -> None:
         if not 1 <= self.top_k <= self.experts or self.scoring not in abi.MOE_SCORINGS:
@@ -42,6 +49,21 @@ class Routing:
                 f"routing: {self.top_k} of {self.experts} experts by {self.scoring!r}; a token goes to one at "
                 f"least and at most all of them, by one of {', '.join(abi.MOE_SCORINGS)}"
             )
+        if self.groups < 1 or self.experts % self.groups or not 1 <= self.top_groups <= self.groups:
+            raise ValueError(
+                f"routing: {self.top_groups} of {self.groups} groups of {self.experts} experts; groups are of one "
+                "size, and a token chooses from one at least and at most all of them"
+            )
+        if self.top_k > self.group_size * self.top_groups:
+            raise ValueError(
+                f"routing: {self.top_groups} groups of {self.group_size} experts are too few to choose {self.top_k} "
+                "from"
+            )
+
+    @property
+    def group_size(self) -> int:
+        """Experts of a group."""
+        return self.experts // self.groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +79,7 @@ class ExpertRows:
             rows of one expert.
         tile_rows: As above.
         kernel: Which kernel the products of this step take: one of the MOE_ codes of `abi`.
+        sizes: [chunks, half of the experts]: scratch of the routing's kernel.
     """
 
     tokens: int
@@ -67,6 +90,7 @@ class ExpertRows:
     tiles: torch.Tensor
     tile_rows: int
     kernel: int
+    sizes: torch.Tensor
 
 
 class ExpertLists:
@@ -81,11 +105,13 @@ class ExpertLists:
 
         self._chosen, self._pairs = empty(pairs), empty(pairs)
         self._weights, self._offsets = empty(pairs, dtype=torch.float32), empty(routing.experts + 1)
-        self._tiles = empty(1 + most_tiles(routing, max_tokens, 8), 4)
+        tiles = max(most_tiles(routing, tokens, rows) for tokens, rows in ((max_tokens, 8), (min(max_tokens, 4), 1)))
+        self._tiles = empty(1 + tiles, 4)
+        self._sizes = empty(-(-max_tokens // abi.MOE_CHUNK), -(-routing.experts // 2))
 
     @property
     def num_bytes(self) -> int:
-        tensors = (self._chosen, self._weights, self._offsets, self._pairs, self._tiles)
+        tensors = (self._chosen, self._weights, self._offsets, self._pairs, self._tiles, self._sizes)
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def rows(self, tokens: int, kernel: int, tile_rows: int) -> ExpertRows:
@@ -100,6 +126,7 @@ class ExpertLists:
             self._tiles[:tiles],
             tile_rows,
             kernel,
+            self._sizes,
         )
 
 
@@ -142,7 +169,7 @@ def route(
             logits.data_ptr(),
             native.pointer(bias),
             native.pointer(counts),
-            _arrivals(logits.device).data_ptr(),
+            rows.sizes.data_ptr(),
             rows.tokens,
             logits.stride(0),
             routing.experts,
@@ -150,6 +177,8 @@ def route(
             abi.MOE_SCORINGS[routing.scoring],
             routing.renormalise,
             rows.tile_rows,
+            routing.groups,
+            routing.top_groups,
             routing.scale,
             abi.DTYPE_CODES[logits.dtype],
         )
@@ -167,16 +196,6 @@ def _check(rows: ExpertRows, logits: torch.Tensor, routing: Routing, bias: torch
         raise ValueError(f"route: bias {tuple(bias.shape)} {bias.dtype} must be [{routing.experts}] of float32")
 
 
-_arrived: dict[torch.device, torch.Tensor] = {}
-
-
-def _arrivals(device: torch.device) -> torch.Tensor:
-    """The counter that the kernel's CTAs meet at, one for each device: the calls of an engine follow one another."""
-    if device not in _arrived:
-        _arrived[device] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _arrived[device]
-
-
 def route_reference(
     rows: ExpertRows,
     logits: torch.Tensor,
@@ -187,7 +206,8 @@ def route_reference(
 ) -> None:
     """`route` in plain torch. Nothing waits for the device, so it can be part of a CUDA graph."""
     score = scores(logits, routing)
-    chosen = _largest(score if bias is None else score + bias, routing.top_k)
+    value = score if bias is None else score + bias
+    chosen = _largest(_of_best_groups(value, routing), routing.top_k)
     weights = score.gather(1, chosen)
     if routing.renormalise:
         weights = weights / (weights.sum(dim=1, keepdim=True) + 1e-20)
@@ -206,6 +226,17 @@ def scores(logits: torch.Tensor, routing: Routing) -> torch.Tensor:
     """[tokens, experts] in float."""
     logits = logits.float()
     return logits.softmax(dim=1) if routing.scoring == "softmax" else logits.sigmoid()
+
+
+def _of_best_groups(value: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """[tokens, experts], minus infinity outside the groups that each token chooses from."""
+    if routing.groups == 1:
+        return value
+    groups = value.unflatten(1, (routing.groups, -1))
+    count = min(2 if routing.scoring == "sigmoid" else 1, routing.group_size)
+    best = _largest(groups.topk(count, dim=2).values.sum(dim=2), routing.top_groups)
+    others = torch.ones(groups.shape[:2], dtype=torch.bool, device=value.device).scatter_(1, best, False)
+    return groups.masked_fill(others[:, :, None], -torch.inf).flatten(1)
 
 
 def _largest(score: torch.Tensor, count: int) -> torch.Tensor:

@@ -76,5 +76,8 @@ ROUTINGS = (
     Routing(33, 6, scoring="sigmoid", scale=2.5),
     Routing(1, 1),
     Routing(300, 20, scoring="sigmoid", renormalise=False),
+    Routing(160, 6, renormalise=False, scale=16.0, groups=8, top_groups=3),
+    Routing(48, 5, scoring="sigmoid", scale=2.5, groups=6, top_groups=4),
+    Routing(9, 3, groups=9, top_groups=3),
 )
 ROUTED_TOKENS = ((1, None), (3, None), (17, 9), (64, 0), (150, 150), (700, 513))

@@ -59,6 +59,17 @@ def test_a_bias_chooses_but_does_not_weigh() -> None:
     torch.testing.assert_close(rows.weights, torch.tensor([0.5]))
 
 
+@pytest.mark.parametrize("scoring", abi.MOE_SCORINGS)
+def test_a_token_chooses_from_its_best_groups(scoring: str) -> None:
+    """Softmax: the group with the largest score comes first. Sigmoid: that with the largest two."""
+    logits = torch.tensor([[4.0, -9.0, 2.5, 2.4, 3.0, -9.0]])
+    routing = Routing(6, 2, scoring=scoring, renormalise=False, groups=3)
+    for reference in (False, True):
+        rows = ExpertLists(routing, 1, torch.device("cpu")).rows(1, abi.MOE_SIMPLE, 8)
+        (route_reference if reference else route)(rows, logits, routing)
+        assert rows.chosen.tolist() == ([0, 1] if scoring == "softmax" else [2, 3])
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_logits_that_are_no_numbers_still_choose_experts(isa: str) -> None:
     """A broken row must not lead a kernel to an expert that does not exist."""
@@ -102,6 +113,11 @@ def test_what_does_not_fit_is_refused() -> None:
         Routing(4, 5)
     with pytest.raises(ValueError, match="'cosine'"):
         Routing(4, 2, scoring="cosine")
+    for groups, top_groups in ((3, 1), (2, 3), (2, 0), (0, 0)):
+        with pytest.raises(ValueError, match=f"{top_groups} of {groups} groups of 4 experts"):
+            Routing(4, 1, groups=groups, top_groups=top_groups)
+    with pytest.raises(ValueError, match="1 groups of 2 experts are too few to choose 3 from"):
+        Routing(4, 3, groups=2)
     case = MoeCase(3, 1, 1, Routing(4, 2))
     with pytest.raises(ValueError, match=r"must be \[3, 4\]"):
         route(lists(case, "cpu"), torch.zeros(3, 5), case.routing)

@@ -136,18 +136,60 @@ void score_token(const MiiMoeRoute& a, int64_t token, float* scores) {
   for (int64_t e = 0; e < a.experts; ++e) scores[e] /= total;
 }
 
-// Takes the largest one by one; a NaN counts as the smallest, so that what is chosen is always an expert.
+// Whether a value comes before the best one so far; a NaN counts as the smallest, so that the best is always there.
+bool better(float value, float best) { return value > best || (best != best && value == value); }
+
+float value_of(const MiiMoeRoute& a, const float* scores, int32_t expert) {
+  return scores[expert] + (a.bias == nullptr ? 0.0f : a.bias[expert]);
+}
+
+// What a group of experts counts: its largest value, or with sigmoid scores the sum of its two largest.
+float group_value(const MiiMoeRoute& a, const float* scores, int32_t group) {
+  const int32_t size = a.experts / a.groups, first = group * size;
+  int32_t best = first, next = -1;
+  for (int32_t e = first + 1; e < first + size; ++e) {
+    if (better(value_of(a, scores, e), value_of(a, scores, best))) {
+      next = best, best = e;
+    } else if (next < 0 || better(value_of(a, scores, e), value_of(a, scores, next))) {
+      next = e;
+    }
+  }
+  const bool two = a.scoring == MII_MOE_SIGMOID && next >= 0;
+  return value_of(a, scores, best) + (two ? value_of(a, scores, next) : 0.0f);
+}
+
+// Marks the experts of all groups but the best as taken.
+void leave_best_groups(const MiiMoeRoute& a, const float* scores, char* taken) {
+  const int32_t size = a.experts / a.groups;
+  memset(taken, 2, a.experts);
+  for (int32_t j = 0; j < a.top_groups; ++j) {
+    int32_t best = -1;
+    float most = 0.0f;
+    for (int32_t group = 0; group < a.groups; ++group) {
+      if (taken[group * size] == 0) continue;
+      const float value = group_value(a, scores, group);
+      if (best < 0 || better(value, most)) best = group, most = value;
+    }
+    memset(taken + best * size, 0, size);
+  }
+}
+
+// Takes the largest one by one.
 void choose(const MiiMoeRoute& a, int64_t token, const float* scores, char* taken) {
   int32_t* chosen = a.chosen + token * a.top_k;
   float *weights = a.weights + token * a.top_k, total = 0.0f;
-  memset(taken, 0, a.experts);
+  if (a.groups > 1) {
+    leave_best_groups(a, scores, taken);
+  } else {
+    memset(taken, 0, a.experts);
+  }
   for (int32_t j = 0; j < a.top_k; ++j) {
     int32_t best = -1;
     float most = 0.0f;
     for (int32_t e = 0; e < a.experts; ++e) {
       if (taken[e]) continue;
-      const float value = scores[e] + (a.bias == nullptr ? 0.0f : a.bias[e]);
-      if (best < 0 || value > most || (most != most && value == value)) best = e, most = value;
+      const float value = value_of(a, scores, e);
+      if (best < 0 || better(value, most)) best = e, most = value;
     }
     taken[best] = 1;
     chosen[j] = best;

@@ -179,6 +179,10 @@ struct int2 {
 struct int4 {
   int x, y, z, w;
 };
+struct float2 {
+  float x, y;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline int2 make_int2(int x, int y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
@@ -196,6 +200,8 @@ inline int atomicAdd(int* address, int value) {
   card::must_have_waited();
   return __atomic_fetch_add(address, value, __ATOMIC_SEQ_CST);
 }
+
+inline unsigned atomicOr(unsigned* address, unsigned bits) { return __atomic_fetch_or(address, bits, __ATOMIC_SEQ_CST); }
 
 // ---- what the lanes of a warp tell one another ------------------------------------------------------------------------
 namespace card {
@@ -232,15 +238,11 @@ inline unsigned __reduce_max_sync(unsigned, unsigned value) {
   const auto all = card::tell(value);
   return *std::max_element(all.of, all.of + 32);
 }
-inline int __reduce_min_sync(unsigned, int value) {
-  const auto all = card::tell(value);
-  return *std::min_element(all.of, all.of + 32);
-}
-inline unsigned __match_any_sync(unsigned, int value) {
-  const auto all = card::tell(value);
-  unsigned same = 0;
-  for (int lane = 0; lane < 32; ++lane) same |= unsigned(all.of[lane] == value) << lane;
-  return same;
+inline unsigned __ballot_sync(unsigned, bool mine) {
+  const auto all = card::tell(mine);
+  unsigned lanes = 0;
+  for (int lane = 0; lane < 32; ++lane) lanes |= unsigned(all.of[lane]) << lane;
+  return lanes;
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }

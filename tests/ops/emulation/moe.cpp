@@ -10,23 +10,26 @@ alignas(1024) unsigned char memory[card::kSharedBytes];
 }
 
 #include "mii/moe_route.cuh"
+#include "mii/moe_rows.cuh"
 #include "mii/moe_mma.cuh"
 
 namespace {
 
 using mii::Half;
 
-enum Kernel { kSimple, kStream8, kStream16, kStream32, kStream64, kMma };
-constexpr int kTileRows[] = {8, 8, 16, 32, 64, 128};
-const char* const kNames[] = {"simple", "stream 8", "stream 16", "stream 32", "stream 64", "mma"};
+enum Kernel { kSimple, kStream8, kStream16, kStream32, kStream64, kMma, kRows1, kRows2, kRows4 };
+constexpr int kTileRows[] = {8, 8, 16, 32, 64, 128, 1, 2, 4};
+const char* const kNames[] = {"simple", "stream 8", "stream 16", "stream 32", "stream 64", "mma", "rows 1", "rows 2", "rows 4"};
 
 struct Case {
   Kernel kernel;
   int tokens, live, experts, top_k, hidden, width, ctas;
   bool crowded;
+  int groups = 1, top_groups = 1;
 
   int pairs() const { return tokens * top_k; }
   int routed() const { return live * top_k; }
+  bool renormalised() const { return groups == 1; }
 };
 
 std::vector<Half> random_halves(size_t count, float scale) {
@@ -50,6 +53,7 @@ struct Tensors {
   std::vector<Half> logits, x, up, down, hidden, parts;
   std::vector<int> chosen, offsets, pairs, arrived = std::vector<int>(mii::kMoeMostCtas), counts = std::vector<int>(MII_COUNTS);
   std::vector<int4> tiles;
+  std::vector<uint32_t> sizes;
   std::vector<float> weights;
   std::vector<float4> partial;
 
@@ -64,6 +68,7 @@ struct Tensors {
         offsets(c.experts + 1, -1),
         pairs(c.pairs(), -1),
         tiles(1 + min(c.experts, c.pairs()) + c.pairs() / kTileRows[c.kernel]),
+        sizes((c.tokens + mii::kLeastChunk - 1) / mii::kLeastChunk * ((c.experts + 1) / 2), 0xffffffff),
         weights(c.pairs(), NAN),
         partial(size_t(c.ctas) * 2 * 8 * mii::kMoeThreads, make_float4(NAN, NAN, NAN, NAN)) {
     counts[MII_NUM_TOKENS] = c.live;
@@ -83,8 +88,22 @@ void check_routing(const Case& c, const Tensors& t) {
     std::iota(order.begin(), order.end(), 0);
     const auto logit = [&](int e) { return mii::to_float(t.logits[token * c.experts + e]); };
     std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return logit(a) > logit(b); });
-    double total = 0;
-    for (int j = 0; j < c.top_k; ++j) total += std::exp(logit(order[j]));
+    std::vector<int> best;  // groups, in the order of their best experts
+    const auto group = [&](int e) { return e / (c.experts / c.groups); };
+    for (const int e : order) {
+      if (std::count(best.begin(), best.end(), group(e)) == 0) best.push_back(group(e));
+    }
+    best.resize(c.top_groups);
+    const auto none = [&](int e) { return std::count(best.begin(), best.end(), group(e)) == 0; };
+    std::vector<int> kept;
+    for (const int e : order) {
+      if (!none(e)) kept.push_back(e);
+    }
+    order = kept;
+    double all = 0;
+    for (int e = 0; e < c.experts; ++e) all += std::exp(logit(e));
+    double total = c.renormalised() ? 0 : all;
+    for (int j = 0; j < c.top_k && c.renormalised(); ++j) total += std::exp(logit(order[j]));
     for (int j = 0; j < c.top_k; ++j) {
       const int pair = token * c.top_k + j;
       if (t.chosen[pair] != order[j]) wrong("choice");
@@ -158,6 +177,15 @@ void run_product(const Case& c, const mii::MoeArgs<Half>& args) {
       return run(mii::moe_stream<Half, 64, Up>, mii::kMoeThreads);
     case kMma:
       return run(mii::moe_mma<Half, Up>, mii::MoeMmaShape::kThreads);
+    case kRows1:
+    case kRows2:
+    case kRows4:
+      return run([&](const mii::MoeArgs<Half>& a) {
+        const int most = min(c.experts, c.pairs()) + c.pairs() / kTileRows[c.kernel];
+        c.kernel == kRows1   ? mii::moe_rows<Half, 1, Up>(a, most)
+        : c.kernel == kRows2 ? mii::moe_rows<Half, 2, Up>(a, most)
+                             : mii::moe_rows<Half, 4, Up>(a, most);
+      }, mii::kRowsThreads);
   }
 }
 
@@ -177,15 +205,28 @@ void multiply(const Case& c, Tensors& t) {
   }
 }
 
+void route(const Case& c, int chunk, Tensors& t) {
+  const mii::MoeRouteArgs<Half> args = {t.chosen.data(), t.weights.data(), t.offsets.data(), t.pairs.data(), t.tiles.data(), t.logits.data(), nullptr,
+                                        t.counts.data(), t.sizes.data(), c.experts, c.tokens, chunk, c.experts, c.top_k, MII_MOE_SOFTMAX,
+                                        c.renormalised(), kTileRows[c.kernel], c.groups, c.top_groups, 1.5f};
+  const int chunks = (c.tokens + chunk - 1) / chunk;
+  run_grid(chunks, mii::kRouteThreads, [&] {
+    c.experts <= 32 ? mii::moe_route<Half, 1>(args) : c.experts <= 128 ? mii::moe_route<Half, 4>(args) : mii::moe_route<Half, 16>(args);
+  });
+  if (chunks > 1) run_grid(chunks, mii::kRouteThreads, [&] { mii::moe_place<Half>(args); });
+  check_routing(c, t);
+}
+
+void run_routing(const Case& c, int chunk) {
+  Tensors t(c);
+  route(c, chunk, t);
+  std::printf("%d of %d tokens in chunks of %d, %d of %d experts, %d of %d groups: right\n", c.live, c.tokens, chunk, c.top_k, c.experts,
+              c.top_groups, c.groups);
+}
+
 void run_case(const Case& c) {
   Tensors t(c);
-  const mii::MoeRouteArgs<Half> route = {t.chosen.data(), t.weights.data(), t.offsets.data(), t.pairs.data(), t.tiles.data(), t.logits.data(), nullptr,
-                                         t.counts.data(), t.arrived.data(), c.experts, c.tokens, c.experts, c.top_k, MII_MOE_SOFTMAX, 1,
-                                         kTileRows[c.kernel], 1.5f};
-  run_grid((c.tokens + mii::kRouteWarps - 1) / mii::kRouteWarps, mii::kRouteThreads, [&] {
-    c.experts <= 32 ? mii::moe_route<Half, 1>(route) : mii::moe_route<Half, 4>(route);
-  });
-  check_routing(c, t);
+  route(c, c.tokens <= 16 ? 16 : c.tokens <= 100 ? 32 : 64, t);
   multiply<true>(c, t);
   check_up(c, t);
   multiply<false>(c, t);
@@ -204,6 +245,16 @@ int main() {
       {kStream8, 2, 2, 3, 1, 64, 8, 9, false},    {kStream16, 16, 16, 8, 2, 200, 136, 7, true},
       {kStream32, 30, 30, 4, 2, 136, 72, 4, false}, {kStream64, 100, 90, 3, 2, 72, 64, 2, true},
       {kMma, 150, 140, 3, 2, 136, 72, 3, true},   {kMma, 5, 0, 20, 2, 64, 200, 5, false},
+      {kRows1, 1, 1, 16, 4, 1304, 128, 3, false}, {kRows1, 3, 2, 5, 2, 136, 72, 9, true},
+      {kRows2, 2, 2, 3, 2, 264, 40, 2, true},     {kRows4, 4, 4, 6, 2, 264, 136, 2, true},
+      {kRows4, 7, 5, 3, 2, 72, 1032, 3, true},    {kRows4, 3, 0, 8, 2, 64, 64, 4, false},
   };
   for (const Case& c : cases) run_case(c);
+  run_routing({kStream8, 16, 16, 128, 8, 1, 1, 1, false}, 16);
+  run_routing({kStream8, 50, 33, 128, 8, 1, 1, 1, true}, 16);
+  run_routing({kStream16, 100, 0, 7, 3, 1, 1, 1, false}, 16);
+  run_routing({kMma, 300, 299, 33, 6, 1, 1, 1, true}, 64);
+  run_routing({kStream64, 70, 70, 301, 20, 1, 1, 1, false}, 32);
+  run_routing({kStream8, 40, 37, 24, 3, 1, 1, 1, false, 4, 2}, 16);
+  run_routing({kStream8, 9, 9, 160, 6, 1, 1, 1, false, 8, 3}, 16);
 }

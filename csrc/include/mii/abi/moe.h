@@ -7,6 +7,9 @@
 // rows with its own weights; mii_moe_combine adds up each token's choices. A row is a place in the sorted list of pairs.
 //   score = softmax or sigmoid of the logits, in float; chosen are the top_k largest score + bias, ties to the lower expert
 //   weight = scale * score, divided before by the sum of the token's chosen scores where `renormalise` says so
+// Of several groups of neighbouring experts only those of the `top_groups` best ones are chosen from: a group counts by its
+// largest score + bias, with sigmoid scores by the sum of its two largest.
+#define MII_MOE_CHUNK 16  // tokens whose pairs the CUDA kernel counts together, at least
 enum MiiMoeScoring { MII_MOE_SOFTMAX = 0, MII_MOE_SIGMOID = 1 };
 struct MiiMoeRoute {
   int32_t* chosen;        // [tokens * top_k] out, by pair: its expert; pairs of padding stay untouched
@@ -18,9 +21,9 @@ struct MiiMoeRoute {
   const void* logits;     // [tokens, experts], row stride logits_stride
   const float* bias;      // [experts] or null: added to a score for the choice, not for the weight
   const int32_t* counts;  // [MII_COUNTS] or null (all tokens)
-  void* workspace;        // CUDA: an int, zero before the first use; one for calls of one stream
+  void* workspace;        // CUDA: [ceil(tokens / MII_MOE_CHUNK), ceil(experts / 2)] ints
   int64_t tokens, logits_stride;
-  int32_t experts, top_k, scoring, renormalise, tile_rows;
+  int32_t experts, top_k, scoring, renormalise, tile_rows, groups, top_groups;
   float scale;
   int32_t dtype;
 };
@@ -35,6 +38,7 @@ enum MiiMoeKernel {
   MII_MOE_STREAM = 1,  // few rows for each expert: a stream of the weights of the experts that are hit
   MII_MOE_MMA = 2,     // many rows: tensor cores by mma.sync
   MII_MOE_WGMMA = 3,   // many rows: tensor cores of compute capability 9.0, by mma.sync with a gate that they do not apply
+  MII_MOE_ROWS = 4,    // one to four rows for each expert: a warp for each two rows of weights
 };
 struct MiiMoeLinear {
   void* out;                  // row stride out_stride

@@ -128,6 +128,24 @@ inline float warp_max(float value) {
   return value;
 }
 template <typename T>
+constexpr int kPack = 16 / sizeof(T);
+template <typename T, int N = kPack<T>>
+struct Pack {
+  T data[N];
+};
+template <int N, typename T>
+Pack<T, N> load_pack(const T* address) {
+  if (reinterpret_cast<uintptr_t>(address) % sizeof(Pack<T, N>)) card::refuse("a pack is not aligned");
+  Pack<T, N> pack;
+  std::memcpy(&pack, address, sizeof pack);
+  return pack;
+}
+template <typename T, int N>
+void unpack(float (&out)[N], const Pack<T, N>& pack) {
+  for (int i = 0; i < N; ++i) out[i] = to_float(pack.data[i]);
+}
+inline void prefetch_l2(const void*) {}
+template <typename T>
 uint32_t pack_pair(float low, float high) {
   return from_float<T>(low).bits | uint32_t(from_float<T>(high).bits) << 16;
 }
