@@ -80,6 +80,9 @@ def _randomise_vectors(model: Any) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             torch.nn.init.normal_(parameter, mean=0.0 if name.endswith("bias") else 1.0, std=0.1)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # of the choice of experts
+            torch.nn.init.normal_(buffer, std=0.02)
 
 
 def _settle_routing(model: Any) -> None:
@@ -93,7 +96,8 @@ def _settle_routing(model: Any) -> None:
     experts, hidden = next(iter(routers.values())).shape
     embedding = model.get_input_embeddings().weight
     with torch.no_grad():
-        chosen = torch.rand(len(embedding), experts).argsort(dim=1) < model.config.num_experts_per_tok
+        order = torch.rand(len(embedding), experts) + _outside_groups(model.config, len(embedding), experts)
+        chosen = order.argsort(dim=1).argsort(dim=1) < model.config.num_experts_per_tok
         numbers = torch.rand(len(embedding), experts)
         embedding[:, :experts] = 0.3 * torch.where(chosen, 2 + numbers, numbers - 0.5)
         for name, parameter in model.named_parameters():
@@ -105,6 +109,15 @@ def _settle_routing(model: Any) -> None:
                 parameter[:experts] = 0
             elif name.endswith("experts.down_proj"):
                 parameter[:, :experts] = 0
+
+
+def _outside_groups(config: Any, tokens: int, experts: int) -> Any:
+    """[tokens, experts], 1 outside the groups that a token may choose from."""
+    import torch
+
+    groups, best = getattr(config, "n_group", None) or 1, getattr(config, "topk_group", None) or 1
+    outside = torch.rand(tokens, groups).argsort(dim=1).argsort(dim=1) >= best
+    return outside.float().repeat_interleave(experts // groups, dim=1)
 
 
 def byte_tokenizer() -> Any:

@@ -23,6 +23,7 @@ _ALIGNED = 256  # bytes that every buffer begins at a multiple of
 _LIVES = {
     "residual": ALWAYS,
     "branch": life(("output", "mlp_norm"), ("down", "end"), ("norm", "norm")),
+    "latent": life(("qkv", "qkv")),
     "qkv": life(("qkv", "attend")),
     "attention": life(("attend", "output")),
     "up": life(("up", "activate")),
@@ -87,6 +88,7 @@ def _up_rows(spec: ModelSpec, place: Placement, max_tokens: int, up_width: int) 
 def _widths(spec: ModelSpec, up_width: int) -> dict[str, int]:
     """Of the buffers with memory of their own. In parallel blocks attention and MLP write side by side."""
     widths = dict.fromkeys(("hidden", "residual", "branch"), spec.hidden_size)
+    widths["latent"] = 0 if spec.latent is None else spec.latent.width
     widths |= {"qkv": spec.q_size + 2 * spec.kv_size, "up": up_width}
     if spec.parallel:
         widths["joint"] = spec.q_size + spec.mlp_width

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mii.modeling.forward import Forward
+from mii.modeling.latent import LatentInputs, PaddedOutput
 from mii.modeling.layers import Norm, RowNorm
 from mii.modeling.parameters import Linear, Module, Placement
 from mii.modeling.spec import ModelSpec
@@ -19,16 +20,15 @@ from mii.ops.rope_kv import rope_kv
 
 
 class Attention(Module):
-    """Fused query, key and value projection, norms of queries and keys, rotary positions, KV write, paged attention,
-    output projection.
+    """Fused query, key and value projection (or what makes them of latents), norms of queries and keys, rotary
+    positions, KV write, paged attention, output projection.
 
     Without the output projection (`project=False`) the layer ends in `attend`, and its block goes on from there.
     """
 
     def __init__(self, place: Placement, spec: ModelSpec, layer: int, *, project: bool = True) -> None:
-        parts = {"q": spec.q_span, "k": spec.kv_span, "v": spec.kv_span}
-        self.qkv = Linear(place, spec.hidden_size, parts, bias=spec.qkv_bias)
-        self.output = Linear(place, spec.q_span, {"": spec.hidden_size}, bias=spec.output_bias) if project else None
+        self.qkv = _inputs(place, spec)
+        self.output = _output(place, spec) if project else None
         self.spec, self.layer, self.window = spec, layer, spec.windows[layer]
         self.q_norm: Norm | RowNorm | None = None
         self.k_norm: Norm | RowNorm | None = None
@@ -61,7 +61,10 @@ class Attention(Module):
         """The heads' results for `x`, in the step's buffer for them, [tokens, heads * head size]."""
         spec, buffers = self.spec, forward.buffers
         k_cache, v_cache = forward.caches[self.layer]
-        qkv = self.qkv(buffers.qkv, x)
+        if isinstance(self.qkv, LatentInputs):
+            qkv = self.qkv(buffers.qkv, buffers.latent, x)
+        else:
+            qkv = self.qkv(buffers.qkv, x)
         if self._norms_apart:
             self._norm_slices(qkv)
         rope_kv(
@@ -113,6 +116,20 @@ class Attention(Module):
         if self._norms_apart or q is None or k is None or q.weight is None or k.weight is None:
             return {}
         return {"q_norm": q.weight.tensor, "k_norm": k.weight.tensor, "norm_eps": q.eps, "norm_kind": q.kind}
+
+
+def _inputs(place: Placement, spec: ModelSpec) -> Linear | LatentInputs:
+    """What gives [all queries | all keys | all values]."""
+    if spec.latent is not None:
+        return LatentInputs(place, spec, spec.latent)
+    parts = {"q": spec.q_span, "k": spec.kv_span, "v": spec.kv_span}
+    return Linear(place, spec.hidden_size, parts, bias=spec.qkv_bias)
+
+
+def _output(place: Placement, spec: ModelSpec) -> Linear:
+    if spec.latent is not None:
+        return PaddedOutput(place, spec, spec.latent)
+    return Linear(place, spec.q_span, {"": spec.hidden_size}, bias=spec.output_bias)
 
 
 def _query_growth(spec: ModelSpec, place: Placement) -> torch.Tensor:

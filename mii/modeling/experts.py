@@ -16,7 +16,15 @@ from mii.ops.moe_routing import ExpertLists, ExpertRows, Routing
 
 def routing_of(experts: ExpertsSpec) -> Routing:
     """The routing that a spec asks for."""
-    return Routing(experts.count, experts.top_k, experts.scoring, experts.renormalise)
+    return Routing(
+        experts.count,
+        experts.top_k,
+        experts.scoring,
+        experts.renormalise,
+        experts.scale,
+        experts.groups,
+        experts.top_groups,
+    )
 
 
 class StackedParameter(Parameter):

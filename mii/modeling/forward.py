@@ -17,13 +17,15 @@ class Activations:
 
     What one holds is lost when its life ends (`mii.modeling.arena`): then another one lies in its place.
 
-    `experts` are those of a mixture of experts, where the model has one. `joint` is `attention` and `activated` side by
-    side, where a block multiplies both at once; else it has no width.
+    `latent` are what latent attention makes queries, keys and values of, `experts` the buffers of a mixture of experts,
+    where the model has them. `joint` is `attention` and `activated` side by side, where a block multiplies both at
+    once; else it has no width.
     """
 
     hidden: torch.Tensor
     residual: torch.Tensor
     branch: torch.Tensor
+    latent: torch.Tensor
     qkv: torch.Tensor
     attention: torch.Tensor
     up: torch.Tensor

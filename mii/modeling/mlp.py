@@ -9,7 +9,7 @@ import torch
 
 from mii.modeling.experts import ExpertStack, routing_of
 from mii.modeling.forward import Forward
-from mii.modeling.parameters import Linear, Module, Placement
+from mii.modeling.parameters import Linear, Module, Parameter, Placement
 from mii.modeling.sharding import Span
 from mii.modeling.spec import ExpertsSpec, ModelSpec
 from mii.ops.activation import activation
@@ -67,7 +67,8 @@ class DenseMLP(Module):
 
 
 class ExpertsMLP(Module):
-    """`sum over the chosen experts of weight * down(act(gate(x)) * up(x))`, and a shared expert behind a sigmoid gate.
+    """`sum over the chosen experts of weight * down(act(gate(x)) * up(x))`, and a shared expert, which may be behind a
+    sigmoid gate.
 
     Mixtral (Jiang et al., arXiv 2401.04088) and Qwen's models with experts; DeepSeekMoE (Dai et al., arXiv 2401.06066)
     for the shared expert.
@@ -78,10 +79,12 @@ class ExpertsMLP(Module):
         apart = replace(place, group=None)  # the shared expert's part is summed with all experts' over the ranks
         self.router = Linear(place, hidden, {"": experts.count})
         self.shared = DenseMLP(apart, spec, size=experts.shared_span) if experts.shared_size else None
-        self.shared_gate = Linear(place, hidden, {"": 1}) if experts.shared_size else None
+        self.shared_gate = Linear(place, hidden, {"": 1}) if experts.shared_size and experts.shared_gate else None
         self.up = ExpertStack(place, experts.count, hidden, {"gate": size, "up": size}, gated=True)
         self.down = ExpertStack(place, experts.count, size, {"": hidden}, gated=False)
         self.routing = routing_of(experts)
+        bias = torch.empty(experts.count, dtype=torch.float32, device=place.device) if experts.choice_bias else None
+        self.choice_bias = None if bias is None else Parameter(bias)
         self._group, self._sums = None if size.is_whole else place.group, True
         self.kind, self.up_width = spec.activation, 0 if self.shared is None else self.shared.up_width
 
@@ -90,9 +93,12 @@ class ExpertsMLP(Module):
         assert buffers is not None
         rows, routing, shared, gate = buffers.rows, self.routing, None, None
         logits = self.router(buffers.logits, x)
-        if self.shared is not None and self.shared_gate is not None:
-            shared, gate = self.shared(forward, buffers.shared, x), self.shared_gate(buffers.shared_gate, x)
-        route(rows, logits, routing, counts=counts)
+        if self.shared is not None:
+            shared = self.shared(forward, buffers.shared, x)
+        if self.shared_gate is not None:
+            gate = self.shared_gate(buffers.shared_gate, x)
+        bias = None if self.choice_bias is None else self.choice_bias.tensor
+        route(rows, logits, routing, bias=bias, counts=counts)
         moe_up(buffers.hidden, x, self.up.weights, rows, routing, self.kind)
         moe_down(buffers.parts, buffers.hidden, self.down.weights, rows, routing)
         moe_combine(out, buffers.parts, top_k=routing.top_k, shared=shared, shared_gate=gate, counts=counts)

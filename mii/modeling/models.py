@@ -117,14 +117,14 @@ def _fill(
     with progress_bar("weights", total * model.place.dtype.itemsize, unit="B", enabled=progress) as bar:
         for name in names:
             target = targets[name]
-            size = _read(checkpoint, stored[name], parameters[target.path], target, model.place.dtype)
+            size = _read(checkpoint, stored[name], parameters[target.path], target)
             bar.update(size)
             owner = owners.get(target.path.rpartition(".")[0])
             if owner is not None and owner.complete:
                 owner.finish()
 
 
-def _read(checkpoint: Checkpoint, name: str, parameter: Parameter, target: Target, dtype: torch.dtype) -> int:
+def _read(checkpoint: Checkpoint, name: str, parameter: Parameter, target: Target) -> int:
     """Copies one tensor into its place, converting on the way; returns the bytes written."""
     shape, expected = tuple(checkpoint.shape(name)), target.stored_shape(parameter.whole_shape(target.part))
     if shape != expected:
@@ -132,7 +132,7 @@ def _read(checkpoint: Checkpoint, name: str, parameter: Parameter, target: Targe
             f"{checkpoint.path}: {name} has shape {list(shape)}, the config asks for {list(expected)}."
         )
     for view, wanted, dim in parameter.pieces(target.part):
-        stored = checkpoint.get(name, dtype, target.slices(dim, wanted, len(shape)))
+        stored = checkpoint.get(name, parameter.tensor.dtype, target.slices(dim, wanted, len(shape)))
         view.copy_(target.arranged(stored, dim, wanted))
     parameter.filled(target.part)
     return parameter.view(target.part).numel() * parameter.tensor.element_size()

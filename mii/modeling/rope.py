@@ -126,6 +126,11 @@ def _number(spec: RopeSpec, name: str) -> float:
     return float(spec.scaling[name])
 
 
+def _optional(spec: RopeSpec, name: str) -> float | None:
+    """None where the config has none, or 0, which means the same."""
+    return _number(spec, name) if spec.scaling.get(name) not in (None, 0) else None
+
+
 def _above_zero(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
 
@@ -176,7 +181,7 @@ def _stretched(spec: RopeSpec, name: str) -> tuple[torch.Tensor, float]:
             f"and it has {count}."
         )
     trained, scaling = _trained(spec), spec.scaling
-    given = scaling.get("attention_factor")
+    given = _optional(spec, "attention_factor")
     stretch = scaling.get("factor") or _number(spec, "max_position_embeddings") / trained
     if given is None:
         given = 1.0 if stretch <= 1 else math.sqrt(1 + math.log(stretch) / math.log(trained))
@@ -188,7 +193,7 @@ def _yarn(spec: RopeSpec) -> tuple[torch.Tensor, float]:
     scaling, width = spec.scaling, spec.rotary_dim
     factor = _number(spec, "factor")
     trained = float(_trained(spec))
-    fast, slow = float(scaling.get("beta_fast") or 32.0), float(scaling.get("beta_slow") or 1.0)
+    fast, slow = _optional(spec, "beta_fast") or 32.0, _optional(spec, "beta_slow") or 1.0
 
     def dimension(turns: float) -> float:
         return width * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(spec.theta))
@@ -199,19 +204,19 @@ def _yarn(spec: RopeSpec) -> tuple[torch.Tensor, float]:
     low, high = max(low, 0), min(high, width - 1)
     ramp = ((torch.arange(width // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0.0, 1.0)
     kept = _inverse_powers(spec.theta, width)
-    return kept / factor * ramp + kept * (1 - ramp), _yarn_factor(scaling, factor)
+    return kept / factor * ramp + kept * (1 - ramp), _yarn_factor(spec, factor)
 
 
-def _yarn_factor(scaling: Mapping[str, Any], factor: float) -> float:
+def _yarn_factor(spec: RopeSpec, factor: float) -> float:
     """How much queries and keys grow together: given, or from the scale as in the paper (DeepSeek has two weights)."""
-    given = scaling.get("attention_factor")
+    given = _optional(spec, "attention_factor")
     if given is not None:
-        return float(given)
+        return given
 
     def growth(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
+    mscale, mscale_all = _optional(spec, "mscale"), _optional(spec, "mscale_all_dim")
     return growth(mscale) / growth(mscale_all) if mscale and mscale_all else growth(1.0)
 
 

@@ -31,8 +31,10 @@ class ExpertsSpec:
         count: Experts of a layer. top_k: How many a token goes to.
         intermediate_size: Width of one expert.
         layers: For each layer whether it has experts; the others have a dense MLP of the model's `intermediate_size`.
-        scoring, renormalise: As in `mii.ops.moe_routing.Routing`.
-        shared_size: Width of an expert that every token goes to besides, behind a sigmoid gate; 0 for none.
+        scoring, renormalise, scale, groups, top_groups: As in `mii.ops.moe_routing.Routing`.
+        choice_bias: Whether each expert has a number that is added to its score for the choice only.
+        shared_size: Width of an expert that every token goes to besides, 0 for none. shared_gate: Whether that is
+            behind a sigmoid gate.
         columns, shared_columns: Which columns of an expert, and of the shared one, a rank of a group has; the sizes are
             then that rank's. None: all.
     """
@@ -43,7 +45,12 @@ class ExpertsSpec:
     layers: tuple[bool, ...]
     scoring: str = "softmax"
     renormalise: bool = True
+    scale: float = 1.0
+    groups: int = 1
+    top_groups: int = 1
+    choice_bias: bool = False
     shared_size: int = 0
+    shared_gate: bool = True
     columns: Span | None = None
     shared_columns: Span | None = None
 
@@ -71,6 +78,38 @@ class ExpertsSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class LatentSpec:
+    """Multi-head latent attention: low-rank latents that queries, keys and values are made of (DeepSeek-V2, arXiv
+    2405.04434, section 2.1).
+
+    Args:
+        kv_rank: Width of the latent of keys and values. q_rank: That of the queries', 0: they are made of the stream.
+        rope_size: Rotated elements of a head; the keys of all heads share them. plain_size: The other elements.
+        value_size: Elements of a head's value.
+        norm_eps: Of the latents' norms.
+        bias: Whether the products that give latents have biases.
+    """
+
+    kv_rank: int
+    q_rank: int
+    rope_size: int
+    plain_size: int
+    value_size: int
+    norm_eps: float
+    bias: bool = False
+
+    @property
+    def head_size(self) -> int:
+        """Elements of a query or a key, and of a value with its padding."""
+        return self.rope_size + self.plain_size
+
+    @property
+    def width(self) -> int:
+        """Of a token's latents, those of the queries and the shared part of the keys among them."""
+        return self.q_rank + self.kv_rank + self.rope_size
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """The shape and the wiring options of a decoder. Sizes count elements.
 
@@ -85,6 +124,7 @@ class ModelSpec:
         block: How norms, attention and MLP are wired, a name of `mii.modeling.blocks.BLOCKS`.
         mlp: Kind of the MLP: "gated" or "plain".
         experts: What some layers have in place of the MLP, None for none.
+        latent: How queries, keys and values come out of latents, None: out of the stream.
         embedding_size: Width of the token embeddings where they are projected to the hidden size and back; 0: as wide.
         learned_positions: Rows of the table of learned positions, 0 for none; a position's row is `position_offset` on.
         alibi_slopes: Slope of each query head, empty for none.
@@ -121,6 +161,7 @@ class ModelSpec:
     block: str = "sequential"
     mlp: str = "gated"
     experts: ExpertsSpec | None = None
+    latent: LatentSpec | None = None
     embedding_size: int = 0
     embedding_norm: bool = False
     learned_positions: int = 0
@@ -163,9 +204,14 @@ class ModelSpec:
         return self.kv_heads * self.head_dim
 
     @property
+    def q_heads_span(self) -> Span:
+        """Query heads."""
+        return self.shard.q_heads if self.shard else Span.all_of(self.q_heads)
+
+    @property
     def q_span(self) -> Span:
         """Query features, of all heads side by side."""
-        return self.shard.q_heads.times(self.head_dim) if self.shard else Span.all_of(self.q_size)
+        return self.q_heads_span.times(self.head_dim)
 
     @property
     def kv_span(self) -> Span:
@@ -249,6 +295,15 @@ class ConfigReader:
 
     def integer(self, name: str, default: int) -> int:
         return default if self.config.get(name) is None else self.required_integer(name)
+
+    def count(self, name: str, default: int) -> int:
+        """A whole number that may be 0."""
+        value = self.config.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise CheckpointError(f"config.json: '{name}' must be a whole number of at least 0, and it is {value!r}.")
+        return value
 
     def number(self, name: str, default: float) -> float:
         value = self.config.get(name)

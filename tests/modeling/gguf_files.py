@@ -42,6 +42,8 @@ def convert(
     path: Path,
     architecture: str,
     keys: Callable[[gguf.GGUFWriter, Mapping[str, Any]], None],
+    *,
+    apart: bool = False,
     **extra: Any,
 ) -> Path:
     """Writes a model folder as GGUF in the way that the public converter does, names by the package's own table.
@@ -51,6 +53,7 @@ def convert(
         path: The file to write.
         architecture: The GGUF name of it.
         keys: Writes metadata beyond the sizes that every model has.
+        apart: Keep what makes keys of latents apart from what makes values.
         extra: Further tensors, by GGUF name with "__" for ".".
     """
     writer = gguf.GGUFWriter(path, architecture)
@@ -58,7 +61,8 @@ def convert(
         config = _with_common_names(json.loads((folder / "config.json").read_text()))
         _sizes(writer, config)
         keys(writer, config)
-        for name, tensor in _converted(architecture, config, checkpoint):
+        tensors = _converted(architecture, config, checkpoint)
+        for name, tensor in _apart(config, tensors) if apart else tensors:
             writer.add_tensor(name, tensor)
     for name, values in extra.items():
         writer.add_tensor(name.replace("__", "."), np.asarray(values, dtype=np.float32))
@@ -116,6 +120,7 @@ def _converted(architecture: str, config: Mapping[str, Any], checkpoint: Any) ->
     stacked: dict[str, list[np.ndarray]] = {}
     for name in checkpoint.names():
         values = checkpoint.get(name, torch.float32).numpy().copy()
+        name = name.replace("e_score_correction_bias", "e_score_correction.bias")
         merged, expert = _without_expert(name.removeprefix("transformer.") if architecture == "bloom" else name)
         target = table.get_name(merged, try_suffixes=(".weight", ".bias"))
         assert target is not None, name
@@ -124,6 +129,20 @@ def _converted(architecture: str, config: Mapping[str, Any], checkpoint: Any) ->
         else:
             tensors[target] = _changed(architecture, config, target, values)
     return [*tensors.items(), *((name, np.stack(parts)) for name, parts in stacked.items())]
+
+
+def _apart(config: Mapping[str, Any], tensors: list[tuple[str, np.ndarray]]) -> list[tuple[str, np.ndarray]]:
+    """For each head what makes keys, transposed, and what makes values."""
+    found: list[tuple[str, np.ndarray]] = []
+    for name, values in tensors:
+        if ".attn_kv_b." not in name:
+            found.append((name, values))
+            continue
+        heads = values.reshape(config["num_attention_heads"], -1, values.shape[-1])
+        keys, others = heads[:, : config["qk_nope_head_dim"]], heads[:, config["qk_nope_head_dim"] :]
+        found.append((name.replace("kv_b", "k_b"), np.ascontiguousarray(keys.swapaxes(1, 2))))
+        found.append((name.replace("kv_b", "v_b"), np.ascontiguousarray(others)))
+    return found
 
 
 def _without_expert(name: str) -> tuple[str, int | None]:

@@ -86,6 +86,62 @@ def soft_caps(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_final_logit_softcapping(config["final_logit_softcapping"])
 
 
+def latents(writer: gguf.GGUFWriter, config: Mapping[str, Any], *, apart: bool = False) -> None:
+    rms(writer, config)
+    rope, key = config["qk_rope_head_dim"], config["qk_rope_head_dim"] + config["qk_nope_head_dim"]
+    sizes = (key, config["v_head_dim"])
+    if apart:
+        writer.add_key_length_mla(sizes[0])
+        writer.add_value_length_mla(sizes[1])
+        writer.add_head_count_kv(1)
+        sizes = (config["kv_lora_rank"] + rope, config["kv_lora_rank"])
+    writer.add_key_length(sizes[0])
+    writer.add_value_length(sizes[1])
+    writer.add_rope_dimension_count(rope)
+    if config["q_lora_rank"]:
+        writer.add_q_lora_rank(config["q_lora_rank"])
+    writer.add_kv_lora_rank(config["kv_lora_rank"])
+    writer.add_leading_dense_block_count(config["first_k_dense_replace"])
+    writer.add_expert_count(config["n_routed_experts"])
+    writer.add_expert_used_count(config["num_experts_per_tok"])
+    writer.add_expert_shared_count(config["n_shared_experts"])
+    writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+    writer.add_expert_weights_scale(config["routed_scaling_factor"])
+    if config["model_type"] == "deepseek_v3":
+        writer.add_expert_weights_norm(config["norm_topk_prob"])
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    if config["n_group"]:
+        writer.add_expert_group_count(config["n_group"])
+        writer.add_expert_group_used_count(config["topk_group"])
+    scaling = config["rope_parameters"]
+    if scaling["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(scaling["factor"])
+        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+        writer.add_rope_scaling_yarn_log_mul(0.1 * scaling["mscale_all_dim"])
+
+
+LATENTS = {
+    "num_key_value_heads": 6,
+    "kv_lora_rank": 40,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 20,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+    },
+}
+GROUPS = {"n_group": 4, "topk_group": 2, "q_lora_rank": 32, "routed_scaling_factor": 3.0}
 MOE = {"num_experts": 4, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16, "num_experts_per_tok": 2}
 GEMMA3 = {"num_hidden_layers": 7, "head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}
 # row of the table: (model_type, GGUF architecture, keys, config fields)
@@ -114,6 +170,14 @@ CASES: dict[str, tuple[str, str, Callable[[gguf.GGUFWriter, Mapping[str, Any]], 
             "norm_topk_prob": True,
         },
     ),
+    "deepseek2": ("deepseek_v2", "deepseek2", latents, LATENTS),
+    "deepseek2, groups": (
+        "deepseek_v2",
+        "deepseek2",
+        latents,
+        {**LATENTS, **GROUPS, "topk_method": "group_limited_greedy", "attention_bias": True},
+    ),
+    "deepseek2+sigmoid": ("deepseek_v3", "deepseek2", latents, {**LATENTS, **GROUPS}),
     "phi3": ("phi3", "phi3", window, {"sliding_window": 16}),
     "phi2": ("phi", "phi2", layer_norm, {}),
     "gemma": ("gemma", "gemma", rms, {"head_dim": 16}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -11,7 +12,7 @@ import pytest
 from mii.modeling.families import FAMILIES
 from tests.checkpoints import write_checkpoint
 from tests.modeling.gguf_files import convert
-from tests.modeling.test_gguf_architectures import CASES, SHAPE
+from tests.modeling.test_gguf_architectures import CASES, SHAPE, latents
 from tests.oracle import final_logits, generate, random_prompts, small_engine, tolerance
 from tests.qwen_oracle import write_qwen
 
@@ -35,6 +36,14 @@ def test_a_file_gives_what_its_folder_gives(tmp_path: Path, case: str) -> None:
     if config["architectures"][0] not in FAMILIES:
         pytest.skip(f"{config['architectures'][0]} is not served")
     assert_same(tmp_path, convert(tmp_path, tmp_path / "model.gguf", architecture, keys))
+
+
+@pytest.mark.parametrize("case", ["deepseek2", "deepseek2+sigmoid"])
+def test_a_file_may_keep_apart_what_makes_keys_and_values(tmp_path: Path, case: str) -> None:
+    model_type, architecture, _, fields = CASES[case]
+    write_checkpoint(tmp_path, model_type, tokenizer=False, **{**SHAPE, **fields})
+    keys = partial(latents, apart=True)
+    assert_same(tmp_path, convert(tmp_path, tmp_path / "model.gguf", architecture, keys, apart=True))
 
 
 def test_qwen_1(tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import torch
 
 from mii.errors import CheckpointError
 from mii.modeling.families import FAMILIES
-from mii.modeling.rope import switch_length
-from mii.modeling.spec import ModelSpec
+from mii.modeling.rope import rope_table, switch_length
+from mii.modeling.spec import ExpertsSpec, LatentSpec, ModelSpec
 
 
 def read(config: Mapping[str, Any]) -> ModelSpec:
@@ -153,6 +154,81 @@ EXAONE4_32B = {
     "sliding_window": 4096,
     "sliding_window_pattern": "LLLG",
 }
+DEEPSEEK_V2_LITE = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    **sizes(27, 2048, 10944, 16, 16, 102400),
+    "attention_bias": False,
+    "aux_loss_alpha": 0.001,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": False,
+    "num_experts_per_tok": 6,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 0.707,
+        "mscale_all_dim": 0.707,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 1.0,
+    "scoring_func": "softmax",
+    "seq_aux": True,
+    "tie_word_embeddings": False,
+    "topk_group": 1,
+    "topk_method": "greedy",
+    "v_head_dim": 128,
+}
+DEEPSEEK_V2 = {
+    **DEEPSEEK_V2_LITE,
+    **sizes(60, 5120, 12288, 128, 128, 102400),
+    "moe_intermediate_size": 1536,
+    "n_group": 8,
+    "n_routed_experts": 160,
+    "q_lora_rank": 1536,
+    "routed_scaling_factor": 16.0,
+    "topk_group": 3,
+    "topk_method": "group_limited_greedy",
+}
+MOONLIGHT = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    **sizes(27, 2048, 11264, 16, 16, 163840),
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 8192,
+    "moe_intermediate_size": 1408,
+    "moe_layer_freq": 1,
+    "n_group": 1,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "norm_topk_prob": True,
+    "num_experts_per_tok": 6,
+    "num_nextn_predict_layers": 0,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 50000.0,
+    "routed_scaling_factor": 2.446,
+    "scoring_func": "sigmoid",
+    "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "v_head_dim": 128,
+}
 QWEN_7B = {
     "architectures": ["QWenLMHeadModel"],
     "model_type": "qwen",
@@ -193,6 +269,13 @@ QWEN_7B = {
         (OLMO2_7B, {"row_norm": True, "block": "normed_branch", "norm_eps": 1e-6, "tied_embeddings": False}),
         (SMOLLM3_3B, {"windows": (0,) * 36, "tied_embeddings": True, "max_positions": 65536}),
         (EXAONE4_32B, {"windows": (4096, 4096, 4096, 0) * 16, "head_norm": True, "norm_eps": 1e-5}),
+        (
+            DEEPSEEK_V2_LITE,
+            {"head_dim": 192, "kv_heads": 16, "max_positions": 163840, "attention_scale": 0.114721386,
+             "tied_embeddings": False, "norm_eps": 1e-6, "mlp_bias": False, "output_bias": False},
+        ),
+        (DEEPSEEK_V2, {"head_dim": 192, "q_heads": 128, "attention_scale": 0.114721386}),
+        (MOONLIGHT, {"head_dim": 192, "max_positions": 8192, "attention_scale": 192**-0.5, "norm_eps": 1e-5}),
         (QWEN_7B, {"intermediate_size": 11008, "max_positions": 32768, "log_length": 8192, "mlp_bias": False}),
     ],
     ids=lambda value: value["architectures"][0] if "architectures" in value else "",
@@ -223,9 +306,61 @@ def test_rotations_of_published_models() -> None:
     assert all(rope is not None for rope in read({**EXAONE4_32B, "sliding_window": None}).ropes)
 
 
+def test_experts_of_published_models() -> None:
+    lite, large, moonlight = (read(config).experts for config in (DEEPSEEK_V2_LITE, DEEPSEEK_V2, MOONLIGHT))
+    layers = (False,) + (True,) * 26
+    assert lite == ExpertsSpec(
+        64, 6, 1408, layers, renormalise=False, shared_size=2816, shared_gate=False
+    )  # fmt: skip
+    assert large is not None
+    assert (large.count, large.groups, large.top_groups, large.scale) == (160, 8, 3, 16.0)
+    assert moonlight == ExpertsSpec(
+        64, 6, 1408, layers, "sigmoid", scale=2.446, choice_bias=True, shared_size=2816, shared_gate=False
+    )
+    every_second = read({**DEEPSEEK_V2_LITE, "moe_layer_freq": 2}).experts
+    assert every_second is not None
+    assert every_second.layers == tuple(layer > 0 and layer % 2 == 0 for layer in range(27))
+    assert read({**DEEPSEEK_V2_LITE, "n_routed_experts": None}).experts is None
+
+
+def test_latents_of_published_models() -> None:
+    assert read(DEEPSEEK_V2_LITE).latent == LatentSpec(512, 0, 64, 128, 128, 1e-6)
+    assert read(DEEPSEEK_V2).latent == LatentSpec(512, 1536, 64, 128, 128, 1e-6)
+    rope = read(DEEPSEEK_V2_LITE).rope
+    assert rope is not None
+    assert (rope.rotary_dim, rope.interleaved, rope.kind) == (64, True, "yarn")
+    assert float(rope_table(rope, 1, torch.device("cpu"))[0, 0]) == 1.0  # both weights of the scale are the same
+
+
 @pytest.mark.parametrize(
     ("config", "change", "message"),
     [
+        (
+            DEEPSEEK_V2_LITE,
+            {"num_key_value_heads": 4},
+            "'num_key_value_heads' is 4; with latent attention every one of",
+        ),
+        (DEEPSEEK_V2_LITE, {"v_head_dim": 200}, "'v_head_dim' is 200; it may be 192 at most"),
+        (DEEPSEEK_V2_LITE, {"partial_rotary_factor": 0.5}, "'partial_rotary_factor' must be 1 or left out"),
+        (DEEPSEEK_V2_LITE, {"norm_topk_prob": True}, "'norm_topk_prob' must be false for DeepSeek-V2"),
+        (DEEPSEEK_V2_LITE, {"scoring_func": "sigmoid"}, "'scoring_func' is 'sigmoid'; supported are softmax"),
+        (DEEPSEEK_V2_LITE, {"topk_method": "noaux_tc"}, "'topk_method' is 'noaux_tc'; supported are greedy, group_l"),
+        (DEEPSEEK_V2_LITE, {"num_experts_per_tok": 65}, "a token cannot go to 65 experts"),
+        (DEEPSEEK_V2_LITE, {"kv_lora_rank": "512"}, "'kv_lora_rank' must be a positive whole number"),
+        (
+            DEEPSEEK_V2_LITE,
+            {"first_k_dense_replace": -1},
+            "'first_k_dense_replace' must be a whole number of at least 0",
+        ),
+        (
+            DEEPSEEK_V2_LITE,
+            {"rope_scaling": {**DEEPSEEK_V2_LITE["rope_scaling"], "mscale_all_dim": "1"}},
+            "rope type 'yarn' needs 'mscale_all_dim' above 0, and it is '1'",
+        ),
+        (DEEPSEEK_V2, {"n_group": 7}, "3 ('topk_group') of 7 groups ('n_group') of 160 experts"),
+        (DEEPSEEK_V2, {"topk_group": 9}, "9 ('topk_group') of 8 groups"),
+        (DEEPSEEK_V2, {"n_group": 160}, "do not give a token 6 to choose from"),
+        (MOONLIGHT, {"rope_interleave": 1}, "'rope_interleave' must be true or false"),
         (QWEN25_7B, {"use_sliding_window": "no"}, "'use_sliding_window' must be true or false"),
         (QWEN25_7B, {"use_sliding_window": True, "sliding_window": 0}, "'sliding_window' must be null or a positive"),
         (

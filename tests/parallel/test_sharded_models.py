@@ -12,7 +12,7 @@ from mii.batching.data_classes import EngineRequest, SamplingParams, TokenLogpro
 from mii.errors import PlacementError
 from tests.oracle import assert_greedy_but_for_ties, generate, random_prompts, small_engine
 from tests.parallel.threads import ranked_engine
-from tests.variants import Variant, all_variants
+from tests.variants import Variant, all_variants, deepseek_v2
 
 LENGTHS = [1, 17, 40]
 
@@ -53,6 +53,26 @@ NINE_HEADS: dict[str, Any] = {
     "attention_bias": True,
     "mlp_bias": True,
 }
+LATENTS: dict[str, Any] = {
+    **deepseek_v2.SIZES,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+    "q_lora_rank": 56,
+    "attention_bias": True,
+    "mlp_bias": True,
+}
+
+
+def test_heads_out_of_latents_are_divided_among_four_ranks(make_checkpoint: Callable[..., Path]) -> None:
+    folder = make_checkpoint(model_type="deepseek_v2", **LATENTS)
+    engine = small_engine(folder)
+    prompts = random_prompts(engine.vocab_size, LENGTHS)
+    expected = generate(engine, prompts, 16)
+    engine.destroy()
+    with ranked_engine(folder, 4) as first:
+        assert generate(first, prompts, 16) == expected  # type: ignore[arg-type]
+
+
 SPECIAL = [
     {"sampling": SamplingParams(temperature=0.8, top_p=0.9, seed=3)},
     {"sampling": SamplingParams(temperature=1.3, top_k=20, min_p=0.01, seed=4)},

@@ -8,6 +8,8 @@ from mii.modeling.families.base import Family, Target
 
 _MODULES = (
     "bloom",
+    "deepseek_v2",
+    "deepseek_v3",
     "exaone4",
     "falcon",
     "gemma",

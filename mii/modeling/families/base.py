@@ -64,6 +64,7 @@ class Family:
         left_out: Beginnings of names of parts that are not served (a vision tower).
         canonical: The name in `weights` of a tensor that older or partial checkpoints call otherwise.
         stacked: As `weights`, for checkpoints that keep all experts of a layer in one tensor.
+        apart: As `weights`, for checkpoints that keep apart what makes keys and what makes values.
     """
 
     name: str
@@ -74,8 +75,9 @@ class Family:
     left_out: tuple[str, ...] = ()
     canonical: Callable[[str], str] = str
     stacked: Callable[[ModelSpec], dict[str, Target]] | None = None
+    apart: Callable[[ModelSpec], dict[str, Target]] | None = None
 
     def targets(self, spec: ModelSpec, names: Collection[str]) -> dict[str, Target]:
-        """`weights` or `stacked`: the one that misses fewer of a checkpoint's canonical names."""
-        layouts = [self.weights(spec), *([] if self.stacked is None else [self.stacked(spec)])]
+        """`weights`, `stacked` or `apart`: the one that misses fewest of a checkpoint's canonical names."""
+        layouts = (layout(spec) for layout in (self.weights, self.stacked, self.apart) if layout is not None)
         return min(layouts, key=lambda targets: len(targets.keys() - names))

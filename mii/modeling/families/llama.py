@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from mii.errors import CheckpointError
 from mii.modeling.families.base import Family, Target
@@ -32,7 +32,29 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     )
 
 
-def weights(spec: ModelSpec) -> dict[str, Target]:
+class Projection(NamedTuple):
+    """Name of a matrix in a layer of a checkpoint, its path and part in a block, the field of a spec for its bias."""
+
+    name: str
+    path: str
+    part: str
+    biased: str
+
+
+ATTENTION = (
+    Projection("self_attn.q_proj", "attention.qkv", "q", "qkv_bias"),
+    Projection("self_attn.k_proj", "attention.qkv", "k", "qkv_bias"),
+    Projection("self_attn.v_proj", "attention.qkv", "v", "qkv_bias"),
+    Projection("self_attn.o_proj", "attention.output", "", "output_bias"),
+)
+MLP = (
+    Projection("mlp.gate_proj", "mlp.up", "gate", "mlp_bias"),
+    Projection("mlp.up_proj", "mlp.up", "up", "mlp_bias"),
+    Projection("mlp.down_proj", "mlp.down", "", "mlp_bias"),
+)
+
+
+def weights(spec: ModelSpec, attention: Sequence[Projection] = ATTENTION) -> dict[str, Target]:
     """Where each tensor goes, under the names that the families with Llama's layers share. `spec.block` says where the
     norms are, and what is left out has no name.
     """
@@ -44,7 +66,7 @@ def weights(spec: ModelSpec) -> dict[str, Target]:
         for name, path in _norms(spec, layer).items():
             targets[f"{source}.{name}.weight"] = Target(path)
         has_experts = spec.experts is not None and spec.experts.layers[layer]
-        for name, path, part, biased in _PROJECTIONS[:_ATTENTION] if has_experts else _PROJECTIONS:
+        for name, path, part, biased in attention if has_experts else (*attention, *MLP):
             targets[f"{source}.{name}.weight"] = Target(f"{target}.{path}.weight", part)
             if getattr(spec, biased):
                 targets[f"{source}.{name}.bias"] = Target(f"{target}.{path}.bias", part)
@@ -68,19 +90,6 @@ def _norms(spec: ModelSpec, layer: int) -> dict[str, str]:
     found["post_attention_layernorm"] = f"{block}.mlp_norm.branch"
     found["post_feedforward_layernorm"] = f"{following if layer + 1 < spec.num_layers else 'norm'}.branch"
     return found
-
-
-_PROJECTIONS = (
-    ("self_attn.q_proj", "attention.qkv", "q", "qkv_bias"),
-    ("self_attn.k_proj", "attention.qkv", "k", "qkv_bias"),
-    ("self_attn.v_proj", "attention.qkv", "v", "qkv_bias"),
-    ("self_attn.o_proj", "attention.output", "", "output_bias"),
-    ("mlp.gate_proj", "mlp.up", "gate", "mlp_bias"),
-    ("mlp.up_proj", "mlp.up", "up", "mlp_bias"),
-    ("mlp.down_proj", "mlp.down", "", "mlp_bias"),
-)
-
-_ATTENTION = 4  # of them
 
 
 def windows(config: Mapping[str, Any], layers: int, sliding: tuple[bool, ...] = ()) -> tuple[int, ...]:

@@ -142,6 +142,29 @@ _QWEN_MOE = (
         "ffn_down_shexp": _LAYER + "mlp.shared_expert.down_proj",
     }
 )
+_DEEPSEEK = (
+    _OUTER
+    | _ATTENTION
+    | _MLP
+    | {
+        "attn_q_a": _LAYER + "self_attn.q_a_proj",
+        "attn_q_a_norm": _LAYER + "self_attn.q_a_layernorm",
+        "attn_q_b": _LAYER + "self_attn.q_b_proj",
+        "attn_kv_a_mqa": _LAYER + "self_attn.kv_a_proj_with_mqa",
+        "attn_kv_a_norm": _LAYER + "self_attn.kv_a_layernorm",
+        "attn_kv_b": _LAYER + "self_attn.kv_b_proj",
+        "attn_k_b": _LAYER + "self_attn.k_b_proj",  # of files since 2025, in place of the line before
+        "attn_v_b": _LAYER + "self_attn.v_b_proj",
+        "ffn_gate_inp": _LAYER + "mlp.gate",
+        "exp_probs_b": _LAYER + "mlp.gate.e_score_correction_bias",
+        "ffn_gate_exps": _LAYER + "mlp.experts.{expert}.gate_proj",
+        "ffn_down_exps": _LAYER + "mlp.experts.{expert}.down_proj",
+        "ffn_up_exps": _LAYER + "mlp.experts.{expert}.up_proj",
+        "ffn_gate_shexp": _LAYER + "mlp.shared_experts.gate_proj",
+        "ffn_up_shexp": _LAYER + "mlp.shared_experts.up_proj",
+        "ffn_down_shexp": _LAYER + "mlp.shared_experts.down_proj",
+    }
+)
 _PHI3 = _OUTER | {
     "attn_norm": _LAYER + "input_layernorm",
     "attn_qkv": _LAYER + "self_attn.qkv_proj",
@@ -239,6 +262,7 @@ _NEOX = {
     "ffn_down": _NEOX_BLOCK + "mlp.dense_4h_to_h",
 }
 
+_SIGMOID = 2  # of the keys' values: how experts are scored
 _ROTARY = {"attn_q": _query_rows, "attn_k": _key_rows}
 _GROUPED = {"attn_qkv": _grouped_rows}
 _CONV1D = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
@@ -252,6 +276,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen2moe": Architecture("qwen2_moe", "Qwen2MoeForCausalLM", _QWEN_MOE),
     "qwen3": Architecture("qwen3", "Qwen3ForCausalLM", _LLAMA | _HEAD_NORMS),
     "qwen3moe": Architecture("qwen3_moe", "Qwen3MoeForCausalLM", _QWEN_MOE | _HEAD_NORMS),
+    "deepseek2": Architecture("deepseek_v2", "DeepseekV2ForCausalLM", _DEEPSEEK),
+    "deepseek2+sigmoid": Architecture("deepseek_v3", "DeepseekV3ForCausalLM", _DEEPSEEK),
     "phi3": Architecture("phi3", "Phi3ForCausalLM", _PHI3),
     "phi2": Architecture("phi", "PhiForCausalLM", _PHI2),
     "gemma": Architecture("gemma", "GemmaForCausalLM", _LLAMA, norm_offset=-1.0),
@@ -288,6 +314,8 @@ def find_architecture(path: Path, metadata: Mapping[str, Any], tensors: Mapping[
         name = "llama+experts"
     elif name == "llama" and metadata.get("llama.attention.sliding_window"):
         name = "llama+sliding"
+    elif name == "deepseek2" and metadata.get("deepseek2.expert_gating_func") == _SIGMOID:
+        name = "deepseek2+sigmoid"
     elif name == "falcon" and "blk.0.attn_norm_2.weight" in tensors:
         name = "falcon+two norms"
     return ARCHITECTURES[name]
@@ -323,7 +351,7 @@ def map_tensors(
 def _named(
     target: str, match: re.Match[str], tensor: GGUFTensor, rows: torch.Tensor | None, offset: float, transposed: bool
 ) -> dict[str, Source]:
-    ending = "." + match["kind"]
+    ending = "" if target.endswith("_bias") else "." + match["kind"]
     if match["stem"] == "ffn_gate_inp_shexp" and len(tensor.shape) == 1:  # a matrix of one row, stored as a vector
         tensor = replace(tensor, shape=(1, *tensor.shape))
     if "{expert}" not in target:

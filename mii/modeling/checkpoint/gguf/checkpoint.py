@@ -12,7 +12,8 @@ from mii.errors import CheckpointError, CheckpointNotFoundError
 from mii.modeling.checkpoint.base import Closing, Wanted, no_such_tensor
 from mii.modeling.checkpoint.folder import split_parts
 from mii.modeling.checkpoint.gguf.architectures import Source, find_architecture, map_tensors
-from mii.modeling.checkpoint.gguf.config import Metadata, build_config, build_generation_config
+from mii.modeling.checkpoint.gguf.config import build_config, build_generation_config
+from mii.modeling.checkpoint.gguf.metadata import Metadata
 from mii.modeling.checkpoint.gguf.quants import TYPES, dequantise
 from mii.modeling.checkpoint.gguf.reader import GGUFFile, GGUFTensor
 from mii.modeling.checkpoint.mapping import MappedFile, Range, converted, rows_within

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,8 @@ import torch
 
 from mii.errors import CheckpointError, UnsupportedModelError
 from mii.modeling.checkpoint.gguf.architectures import Architecture
+from mii.modeling.checkpoint.gguf.deepseek import DEEPSEEK, deepseek_fields
+from mii.modeling.checkpoint.gguf.metadata import Metadata
 from mii.modeling.checkpoint.gguf.reader import GGUFTensor
 
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -37,65 +38,14 @@ _CONTROL = 3
 _LLAMA3: dict[str, Any] = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
-class Metadata:
-    """Typed access to the keys of one file; `name` without a dot prefix belongs to the architecture.
-
-    Every method raises CheckpointError for a value of the wrong type, and for a missing one without default.
-    """
-
-    def __init__(self, path: Path, values: Mapping[str, Any], tensors: Mapping[str, GGUFTensor]) -> None:
-        self.path = path
-        self.values = values
-        self.tensors = tensors
-        self._prefix = str(values["general.architecture"])
-
-    def get(self, name: str) -> Any:
-        return self.values.get(f"{self._prefix}.{name}")
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        """A whole number of at least 0; a list of equal ones (a value per layer) counts as one."""
-        value = self.get(name)
-        if value is None and default is not None:
-            return default
-        if isinstance(value, np.ndarray) and value.size:
-            if (value != value[0]).any():
-                raise UnsupportedModelError(f"{self.path}: {self._prefix}.{name} differs from layer to layer.")
-            value = value[0].item()
-        if type(value) is not int or value < 0:
-            raise self._wrong(name, value, "a whole number")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self.get(name)
-        if value is None and default is not None:
-            return default
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-            raise self._wrong(name, value, "a number")
-        # float32 in the file: 1e-05 and not 9.999999747378752e-06
-        return float(str(np.float32(value)))
-
-    def token_id(self, name: str) -> int | None:
-        value = self.values.get(f"tokenizer.ggml.{name}")
-        return value if type(value) is int and 0 <= value < self.rows("token_embd.weight") else None
-
-    def rows(self, tensor: str) -> int:
-        if tensor not in self.tensors or not self.tensors[tensor].shape:
-            raise CheckpointError(f"{self.path} has no tensor {tensor}: it is not a whole model.")
-        return self.tensors[tensor].shape[0]
-
-    def _wrong(self, name: str, value: Any, expected: str) -> CheckpointError:
-        if value is None:
-            return CheckpointError(f"{self.path} lacks the metadata key {self._prefix}.{name}.")
-        return CheckpointError(f"{self.path}: metadata key {self._prefix}.{name} is {value!r} instead of {expected}.")
-
-
 def build_config(architecture: Architecture, metadata: Metadata) -> dict[str, Any]:
     """The config.json that a model of this file would have, in the form of `transformers`."""
     heads = metadata.integer("attention.head_count")
     hidden = metadata.integer("embedding_length")
     if heads == 0:
         raise CheckpointError(f"{metadata.path}: the model has no attention heads.")
-    head_dim = metadata.integer("attention.key_length", hidden // heads)
+    latent = architecture.model_type in DEEPSEEK  # whose config calls the rotated part of a head so
+    head_dim = metadata.integer("rope.dimension_count" if latent else "attention.key_length", hidden // heads)
     config = {
         "architectures": [architecture.model_class],
         "model_type": architecture.model_type,
@@ -249,6 +199,8 @@ def _specific(architecture: Architecture, metadata: Metadata, config: Mapping[st
     kind = architecture.model_type
     if kind in ("mixtral", "qwen2_moe", "qwen3_moe"):
         return _experts(kind, metadata)
+    if kind in DEEPSEEK:
+        return deepseek_fields(metadata, config)
     if kind in ("gemma", "gemma2", "gemma3_text"):
         return _gemma(kind, metadata, config)
     if kind == "exaone4":
