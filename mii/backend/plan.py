@@ -19,6 +19,7 @@ import mii
 from mii.backend.cpus import cores_by_place, split_cores
 from mii.config import MIIConfig
 from mii.config.placement import local_gpu_count
+from mii.errors import PlacementError
 from mii.launch.folder import DeploymentFolder
 from mii.launch.remote import check_launcher
 from mii.launch.state import BALANCER, GATEWAY, Machine, Plan, Spec, engine_role, front_role
@@ -50,6 +51,7 @@ def make_plan(
 
     Raises:
         LauncherError: a replica is on another host and what starts processes there is missing.
+        PlacementError: a replica is to have a GPU that this machine does not have.
     """
     machine = machine or this_machine()
     no_gpu: dict[str, str | None] = {_VISIBLE: ""}  # nothing but an engine ever touches one
@@ -124,7 +126,7 @@ def _devices(config: MIIConfig, machine: Machine) -> list[list[_Place]]:
         for rank in range(size if replica.is_local else 0):
             local_rank = {"LOCAL_RANK": str(rank)} if size > 1 else {}
             if gpus:
-                places.append(({_VISIBLE: ",".join(pool[device] for device in replica.gpu_indices), **local_rank}, []))
+                places.append(({_VISIBLE: _names(replica.gpu_indices, pool), **local_rank}, []))
                 continue
             cores = next(shares) if engines > 1 else []
             threads = {_THREADS: str(len(cores))} if cores and not machine.threads else {}
@@ -138,6 +140,17 @@ def _pool(gpus: int, visible: str | None) -> list[str]:
     if visible is None:
         return [str(index) for index in range(gpus)]
     return [entry.strip() for entry in visible.split(",")][:gpus]
+
+
+def _names(devices: Sequence[int], pool: Sequence[str]) -> str:
+    """What CUDA_VISIBLE_DEVICES says for some devices."""
+    missing = [device for device in devices if device >= len(pool)]
+    if missing:
+        raise PlacementError(
+            f"a replica is to have GPUs {list(devices)} of this machine, which has {len(pool)} that may be used, "
+            "from 0 up; correct the hostfile's slots, replica_configs or CUDA_VISIBLE_DEVICES"
+        )
+    return ",".join(pool[device] for device in devices)
 
 
 def _python(

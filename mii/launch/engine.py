@@ -5,12 +5,12 @@ With tensor parallelism there is one for each rank; those after the first have `
 
 from __future__ import annotations
 
-import gc
 import os
 from typing import TYPE_CHECKING
 
 from mii.backend.engine_server import EngineServer
 from mii.backend.messages import EngineInfo
+from mii.launch.loop import settle
 from mii.launch.process import Process
 from mii.progress import report_progress_to
 
@@ -49,9 +49,7 @@ def main() -> None:
 def serve(engine: Engine | FirstEngine, process: Process) -> None:
     """Says that the process is ready, and serves until a stop is requested."""
     with EngineServer(engine, describe(engine), process) as server:
-        # What was made so far stays; without it in the collector's sight a collection is short.
-        gc.collect()
-        gc.freeze()
+        settle()
         process.ready()
         server.serve()
 

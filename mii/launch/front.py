@@ -6,9 +6,7 @@ torch.
 
 from __future__ import annotations
 
-import gc
-
-from mii.launch.loop import run
+from mii.launch.loop import run, settle
 from mii.launch.process import Process
 
 
@@ -44,9 +42,7 @@ async def serve(process: Process) -> None:
     port = await server.start(process.listen_host, process.replica_config.tensor_parallel_ports[0])
     process.report("waiting for the engine")
     await session.wait_ready()
-    # What was made so far stays; without it in the collector's sight a collection is short.
-    gc.collect()
-    gc.freeze()
+    settle()
     process.ready(grpc=port)
     await process.stopping()
     await server.stop(process.drain_seconds)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 from mii.launch.addresses import end, follow_addresses
-from mii.launch.loop import run
+from mii.launch.loop import run, settle
 from mii.launch.process import Process
 
 if TYPE_CHECKING:
@@ -38,9 +37,7 @@ async def serve(process: Process) -> None:
     )
     port = await server.start(address_of(config.host, config.port_number))
     changes = await _follow(process, server)
-    # What was made so far stays; without it in the collector's sight a collection is short.
-    gc.collect()
-    gc.freeze()
+    settle()
     process.report("waiting for a replica")
     await server.wait_ready()
     process.ready(grpc=port)

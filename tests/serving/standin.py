@@ -23,6 +23,7 @@ from mii.backend.engine_server import EngineServer
 from mii.backend.messages import EngineInfo
 from mii.batching.data_classes import EngineRequest, TokenOutput
 from mii.errors import PromptTooLongError
+from mii.launch.loop import settle
 from mii.launch.process import Process
 
 __all__ = ["Options", "StandIn", "answer", "main"]
@@ -182,6 +183,7 @@ def main() -> None:
             pid=os.getpid(),
         )
         with EngineServer(engine, info, process) as server:
+            settle()  # as the real one does
             process.ready()
             server.serve()
         if options.record:

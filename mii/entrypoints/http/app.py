@@ -26,6 +26,7 @@ from mii.entrypoints.http.metrics import Meter
 from mii.entrypoints.http.service import HttpService
 from mii.entrypoints.http.settings import CorsSettings, HttpSettings
 from mii.entrypoints.http.streaming import BODY_SEND, ClientGoneError, on_client_gone
+from mii.launch.loop import settle
 
 __all__ = ["build_app", "request_id"]
 
@@ -47,6 +48,7 @@ def build_app(settings: HttpSettings, title: str, bodies: Sequence[type[ApiModel
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.backend.open()
+        settle()
         yield
         await service.backend.close()
 
