@@ -17,7 +17,9 @@ from grpc_reflection.v1alpha import reflection
 from mii.errors import PortTakenError
 from mii.grpc_related.links import Link
 from mii.grpc_related.load_balancer import LoadBalancer
+from mii.grpc_related.local_stream import LocalServer
 from mii.grpc_related.options import SERVER_OPTIONS, SERVICE_NAME, STALL_SECONDS
+from mii.launch.folder import DeploymentFolder
 
 __all__ = ["BalancerServer"]
 
@@ -40,6 +42,7 @@ class BalancerServer:
         token: see `LoadBalancer`.
         terminate: see `LoadBalancer`.
         stall_seconds: see `STALL_SECONDS`.
+        folder: of the deployment, where processes of this machine meet; None: they speak gRPC.
     """
 
     def __init__(
@@ -50,11 +53,13 @@ class BalancerServer:
         token: str,
         terminate: Callable[[str], None],
         stall_seconds: float = STALL_SECONDS,
+        folder: DeploymentFolder | None = None,
     ) -> None:
-        self._queue_size = queue_size
-        self._links = [Link(index, address, queue_size) for index, address in enumerate(addresses)]
+        self._queue_size, self._folder = queue_size, folder
+        self._links = [self._link(index, address) for index, address in enumerate(addresses)]
         self._watches: dict[Link, asyncio.Task[None]] = {}
         self._service = LoadBalancer(self._links, token=token, terminate=terminate)
+        self._local = None if folder is None else LocalServer(folder.calls_socket, self._service.serve_local)
         self._health = health.HealthServicer()
         most = queue_size * max(len(addresses), _REPLICAS_TO_COME) + _MORE_CALLS
         self._server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=most)
@@ -80,6 +85,8 @@ class BalancerServer:
             raise PortTakenError(f"{address} is in use, or is no address of this machine") from error
         await self._set_health(False)
         await self._server.start()
+        if self._local is not None:
+            await self._local.start()
         for link in self._links:
             self._watch(link)
         self._spawn(self._end_stalled())
@@ -100,7 +107,7 @@ class BalancerServer:
             if address not in here:
                 taken = {link.index for link in self._links}
                 index = next(number for number in range(len(taken) + 1) if number not in taken)
-                self._links.append(Link(index, address, self._queue_size))
+                self._links.append(self._link(index, address))
                 self._watch(self._links[-1])
         self._links.sort(key=lambda link: link.index)
         self._tell_health()
@@ -122,13 +129,23 @@ class BalancerServer:
         self._service.drain()
         await self._set_health(False)
         stopped = asyncio.create_task(self._server.stop(drain_seconds + _LAST_WORDS_SECONDS))
-        await asyncio.wait([stopped], timeout=drain_seconds)
+        ends = [stopped] if self._local is None else [stopped, asyncio.create_task(self._local.wait_ended())]
+        await asyncio.wait(ends, timeout=drain_seconds)
         self._service.end("the deployment is shutting down; what ran was given time to end")
         await stopped
+        if self._local is not None:
+            await asyncio.wait(ends, timeout=_LAST_WORDS_SECONDS)
+            await self._local.stop()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(link.close() for link in self._links))
+
+    def _link(self, index: int, address: str) -> Link:
+        host, _, port = address.rpartition(":")
+        near = self._folder is not None and host == "127.0.0.1"
+        socket = self._folder.front_socket(int(port)) if self._folder is not None and near else None
+        return Link(index, address, self._queue_size, socket)
 
     def _on_change(self, link: Link) -> None:
         self._service.on_change(link)

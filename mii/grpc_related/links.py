@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -12,6 +13,7 @@ import grpc.aio
 from google.protobuf.empty_pb2 import Empty
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 
+from mii.grpc_related.local_stream import nearest
 from mii.grpc_related.options import CHANNEL_OPTIONS, SERVICE_NAME
 from mii.grpc_related.proto.modelresponse_pb2 import HealthReply, StatsReply
 from mii.grpc_related.trunk import Bundle
@@ -19,9 +21,10 @@ from mii.logging import logger
 
 __all__ = ["Link"]
 
+_SILENCE_SECONDS = 9.0
 _OPTIONS = {
     **dict(CHANNEL_OPTIONS),
-    # A replica that is stopped and not dead is given up after ten seconds, and what it had is told so.
+    # As over the socket: a replica that is stopped and not dead is given up after so long, and its calls are told so.
     "grpc.keepalive_time_ms": 6_000,
     "grpc.keepalive_timeout_ms": 3_000,
     "grpc.http2.ping_timeout_ms": 3_000,
@@ -37,13 +40,15 @@ class Link:
         index: the replica's number.
         address: ``host:port`` of its front.
         queue_size: prompts that it takes at once.
+        socket: where the front takes calls from this machine; None: it is on another one.
     """
 
-    def __init__(self, index: int, address: str, queue_size: int) -> None:
+    def __init__(self, index: int, address: str, queue_size: int, socket: Path | None = None) -> None:
         self.index, self.address, self.queue_size = index, address, queue_size
         self._channel = grpc.aio.insecure_channel(address, options=list(_OPTIONS.items()))
         self.unary = self._channel.unary_unary(f"/{SERVICE_NAME}/GeneratorReply")
-        self.multiplex = self._channel.stream_stream(f"/{SERVICE_NAME}/Multiplex")
+        method = self._channel.stream_stream(f"/{SERVICE_NAME}/Multiplex")
+        self.multiplex = nearest(socket, method, _SILENCE_SECONDS)
         self.bundle = Bundle(self.multiplex)
         """For streams."""
         self._health = self._channel.unary_unary(

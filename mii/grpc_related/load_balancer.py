@@ -25,6 +25,7 @@ from mii.errors import AccessError, RequestCancelledError, ServerUnavailableErro
 from mii.grpc_related.answers import Answers, Piece, parted, runs
 from mii.grpc_related.dispatch import Dispatcher, Shard
 from mii.grpc_related.links import Link
+from mii.grpc_related.local_stream import LocalStream
 from mii.grpc_related.options import REQUEST_ID, SERVICE_NAME, TOKEN
 from mii.grpc_related.pacer import MESSAGES_A_SECOND, MESSAGES_AT_ONCE, Pacer
 from mii.grpc_related.proto.modelresponse_pb2 import CallerMessage, HealthReply, MultiGenerationReply, StatsReply
@@ -185,7 +186,11 @@ class LoadBalancer:
             if all(failures):
                 raise next(filter(None, failures))
 
-    async def _multiplex(self, messages: AsyncIterator[CallerMessage], context: Context) -> None:
+    async def serve_local(self, stream: LocalStream) -> None:
+        """Many calls in one stream of a process of this machine."""
+        await self._multiplex(stream.messages(), stream)
+
+    async def _multiplex(self, messages: AsyncIterator[CallerMessage], context: Context | LocalStream) -> None:
         """Many calls in one stream."""
         switchboard = Switchboard(self._dispatcher, context.write, status=_status, ended=self._count)
         self._switchboards.add(switchboard)

@@ -14,9 +14,11 @@ from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 
 from mii.errors import PortTakenError, ServerUnavailableError
+from mii.grpc_related.local_stream import LocalServer
 from mii.grpc_related.options import SERVER_OPTIONS, SERVICE_NAME
 from mii.grpc_related.replica_service import STALL_SECONDS, ReplicaService
 from mii.grpc_related.text_session import TextSession
+from mii.launch.folder import DeploymentFolder
 
 __all__ = ["ReplicaServer"]
 
@@ -34,6 +36,7 @@ class ReplicaServer:
         token: see `ReplicaService`.
         terminate: see `ReplicaService`.
         stall_seconds: see `ReplicaService`.
+        folder: of the deployment, where processes of this machine meet; None: they speak gRPC.
     """
 
     def __init__(
@@ -44,7 +47,10 @@ class ReplicaServer:
         token: str,
         terminate: Callable[[str], None],
         stall_seconds: float = STALL_SECONDS,
+        folder: DeploymentFolder | None = None,
     ) -> None:
+        self._folder = folder
+        self._local: LocalServer | None = None
         self._session = session
         self._service = ReplicaService(session, token, terminate, stall_seconds=stall_seconds)
         self._health = health.HealthServicer()
@@ -71,6 +77,9 @@ class ReplicaServer:
             raise PortTakenError(f"port {port} of {host} cannot be listened on: {error}") from error
         await self._set_health(False)
         await self._server.start()
+        if self._folder is not None:
+            self._local = LocalServer(self._folder.front_socket(bound), self._service.serve_local)
+            await self._local.start()
         self._session.start()
         self._run(self._service.watch())
         return int(bound)
@@ -80,9 +89,13 @@ class ReplicaServer:
         self._service.drain()
         await self._set_health(False)
         stopped = asyncio.create_task(self._server.stop(drain_seconds + _LAST_WORDS_SECONDS))
-        await asyncio.wait([stopped], timeout=drain_seconds)
+        ends = [stopped] if self._local is None else [stopped, asyncio.create_task(self._local.wait_ended())]
+        await asyncio.wait(ends, timeout=drain_seconds)
         self._session.fail_all(ServerUnavailableError("the server is shutting down; what ran was given time to end"))
         await stopped
+        if self._local is not None:
+            await asyncio.wait(ends, timeout=_LAST_WORDS_SECONDS)
+            await self._local.stop()
         for task in self._tasks:
             task.cancel()
         await self._session.close()

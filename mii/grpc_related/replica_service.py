@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import time
@@ -18,6 +19,7 @@ from google.protobuf.empty_pb2 import Empty
 from mii.errors import AccessError, GenerationError, RequestCancelledError, ServerUnavailableError
 from mii.grpc_related.convert import pack_logprobs, positions_of, prompts_of, unpack_options
 from mii.grpc_related.generation import Generation, Piece
+from mii.grpc_related.local_stream import LocalStream
 from mii.grpc_related.multiplex import Calls, Multiplexer
 from mii.grpc_related.options import REQUEST_ID, SERVICE_NAME, STALL_SECONDS, TOKEN
 from mii.grpc_related.proto.modelresponse_pb2 import (
@@ -61,7 +63,7 @@ class ReplicaService:
     ) -> None:
         self._session, self._token, self._terminate = session, token, terminate
         self._stall_seconds = stall_seconds
-        self._sending: dict[Context, tuple[float, GiveUp]] = {}  # since when
+        self._sending: dict[Context | LocalStream, tuple[float, GiveUp]] = {}  # since when
         self._multiplexers: set[Multiplexer] = set()
         self.draining = False
         """Whether new calls are refused."""
@@ -94,6 +96,17 @@ class ReplicaService:
 
     async def Multiplex(self, messages: AsyncIterator[CallerMessage], context: Context) -> None:
         """The same for many calls in one stream."""
+        try:
+            await self._multiplex(messages, context)
+        except RequestCancelledError as error:
+            await self._abort(error, context)
+
+    async def serve_local(self, stream: LocalStream) -> None:
+        """`Multiplex` for a process of this machine."""
+        with contextlib.suppress(RequestCancelledError):  # its reader takes nothing; the calls were told
+            await self._multiplex(stream.messages(), stream)
+
+    async def _multiplex(self, messages: AsyncIterator[CallerMessage], context: Context | LocalStream) -> None:
         calls = Calls(partial(self._open, streams=False), self._session.close_call, _new_bytes, self._count)
         multiplexer = Multiplexer(calls, lambda message: self._send(context, multiplexer.fail, message))
         self._multiplexers.add(multiplexer)
@@ -101,8 +114,6 @@ class ReplicaService:
             if self.draining:
                 multiplexer.finish()
             await multiplexer.serve(messages)
-        except RequestCancelledError as error:
-            await self._abort(error, context)
         finally:
             self._multiplexers.discard(multiplexer)
 
@@ -161,7 +172,7 @@ class ReplicaService:
                 if since < latest:
                     give_up(error)
 
-    async def _send(self, context: Context, give_up: GiveUp, reply: MultiGenerationReply | bytes) -> None:
+    async def _send(self, context: Context | LocalStream, give_up: GiveUp, reply: Any) -> None:
         """Returns when there is room for the next message."""
         self._sending[context] = time.monotonic(), give_up
         try:

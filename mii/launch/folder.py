@@ -73,6 +73,15 @@ class DeploymentFolder:
         """Whoever connects makes the load balancer look which replicas there are; it answers with one byte."""
         return self.run / "balancer.sock"
 
+    @property
+    def calls_socket(self) -> Path:
+        """Where the load balancer takes calls from processes of this machine."""
+        return self.run / "calls.sock"
+
+    def front_socket(self, port: int) -> Path:
+        """Where the front that has this gRPC port takes calls from processes of this machine."""
+        return self.run / f"front-{port}.sock"
+
     def engine_address(self, replica: int) -> str:
         """Where the engine process of a replica (the first rank) listens for its front."""
         return self.socket(f"engine-{replica}")

@@ -37,7 +37,11 @@ async def serve(process: Process) -> None:
         silence_seconds=float(config.silence_seconds),
     )
     server = ReplicaServer(
-        session, queue_size=config.queue_size, token=process.token, terminate=process.stop_deployment
+        session,
+        queue_size=config.queue_size,
+        token=process.token,
+        terminate=process.stop_deployment,
+        folder=process.folder,
     )
     port = await server.start(process.listen_host, process.replica_config.tensor_parallel_ports[0])
     process.report("waiting for the engine")

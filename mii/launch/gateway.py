@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mii.config import MIIConfig
     from mii.entrypoints.http.server import HttpServer
     from mii.entrypoints.http.settings import HttpSettings
+    from mii.launch.folder import DeploymentFolder
 
 __all__ = ["main", "process_count", "settings_of"]
 
@@ -78,7 +79,7 @@ def process_count(config: MIIConfig, cores: int) -> int:
     return max(1, min(_MOST_PROCESSES, cores // _CORES_A_PROCESS))
 
 
-def settings_of(config: MIIConfig) -> HttpSettings:
+def settings_of(config: MIIConfig, folder: DeploymentFolder) -> HttpSettings:
     """What the gateway of a deployment is told. Who may use it comes from the environment, see `read_api_keys`."""
     from mii.backend.channels import address_of
     from mii.entrypoints.http.settings import HttpSettings, read_api_keys
@@ -86,6 +87,7 @@ def settings_of(config: MIIConfig) -> HttpSettings:
     everywhere = {"0.0.0.0": "127.0.0.1", "::": "::1"}
     return HttpSettings(
         balancer=address_of(everywhere.get(config.host, config.host), config.port_number),
+        socket=folder.calls_socket,
         model=config.model_conf.model_name_or_path,
         aliases=(config.deployment_name,),
         deployment=config.deployment_name,
@@ -113,7 +115,9 @@ async def _serving(process: Process, sockets: Sockets) -> AsyncIterator[HttpServ
     from mii.entrypoints.http.server import HttpServer
     from mii.grpc_related.restful_gateway import create_app
 
-    server = HttpServer(create_app(settings_of(process.config)), sockets, drain_seconds=process.drain_seconds)
+    server = HttpServer(
+        create_app(settings_of(process.config, process.folder)), sockets, drain_seconds=process.drain_seconds
+    )
     serving = asyncio.ensure_future(server.serve())
     try:
         while not server.started and not serving.done():

@@ -34,6 +34,7 @@ async def serve(process: Process) -> None:
         queue_size=config.queue_size,
         token=process.token,
         terminate=process.stop_deployment,
+        folder=process.folder,
     )
     port = await server.start(address_of(config.host, config.port_number))
     changes = await _follow(process, server)

@@ -17,6 +17,7 @@ import pytest
 from mii.config import MIIConfig
 from mii.config.registry import deployment_folder
 from mii.errors import DeploymentNotFoundError
+from mii.launch.folder import DeploymentFolder
 from mii.launch.gateway import process_count, settings_of
 from tests.serving.clusters import NAME, Cluster, shared_cluster
 from tests.serving.crowd import http_options, stand_in_text
@@ -63,10 +64,12 @@ def test_there_are_as_many_processes_as_asked_for_or_as_fit_the_cores(
     assert process_count(config(**options), cores) == processes
 
 
-def test_it_asks_the_load_balancer_on_this_machine_and_knows_the_model_by_both_names() -> None:
-    settings = settings_of(config(port_number=50123, host="0.0.0.0"))
+def test_it_asks_the_load_balancer_on_this_machine_and_knows_the_model_by_both_names(tmp_path: Path) -> None:
+    folder = DeploymentFolder(tmp_path)
+    settings = settings_of(config(port_number=50123, host="0.0.0.0"), folder)
     assert (settings.balancer, settings.deployment, settings.names) == ("127.0.0.1:50123", "d", ("m", "d"))
-    assert settings_of(config(port_number=50123, host="::")).balancer == "[::1]:50123"
+    assert settings.socket == folder.calls_socket
+    assert settings_of(config(port_number=50123, host="::"), folder).balancer == "[::1]:50123"
 
 
 def test_copies_answer_together_and_count_together(cluster: Cluster) -> None:

@@ -43,7 +43,9 @@ def build_app(settings: HttpSettings, title: str, bodies: Sequence[type[ApiModel
         bodies: models of the request bodies that routes refer to with `body_schema`.
     """
     registry = CollectorRegistry()
-    service = HttpService(settings, Backend(settings.balancer, settings.timeout), Meter(registry), registry)
+    service = HttpService(
+        settings, Backend(settings.balancer, settings.timeout, settings.socket), Meter(registry), registry
+    )
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -17,6 +18,7 @@ from mii.entrypoints.http.errors import ApiError, api_error, no_permission
 from mii.errors import MIIError
 from mii.grpc_related.answers import Piece
 from mii.grpc_related.convert import pack_request
+from mii.grpc_related.local_stream import nearest
 from mii.grpc_related.options import CHANNEL_OPTIONS, REQUEST_ID, SERVICE_NAME, TOKEN
 from mii.grpc_related.proto.modelresponse_pb2 import HealthReply
 from mii.grpc_related.proto.modelresponse_pb2_grpc import ModelResponseStub
@@ -26,6 +28,7 @@ from mii.grpc_related.trunk import Bundle
 __all__ = ["Backend", "Call", "Piece", "error_of_answer"]
 
 _WRONG_TOKEN = "the token is not this deployment's; it is in the file 'token' of the deployment's folder"
+_SILENCE_SECONDS = 30.0  # of the load balancer
 _CONTROL_SECONDS = 8.0  # for calls that generate nothing
 
 
@@ -49,11 +52,12 @@ class Backend:
 
     Args:
         address: ``host:port`` of the load balancer.
+        socket: where it takes calls of processes of its machine; None: it is only spoken to in gRPC.
         timeout: seconds that a call may take; None: any.
     """
 
-    def __init__(self, address: str, timeout: float | None = None) -> None:
-        self.address, self._timeout = address, timeout
+    def __init__(self, address: str, timeout: float | None = None, socket: Path | None = None) -> None:
+        self.address, self._timeout, self._socket = address, timeout, socket
         self._channel: Any = None
         self._stub: Any = None
         self._streams: Any = None
@@ -62,7 +66,8 @@ class Backend:
         """Makes the connection; it is dialled when it is needed, and again whenever it is lost."""
         self._channel = grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS)
         self._stub = ModelResponseStub(self._channel)
-        self._streams = Bundle(self._channel.stream_stream(f"/{SERVICE_NAME}/Multiplex"))
+        method = self._channel.stream_stream(f"/{SERVICE_NAME}/Multiplex")
+        self._streams = Bundle(nearest(self._socket, method, _SILENCE_SECONDS))
 
     async def close(self) -> None:
         """Ends every call that still runs."""

@@ -72,6 +72,7 @@ class HttpSettings:
         response_role: the role of the model's turns in chats.
         timeout: seconds that a request may take; None: any.
         body_bytes: of a request, at most.
+        socket: where the load balancer takes calls of processes of its machine; None: it is only spoken to in gRPC.
     """
 
     balancer: str
@@ -84,6 +85,7 @@ class HttpSettings:
     response_role: str = "assistant"
     timeout: float | None = None
     body_bytes: int = DEFAULT_BODY_BYTES
+    socket: Path | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
