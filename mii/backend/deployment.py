@@ -33,13 +33,22 @@ from mii.errors import DeploymentError, DeploymentExistsError, DeploymentNotFoun
 from mii.launch.child import read_tail
 from mii.launch.folder import DeploymentFolder
 from mii.launch.lock import acquire, is_held, locked, wait_released
-from mii.launch.state import SUPERVISOR, Event, Failure, State, read_plan, read_state, start_ticks, write_private
+from mii.launch.state import (
+    SUPERVISOR,
+    Event,
+    EventReader,
+    Failure,
+    State,
+    read_plan,
+    read_state,
+    start_ticks,
+    write_private,
+)
 from mii.launch.supervisor import END_SECONDS, STARTER_ENV
 
 __all__ = ["Launch", "Status", "find", "find_alive", "launch", "reserved_ports", "statuses", "stop"]
 
 _LOOK_SECONDS = 0.02
-_CHUNK = 65536
 
 
 @dataclass(frozen=True)
@@ -82,7 +91,7 @@ class Launch:
         self.config, self.claims = config, claims
         self.pid = process.pid
         self._folder = deployment_folder(config.deployment_name)
-        self._connection, self._received = connection, b""
+        self._connection, self._events = connection, EventReader(connection)
         # Without this the supervisor would stay a zombie of this process once it has ended.
         self._reaper = threading.Thread(target=process.wait, name="mii-supervisor-reaper", daemon=True)
         self._reaper.start()
@@ -94,7 +103,7 @@ class Launch:
             DeploymentError: it was killed. What it left has been cleared away.
         """
         failure = False
-        while (event := self._next_event()) is not None:
+        for event in self._events:
             failure = failure or isinstance(event, Failure)
             yield event
         self._reaper.join(END_SECONDS)
@@ -115,15 +124,6 @@ class Launch:
     def close(self) -> None:
         """Stops listening; the deployment goes on, unless it was started as attached."""
         self._connection.close()
-
-    def _next_event(self) -> Event | None:
-        while b"\n" not in self._received:
-            chunk = self._connection.recv(_CHUNK)
-            if not chunk:
-                return None
-            self._received += chunk
-        line, _, self._received = self._received.partition(b"\n")
-        return msgspec.json.decode(line, type=Event)
 
 
 def launch(config: MIIConfig, *, attached: bool = False) -> Launch:

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -21,12 +20,11 @@ from mii.config.placement import Placement, available_slots, place_more
 from mii.config.registry import config_json, deployment_folder, registry_folder
 from mii.errors import DeploymentError, PlacementError
 from mii.launch.lock import locked
-from mii.launch.state import Accepted, Event, Failure, Machine, Part, Plan, Refused, Scale, Scaled, read_plan
+from mii.launch.state import Accepted, EventReader, Failure, Machine, Part, Plan, Refused, Scale, Scaled, read_plan
 
 __all__ = ["scale"]
 
 _ANSWER_SECONDS = 30.0
-_CHUNK = 65536
 
 
 def scale(
@@ -81,7 +79,7 @@ class _Request:
         self._folder = deployment_folder(status.name)
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._connection.settimeout(_ANSWER_SECONDS)
-        self._events = self._read()
+        self._events = EventReader(self._connection)
         self._claims = PortClaims()
 
     def __enter__(self) -> _Request:
@@ -100,7 +98,7 @@ class _Request:
         try:
             self._connection.connect(str(self._folder.control_socket))
             self._connection.sendall(msgspec.json.encode(Scale(new, config_json(config))) + b"\n")
-            said = next(self._events, None)
+            said = self._events.next()
         except OSError as error:
             raise self._error(f"its supervisor does not answer: {error}") from error
         if not isinstance(said, Accepted):
@@ -159,13 +157,6 @@ class _Request:
         wanted = model.model_copy(update={"replica_num": len(taken) + more, "device_map": added or model.device_map})
         slots = available_slots(config.hostfile, wanted, machine.visible)
         return place_more(model.device_map, slots, taken, more, model.tensor_parallel, added)
-
-    def _read(self) -> Iterator[Event]:
-        received = b""
-        while chunk := self._connection.recv(_CHUNK):
-            *lines, received = (received + chunk).split(b"\n")
-            for line in lines:
-                yield msgspec.json.decode(line, type=Event)
 
     def _error(self, why: str) -> DeploymentError:
         return DeploymentError(f"the replicas of deployment {self._name!r} cannot be changed: {why}")

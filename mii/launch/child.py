@@ -11,7 +11,7 @@ import time
 import msgspec
 
 from mii.launch.folder import DeploymentFolder
-from mii.launch.process import CONTROL_ENV, Failed, Message, Ready, decode_message
+from mii.launch.process import CONTROL_ENV, Failed, Message, Progress, Ready, decode_message
 from mii.launch.state import ProcessState, Spec, start_ticks
 from mii.logging import logger
 
@@ -57,7 +57,7 @@ class Child:
         self._process: subprocess.Popen[bytes] | None = None
         self._received = b""
         self._ready_since: float | None = None
-        self._deaths = 0
+        self._deaths, self._waits = 0, False
 
     @property
     def running(self) -> bool:
@@ -67,6 +67,11 @@ class Child:
     def ready(self) -> bool:
         return self.state.stage == "ready"
 
+    @property
+    def busy(self) -> bool:
+        """Whether it starts, and has not said that it only waits for others."""
+        return self.state.stage == "starting" and not self._waits
+
     def start(self) -> None:
         """Starts the process.
 
@@ -74,7 +79,7 @@ class Child:
             OSError: it cannot be started.
         """
         self.reason, self.port_taken, self._received, self._ready_since = "", False, b"", None
-        self.state.stage = "starting"
+        self.state.stage, self._waits = "starting", False
         read_end, write_end = os.pipe()
         try:
             with open(os.open(self._folder.log(self.spec.role), _APPEND, 0o600), "ab") as log:
@@ -189,6 +194,8 @@ class Child:
             self.state.stage = "ready"
             self.state.ports = message.ports
             self._ready_since = time.monotonic()
+        elif isinstance(message, Progress):
+            self._waits = message.waits
         elif isinstance(message, Failed):
             self.reason, self.port_taken = message.reason, message.port_taken
 

@@ -5,12 +5,13 @@ With tensor parallelism there is one for each rank; those after the first have `
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import TYPE_CHECKING
 
 from mii.backend.engine_server import EngineServer
 from mii.backend.messages import EngineInfo
-from mii.launch.loop import settle
+from mii.launch.loop import importing, settle
 from mii.launch.process import Process
 from mii.progress import report_progress_to
 
@@ -25,7 +26,8 @@ def main() -> None:
     """Loads the model and serves it until a stop is requested."""
     with Process.from_arguments() as process:
         process.report("importing torch")
-        from mii.engine import load_engine
+        with importing():
+            from mii.engine import load_engine
 
         report_progress_to(process.report)
         if process.model_config.tensor_parallel == 1:
@@ -49,6 +51,7 @@ def main() -> None:
 def serve(engine: Engine | FirstEngine, process: Process) -> None:
     """Says that the process is ready, and serves until a stop is requested."""
     with EngineServer(engine, describe(engine), process) as server:
+        gc.collect()
         settle()
         process.ready()
         server.serve()

@@ -6,7 +6,7 @@ torch.
 
 from __future__ import annotations
 
-from mii.launch.loop import run, settle
+from mii.launch.loop import importing, run, settle
 from mii.launch.process import Process
 
 
@@ -14,7 +14,9 @@ def main() -> None:
     """Serves the replica until a stop is requested."""
     with Process.from_arguments() as process:
         process.report("importing gRPC")
-        import mii.grpc_related.replica_server  # noqa: F401  before the loop runs, which it would hold up
+        with importing():  # before the loop runs, which it would hold up
+            import mii.grpc_related.replica_server
+            import mii.modeling.tokenizers  # noqa: F401
 
         run(serve(process))
 
@@ -44,7 +46,7 @@ async def serve(process: Process) -> None:
         folder=process.folder,
     )
     port = await server.start(process.listen_host, process.replica_config.tensor_parallel_ports[0])
-    process.report("waiting for the engine")
+    process.waiting("waiting for the engine")
     await session.wait_ready()
     settle()
     process.ready(grpc=port)

@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from mii.launch.copies import Copies
-from mii.launch.loop import run
+from mii.launch.loop import importing, run
 from mii.launch.process import Process
 
 if TYPE_CHECKING:
@@ -112,8 +112,9 @@ def _copy(process: Process, shares: Sequence[Sockets], index: int, ready: Callab
 @contextlib.asynccontextmanager
 async def _serving(process: Process, sockets: Sockets) -> AsyncIterator[HttpServer]:
     """An HTTP server that answers while the block runs; when it has been stopped there, what runs may end."""
-    from mii.entrypoints.http.server import HttpServer
-    from mii.grpc_related.restful_gateway import create_app
+    with importing():
+        from mii.entrypoints.http.server import HttpServer
+        from mii.grpc_related.restful_gateway import create_app
 
     server = HttpServer(
         create_app(settings_of(process.config, process.folder)), sockets, drain_seconds=process.drain_seconds

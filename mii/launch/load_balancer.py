@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 from mii.launch.addresses import end, follow_addresses
-from mii.launch.loop import run, settle
+from mii.launch.loop import importing, run, settle
 from mii.launch.process import Process
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ def main() -> None:
     """Serves the deployment until a stop is requested."""
     with Process.from_arguments() as process:
         process.report("importing gRPC")
-        import mii.grpc_related.balancer_server  # noqa: F401  before the loop runs, which it would hold up
+        with importing():  # before the loop runs, which it would hold up
+            import mii.grpc_related.balancer_server  # noqa: F401
 
         run(serve(process))
 
@@ -39,7 +40,7 @@ async def serve(process: Process) -> None:
     port = await server.start(address_of(config.host, config.port_number))
     changes = await _follow(process, server)
     settle()
-    process.report("waiting for a replica")
+    process.waiting("waiting for a replica")
     await server.wait_ready()
     process.ready(grpc=port)
     await process.stopping()

@@ -65,12 +65,15 @@ _ROLE = re.compile(r"replica-(\d+)-(?:front|engine(?:-(\d+))?)")
 
 
 class Progress(msgspec.Struct, tag="progress", frozen=True):
-    """How far a process is while it starts. `total` 0: not known. `unit`: "B" for bytes, else a word or nothing."""
+    """How far a process is while it starts. `total` 0: not known. `unit`: "B" for bytes, else a word or nothing.
+    `waits`: its own part is done, and it sleeps until others are there.
+    """
 
     stage: str
     done: float = 0.0
     total: float = 0.0
     unit: str = ""
+    waits: bool = False
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True):
@@ -200,6 +203,10 @@ class Process:
             return
         self._stage, self._reported_at = stage, now
         self._send(Progress(stage, done, total, unit))
+
+    def waiting(self, stage: str) -> None:
+        """Shows that its own part of the start is done: from here on it sleeps until others are there."""
+        self._send(Progress(stage, waits=True))
 
     def ready(self, **ports: int) -> None:
         """Says that the process can work now, and turns SIGTERM into a request to drain. For the main thread only."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -15,6 +17,7 @@ __all__ = [
     "SUPERVISOR",
     "Accepted",
     "Event",
+    "EventReader",
     "Failure",
     "Machine",
     "Notice",
@@ -36,6 +39,7 @@ __all__ = [
 ]
 
 SUPERVISOR, BALANCER, GATEWAY = "supervisor", "balancer", "gateway"
+_CHUNK = 65536
 
 
 def front_role(replica: int) -> str:
@@ -205,6 +209,35 @@ class Scaled(msgspec.Struct, tag="scaled", frozen=True):
 
 
 Event = Part | Running | Failure | Notice | Accepted | Refused | Scaled
+
+
+class EventReader:
+    """What a supervisor tells whoever listens.
+
+    Args:
+        connection: the socket to it.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection, self._received = connection, b""
+
+    def next(self) -> Event | None:
+        """The next event, once there is one; None: the supervisor has hung up.
+
+        Raises:
+            OSError: the socket's; the next call goes on where this one was.
+        """
+        while b"\n" not in self._received:
+            chunk = self._connection.recv(_CHUNK)
+            if not chunk:
+                return None
+            self._received += chunk
+        line, _, self._received = self._received.partition(b"\n")
+        return msgspec.json.decode(line, type=Event)
+
+    def __iter__(self) -> Iterator[Event]:
+        while (event := self.next()) is not None:
+            yield event
 
 
 def read_plan(file: Path) -> Plan:

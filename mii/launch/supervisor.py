@@ -27,6 +27,7 @@ from mii.launch.folder import DeploymentFolder
 from mii.launch.lock import locked
 from mii.launch.process import StopWanted
 from mii.launch.rescale import Rescale
+from mii.launch.start_queue import StartQueue
 from mii.launch.state import (
     BALANCER,
     GATEWAY,
@@ -127,15 +128,16 @@ class Supervisor:
     # Start
 
     def _start(self) -> bool:
-        """Starts everything at once and waits until all of it is ready; False when it never will be."""
+        """Starts everything and waits until all of it is ready; False when it never will be."""
         self.save()
         deadline = None if self.plan.start_seconds is None else time.monotonic() + self.plan.start_seconds
-        for child in self.children:
-            if not self.start(child):
-                return self._fail(child)
-        self.save()
-        while not all(child.ready for child in self.children):
-            ended = self._turn(self._patience(deadline))
+        queue = StartQueue(self.children, len(os.sched_getaffinity(0)))
+        while queue or not all(child.ready for child in self.children):
+            for child in queue.take():
+                if not self.start(child):
+                    return self._fail(child)
+                self.save()
+            ended = self._turn(self._patience(deadline, queue.wake_at if queue else None))
             if self._stops:
                 return False
             if ended:
@@ -168,13 +170,12 @@ class Supervisor:
         logger.error(self._state.reason)
         return False
 
-    def _patience(self, deadline: float | None) -> float | None:
+    def _patience(self, *deadlines: float | None) -> float | None:
         """Seconds until something is due that nobody will tell of."""
         times = [child.start_at for child in self.children if child.state.stage == "waiting"]
+        times += [each for each in deadlines if each is not None]
         if self._change is not None:
             times.append(self._change.wake_at)
-        if deadline is not None:
-            times.append(deadline)
         return max(0.0, min(times) - time.monotonic()) if times else None
 
     # Watch

@@ -202,3 +202,24 @@ def test_a_lock_that_its_holder_removed_is_made_anew_by_whoever_waited(tmp_path:
         assert waiting.poll() is None
     waiting.communicate(timeout=20)
     assert waiting.returncode == 0
+
+
+def test_a_process_says_that_it_only_waits_for_others(tmp_path: Path) -> None:
+    process, pipe = run(tmp_path, 'process.waiting("waiting for the engine")')
+    assert messages(pipe) == [Progress("waiting for the engine", waits=True)]
+    end(process, pipe)
+
+
+def test_what_was_made_before_a_process_settled_is_not_looked_at_any_more(tmp_path: Path) -> None:
+    body = """
+        import gc
+        from mii.launch.loop import importing, settle
+        with importing():
+            assert not gc.isenabled()
+            import mii.config
+        assert gc.isenabled()
+        settle()
+        assert gc.get_freeze_count() > 10_000 and len(gc.get_objects()) < 1_000
+    """
+    process, pipe = run(tmp_path, body)
+    assert messages(pipe) == [] and end(process, pipe) == b"" and process.returncode == 0
