@@ -101,6 +101,9 @@ def deployment(row: Row, folder: Path) -> Iterator[Cluster]:
     options = Options(step_seconds=row.streams / row.rate, max_running=row.streams, record=str(folder))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MII_CACHE_PATH", str(folder))
+        patch.setenv(
+            "PYTHONPATH", str(Path(__file__).resolve().parent.parent), prepend=os.pathsep
+        )  # of the stand-in's process
         with running_cluster(patch, folder / "model", replicas=1, options=options, **http_options()) as cluster:
             yield cluster
             # In order, so that the engine writes its file; the stop in a hurry that follows finds it gone.

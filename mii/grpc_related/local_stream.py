@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from mii.grpc_related.options import MAX_MESSAGE_BYTES
 from mii.grpc_related.proto.modelresponse_pb2 import CallerMessage
@@ -56,6 +57,11 @@ class _End(asyncio.Protocol):
         self.ended = False
         self.heard_at = self._loop.time()
         """When something came last."""
+
+    @property
+    def behind(self) -> bool:
+        """Whether messages wait to be read."""
+        return bool(self._unread)
 
     async def read(self) -> bytes | None:
         """The next message; None when the other end has closed and there are no more."""
@@ -201,6 +207,8 @@ class LocalCall:
         loop = asyncio.get_running_loop()
         if end.ended:
             return
+        if end.behind:  # nobody reads here; what the server says comes later
+            end.heard_at = loop.time()
         if loop.time() - end.heard_at > self._silence:
             end.abort()
             return
@@ -220,9 +228,10 @@ class LocalStream:
         self.write = end.write
 
     async def messages(self) -> AsyncIterator[CallerMessage]:
-        """What the caller says, until it is gone."""
-        while (message := await self._end.read()) is not None:
-            yield CallerMessage.FromString(message)
+        """What the caller says, until it is gone or says what is no message."""
+        with contextlib.suppress(DecodeError):
+            while (message := await self._end.read()) is not None:
+                yield CallerMessage.FromString(message)
 
 
 class LocalServer:

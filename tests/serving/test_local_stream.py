@@ -132,9 +132,9 @@ def test_whoever_writes_waits_for_a_reader_that_takes_nothing(tmp_path: Path) ->
             written = number
 
     async def main() -> None:
-        async with serving(tmp_path, talk, silence=10) as (_, call):
+        async with serving(tmp_path, talk) as (_, call):
             await call.read()
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(4 * SILENCE_SECONDS)  # who does not read does not take the server for dead
             assert written < 1000
             rest = [await call.read() for _ in range(1999)]
             assert rest[-1] == message(2000, 300) and written == 2000
@@ -153,11 +153,12 @@ def test_a_caller_that_goes_away_ends_the_stream(tmp_path: Path) -> None:
     in_loop(main())
 
 
-def test_bytes_that_are_no_message_end_the_stream_and_nothing_else(tmp_path: Path) -> None:
+@pytest.mark.parametrize("noise", [(MAX_MESSAGE_BYTES + 1).to_bytes(4, "little"), b"\x03\0\0\0\xff\xff\xff"])
+def test_bytes_that_are_no_message_end_the_stream_and_nothing_else(tmp_path: Path, noise: bytes) -> None:
     async def main() -> None:
         async with serving(tmp_path) as (_, call):
             reader, writer = await asyncio.open_unix_connection(str(tmp_path / "x.sock"))
-            writer.write((MAX_MESSAGE_BYTES + 1).to_bytes(4, "little"))
+            writer.write(noise)
             assert await asyncio.wait_for(reader.read(), 5) == b""
             writer.close()
             await call.write(message(1))

@@ -48,8 +48,9 @@ def addresses() -> dict[str, tuple[str, int] | str]:
     assert state is not None
     ports = [(process.role, port) for process in state.processes for port in process.ports.values()]
     found: dict[str, tuple[str, int] | str] = {f"{role}:{port}": ("127.0.0.1", port) for role, port in ports}
-    found["engine socket"] = folder.engine_address(0).removeprefix("ipc://")
-    assert len(found) == len(ports) + 1 and len(ports) >= 3
+    sockets = {path.name: str(path) for path in folder.run.glob("*.sock")}
+    assert {"engine-0.sock", "calls.sock", "control.sock"} <= sockets.keys() and len(ports) >= 3
+    found |= sockets
     return found
 
 
