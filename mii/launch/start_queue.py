@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from mii.launch.child import Child
+from mii.launch.state import BALANCER
 
 __all__ = ["StartQueue"]
 
@@ -28,7 +29,9 @@ class StartQueue:
 
     def __init__(self, children: Sequence[Child], cores: int) -> None:
         engines = [child for child in children if child.spec.group]
-        self._others = deque(child for child in children if not child.spec.group)
+        others = [child for child in children if not child.spec.group]
+        # The load balancer finds the fronts there; else it would look for them again in a moment of its own choice.
+        self._others = deque(sorted(others, key=lambda child: child.spec.role == BALANCER))
         self._due = engines
         self._room = max(1, cores - len(engines))
         self._started: dict[Child, float] = {}

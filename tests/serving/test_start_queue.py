@@ -34,15 +34,15 @@ def say(child: Child, message: Message) -> None:
 
 def test_on_two_cores_the_engine_has_one_and_the_others_follow_one_another(children: dict[str, Child]) -> None:
     queue = StartQueue(list(children.values()), cores=2)
-    assert roles(queue.take()) == [ENGINE, BALANCER]
+    assert roles(queue.take()) == [ENGINE, FRONT]
     assert roles(queue.take()) == [] and queue
-    say(children[BALANCER], Progress("importing gRPC"))
+    say(children[FRONT], Progress("importing gRPC"))
     say(children[ENGINE], Ready())
     assert roles(queue.take()) == []
-    say(children[BALANCER], Progress("waiting for a replica", waits=True))
-    assert roles(queue.take()) == [FRONT]
-    say(children[FRONT], Ready())
+    say(children[FRONT], Progress("waiting for the engine", waits=True))
     assert roles(queue.take()) == [GATEWAY]
+    say(children[GATEWAY], Ready())
+    assert roles(queue.take()) == [BALANCER]
     assert not queue and queue.take() == []
 
 
@@ -53,7 +53,7 @@ def test_with_cores_for_all_they_start_at_once(children: dict[str, Child]) -> No
 
 
 def test_on_a_single_core_they_start_too(children: dict[str, Child]) -> None:
-    assert roles(StartQueue(list(children.values()), cores=1).take()) == [ENGINE, BALANCER]
+    assert roles(StartQueue(list(children.values()), cores=1).take()) == [ENGINE, FRONT]
 
 
 def test_one_that_says_nothing_holds_the_others_up_for_a_while_only(
@@ -61,5 +61,5 @@ def test_one_that_says_nothing_holds_the_others_up_for_a_while_only(
 ) -> None:
     monkeypatch.setattr(start_queue, "_BUSY_SECONDS", 0.0)
     queue = StartQueue(list(children.values()), cores=2)
-    assert roles(queue.take()) == [ENGINE, BALANCER]
-    assert roles(queue.take()) == [FRONT]
+    assert roles(queue.take()) == [ENGINE, FRONT]
+    assert roles(queue.take()) == [GATEWAY]
