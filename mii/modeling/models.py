@@ -14,6 +14,7 @@ from mii.modeling.decoder import Decoder
 from mii.modeling.experts import ExpertStack
 from mii.modeling.families import FAMILIES, Family, Target
 from mii.modeling.parameters import Linear, Parameter, Placement
+from mii.modeling.spec import ConfigReader
 from mii.ops.all_reduce import Group
 from mii.progress import progress_bar
 
@@ -25,16 +26,25 @@ def find_family(config: Mapping[str, Any]) -> Family:
     """The family of a config, by its `architectures`.
 
     Raises:
-        UnsupportedModelError: None of them is known; the message lists those that are.
+        UnsupportedModelError: None of them is known, and the message lists those that are; or weights are quantised.
+        CheckpointError: It is no list of names.
     """
+    if config.get("quantization_config"):
+        quantised = ConfigReader(config).fields("quantization_config")
+        raise UnsupportedModelError(
+            f"config.json: the weights are quantised ('quant_method' is {quantised.get('quant_method')!r}). Take a "
+            "checkpoint in bf16, fp16 or fp32, or a GGUF file, which may be quantised."
+        )
     names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"config.json: 'architectures' must be a list of names, and it is {names!r}.")
     for name in names:
         if name in FAMILIES:
             return FAMILIES[name]
     by_type = {family.name: family for family in FAMILIES.values()}
-    if not names and config.get("model_type") in by_type:
-        return by_type[config["model_type"]]
-    given = ", ".join(map(str, names)) or f"model_type {config.get('model_type')!r}"
+    if not names and str(config.get("model_type")) in by_type:
+        return by_type[str(config["model_type"])]
+    given = ", ".join(names) or f"model_type {config.get('model_type')!r}"
     raise UnsupportedModelError(
         f"The model's architecture is {given}; supported are {', '.join(sorted(FAMILIES))}. "
         "docs/adding-a-model.md shows how to add one."

@@ -17,21 +17,21 @@ from typing import Any
 import torch
 
 from mii.errors import CheckpointError
-from mii.modeling.spec import ConfigReader, RopeSpec
+from mii.modeling.spec import ConfigReader, RopeSpec, is_above_zero
 
 
 def read_rope(config: Mapping[str, Any], head_dim: int, *, default_theta: float = 10000.0) -> RopeSpec:
     """Reads rotary settings in both forms that configs come in: `rope_theta` + `rope_scaling`, or `rope_parameters`."""
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    if not isinstance(given, Mapping):
-        raise CheckpointError(f"config.json: 'rope_scaling' must be null or an object, and it is {given!r}.")
-    scaling = dict(given)
+    forms = ConfigReader(config)
+    scaling = dict(forms.fields("rope_parameters") or forms.fields("rope_scaling"))
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     kind = _OLD_NAMES.get(kind, kind) if isinstance(kind, str) else repr(kind)
     if kind not in _FREQUENCIES:
         raise CheckpointError(f"config.json: rope type {kind!r} is not known; supported are {', '.join(_FREQUENCIES)}.")
     read = ConfigReader({**config, **{name: value for name, value in scaling.items() if value is not None}})
     theta = read.number("rope_theta", default_theta)
+    if theta <= 1:
+        raise CheckpointError(f"config.json: 'rope_theta' must be a number above 1, and it is {theta:g}.")
     scaling.setdefault("max_position_embeddings", config.get("max_position_embeddings"))
     # Phi-3 keeps the trained length beside the other settings, and there it counts.
     if config.get("original_max_position_embeddings"):
@@ -56,7 +56,7 @@ def context_length(rope: RopeSpec | None, max_positions: int) -> int:
     """How many tokens a model can hold: interpolation by a factor stretches the length that it was trained on."""
     if rope is None or rope.kind not in ("linear", "dynamic", "yarn"):
         return max_positions
-    trained = rope.scaling.get("original_max_position_embeddings") if rope.kind == "yarn" else max_positions
+    trained = _optional(rope, "original_max_position_embeddings") if rope.kind == "yarn" else None
     return max(max_positions, int((trained or max_positions) * _number(rope, "factor")))
 
 
@@ -121,7 +121,7 @@ def _inverse_powers(theta: float, width: int, factors: torch.Tensor | float = 1.
 
 def _number(spec: RopeSpec, name: str) -> float:
     value = spec.scaling.get(name)
-    if not _above_zero(value):
+    if not is_above_zero(value):
         raise CheckpointError(f"config.json: rope type {spec.kind!r} needs '{name}' above 0, and it is {value!r}.")
     return float(spec.scaling[name])
 
@@ -131,13 +131,9 @@ def _optional(spec: RopeSpec, name: str) -> float | None:
     return _number(spec, name) if spec.scaling.get(name) not in (None, 0) else None
 
 
-def _above_zero(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-
-
 def _trained(spec: RopeSpec) -> int:
     """The trained length, which the extended one may have taken the place of in the config."""
-    return int(spec.scaling.get("original_max_position_embeddings") or _number(spec, "max_position_embeddings"))
+    return int(_optional(spec, "original_max_position_embeddings") or _number(spec, "max_position_embeddings"))
 
 
 def _default(spec: RopeSpec) -> tuple[torch.Tensor, float]:
@@ -174,7 +170,7 @@ def _long(spec: RopeSpec) -> tuple[torch.Tensor, float]:
 def _stretched(spec: RopeSpec, name: str) -> tuple[torch.Tensor, float]:
     """Each frequency over its own factor; attention grows with the stretch, by the root of its logarithm."""
     factors, half = spec.scaling.get(name), spec.rotary_dim // 2
-    if not isinstance(factors, list) or len(factors) != half or not all(_above_zero(each) for each in factors):
+    if not isinstance(factors, list) or len(factors) != half or not all(is_above_zero(each) for each in factors):
         count = len(factors) if isinstance(factors, list) else repr(factors)
         raise CheckpointError(
             f"config.json: rope type 'longrope' needs '{name}' with {half} numbers above 0, one for each frequency, "

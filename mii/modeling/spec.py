@@ -4,6 +4,7 @@ names.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypedDict
@@ -309,7 +310,7 @@ class ConfigReader:
         value = self.config.get(name)
         if value is None:
             return default
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        if not is_above_zero(value):
             raise CheckpointError(f"config.json: '{name}' must be a number above 0, and it is {value!r}.")
         return float(value)
 
@@ -323,9 +324,16 @@ class ConfigReader:
 
     def choice(self, name: str, choices: Mapping[str, str], default: str) -> str:
         value = self.config.get(name) or default
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             raise CheckpointError(f"config.json: '{name}' is {value!r}; supported are {', '.join(sorted(choices))}.")
         return choices[value]
+
+    def fields(self, name: str) -> Mapping[str, Any]:
+        """An object's fields; none where it is missing or null."""
+        value = self.config.get(name)
+        if value is not None and not isinstance(value, Mapping):
+            raise CheckpointError(f"config.json: '{name}' must be null or an object, and it is {value!r}.")
+        return value or {}
 
     def layers(self, name: str, count: int) -> tuple[int, ...]:
         """Numbers of layers, below `count`; none where the field is missing."""
@@ -374,6 +382,11 @@ class ConfigReader:
             "windows": (0,) * layers,
             "attention_scale": head_dim**-0.5,
         }
+
+
+def is_above_zero(value: Any) -> bool:
+    """Whether a config's value is a finite number above 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 ACTIVATIONS = {

@@ -44,10 +44,10 @@ def ropes(config: Mapping[str, Any], head_dim: int) -> tuple[RopeSpec, RopeSpec]
     """Rotations of the full layers and of those with a window: in `rope_parameters` by the layers' kind, or in fields
     of their own, where the scaling belongs to the full layers.
     """
-    by_kind = config.get("rope_parameters") or {}
-    parameters = [by_kind.get(kind) or {} for kind in ("full_attention", "sliding_attention")]
-    if config.get("rope_scaling"):
-        parameters[0] = {**parameters[0], **config["rope_scaling"]}
+    read = ConfigReader(config)
+    by_kind = ConfigReader(read.fields("rope_parameters"))
+    parameters = [by_kind.fields(kind) for kind in ("full_attention", "sliding_attention")]
+    parameters[0] = {**parameters[0], **read.fields("rope_scaling")}
     thetas = (config.get("rope_theta") or 1e6, config.get("rope_local_base_freq") or 1e4)
     full, local = (
         read_rope(

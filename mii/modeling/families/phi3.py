@@ -8,13 +8,13 @@ from typing import Any
 
 from mii.modeling.families import llama
 from mii.modeling.families.base import Family, Target
-from mii.modeling.spec import ModelSpec
+from mii.modeling.spec import ConfigReader, ModelSpec
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     config = {**_DEFAULTS, **config, "attention_bias": False, "mlp_bias": False}
     for form in ("rope_scaling", "rope_parameters"):
-        scaling = config.get(form) or {}
+        scaling = ConfigReader(config).fields(form)
         if "yarn" in (scaling.get("type"), scaling.get("rope_type")):  # what the first of these models called it
             config[form] = {**scaling, "type": "longrope", "rope_type": "longrope"}
     spec = llama.read_spec(config)
