@@ -161,7 +161,9 @@ def test_a_start_that_takes_too_long_is_ended(stand_ins: StandIns) -> None:
 
 def test_a_program_that_cannot_be_started_is_named(stand_ins: StandIns, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StandIns, "_command", lambda *_: ["/nowhere/python"])
-    with pytest.raises(DeploymentError, match=r"balancer: it cannot be started: .*No such file.*/nowhere/python"):
+    with pytest.raises(
+        DeploymentError, match=r"replica-0-front: it cannot be started: .*No such file.*/nowhere/python"
+    ):
         MIIServer(config())
 
 
