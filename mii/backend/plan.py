@@ -18,6 +18,7 @@ import msgspec
 import mii
 from mii.backend.cpus import cores_by_place, split_cores
 from mii.config import MIIConfig
+from mii.config.model import is_this_host
 from mii.config.placement import local_gpu_count
 from mii.errors import PlacementError
 from mii.launch.folder import DeploymentFolder
@@ -58,15 +59,14 @@ def make_plan(
     processes = [] if config.replica_only else [_python(folder, "load_balancer", BALANCER, no_gpu)]
     replicas = zip(config.model_conf.replica_configs, _devices(config, machine), strict=True)
     for index, (replica, ranks) in enumerate(replicas):
-        if replica.is_local:
-            processes.append(_python(folder, "front", front_role(index), no_gpu, index))
-            processes.extend(_engine(folder, index, rank, *where) for rank, where in enumerate(ranks))
-        else:
-            check_launcher(config, replica.hostname)
-            processes.append(_python(folder, "remote", front_role(index), no_gpu, index))
-            processes.extend(
-                _engine(folder, index, rank, no_gpu, (), "remote") for rank in range(config.model_conf.tensor_parallel)
-            )
+        module = "front" if replica.is_local else "remote"
+        processes.append(_python(folder, module, front_role(index), no_gpu, index))
+        for rank, where in enumerate(ranks):
+            if where is None:
+                check_launcher(config, replica.host_of(rank))
+                processes.append(_engine(folder, index, rank, no_gpu, (), "remote"))
+            else:
+                processes.append(_engine(folder, index, rank, *where))
     if config.enable_restful_api:
         processes.append(_python(folder, "gateway", GATEWAY, no_gpu))
     processes = [msgspec.structs.replace(spec, command=[machine.python, *spec.command[1:]]) for spec in processes]
@@ -109,24 +109,28 @@ def _engine(
     return msgspec.structs.replace(spec, group=engine_role(replica))
 
 
-def _devices(config: MIIConfig, machine: Machine) -> list[list[_Place]]:
+def _devices(config: MIIConfig, machine: Machine) -> list[list[_Place | None]]:
     """What each rank of each replica's engine runs on: variables that say so, and cores (none: all of them).
 
-    Replicas on other hosts get nothing: their launcher sees to it.
+    None for one on another host: its launcher sees to it.
     """
     replicas = config.model_conf.replica_configs
     gpus = 0 if config.model_conf.device == "cpu" else local_gpu_count(machine.visible)
     pool = _pool(gpus, machine.visible)
     size = config.model_conf.tensor_parallel
-    engines = size * sum(replica.is_local for replica in replicas)
+    engines = sum(is_this_host(replica.host_of(rank)) for replica in replicas for rank in range(size))
     shares = iter(split_cores(cores_by_place(machine.cores), max(1, engines)))
-    devices: list[list[_Place]] = []
+    devices: list[list[_Place | None]] = []
     for replica in replicas:
-        places: list[_Place] = []
-        for rank in range(size if replica.is_local else 0):
-            local_rank = {"LOCAL_RANK": str(rank)} if size > 1 else {}
+        places: list[_Place | None] = []
+        for rank in range(size):
+            if not is_this_host(replica.host_of(rank)):
+                places.append(None)
+                continue
+            seen, own = replica.seen_by(rank)
+            local_rank = {"LOCAL_RANK": str(own)} if size > 1 else {}
             if gpus:
-                places.append(({_VISIBLE: _names(replica.gpu_indices, pool), **local_rank}, []))
+                places.append(({_VISIBLE: _names(seen, pool), **local_rank}, []))
                 continue
             cores = next(shares) if engines > 1 else []
             threads = {_THREADS: str(len(cores))} if cores and not machine.threads else {}

@@ -222,6 +222,12 @@ def _check_replica(replica: ReplicaConfig, index: int, tensor_parallel: int) -> 
                 f"replica_configs[{index}].{name} has {count} entries and tensor_parallel is {tensor_parallel}; give "
                 "one for each process, or leave replica_configs out"
             )
+    hosts = replica.rank_hosts
+    if hosts and (len(hosts) != tensor_parallel or hosts[0] != replica.hostname):
+        raise PlacementError(
+            f"replica_configs[{index}].rank_hosts is {hosts}; give {tensor_parallel} hosts, of which the first is "
+            f"hostname ({replica.hostname!r}), or leave it out"
+        )
 
 
 def _named(config: MIIConfig) -> dict[str, int]:

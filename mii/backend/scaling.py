@@ -152,7 +152,8 @@ class _Request:
     def _place(self, config: MIIConfig, more: int, added: DeviceMap | None, machine: Machine) -> list[Placement]:
         model = config.model_conf
         taken = [
-            Placement(replica.hostname or "localhost", tuple(replica.gpu_indices)) for replica in model.replica_configs
+            Placement(replica.hostname or "localhost", tuple(replica.gpu_indices), tuple(replica.rank_hosts))
+            for replica in model.replica_configs
         ]
         wanted = model.model_copy(update={"replica_num": len(taken) + more, "device_map": added or model.device_map})
         slots = available_slots(config.hostfile, wanted, machine.visible)

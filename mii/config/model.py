@@ -43,7 +43,8 @@ _DTYPES = {
 class ReplicaConfig(ConfigModel):
     """Where one replica of a deployment runs and which ports it uses."""
 
-    hostname: str = Field(default="", description="host of all its processes")
+    hostname: str = Field(default="", description="host of its front and its first process")
+    rank_hosts: list[str] = Field(default=[], description="host of each process; empty: all are on `hostname`")
     tensor_parallel_ports: list[Port] = Field(default=[], description="gRPC port of each process")
     torch_dist_port: Port | None = Field(default=None, description="torch's rendezvous port")
     gpu_indices: list[NonNegativeInt] = Field(default=[], description="device of each process, as the host counts them")
@@ -51,14 +52,27 @@ class ReplicaConfig(ConfigModel):
 
     @property
     def is_local(self) -> bool:
-        """Whether it runs on this machine."""
-        host = socket.gethostname()
-        return self.hostname in ("", "localhost", "127.0.0.1", host, host.partition(".")[0])
+        """Whether its front and first process run on this machine."""
+        return is_this_host(self.hostname)
+
+    def host_of(self, rank: int) -> str:
+        """The host of one of its processes."""
+        return self.rank_hosts[rank] if self.rank_hosts else self.hostname
+
+    def seen_by(self, rank: int) -> tuple[list[int], int]:
+        """The devices that one of its processes sees, and which of these is its own."""
+        return ([self.gpu_indices[rank]], 0) if self.rank_hosts else (self.gpu_indices, rank)
 
     @property
     def address(self) -> str:
         """``host:port`` of its front, which speaks gRPC."""
         return f"{'127.0.0.1' if self.is_local else self.hostname}:{self.tensor_parallel_ports[0]}"
+
+
+def is_this_host(host: str) -> bool:
+    """Whether a host's name, or none, is this machine's."""
+    name = socket.gethostname()
+    return host in ("", "localhost", "127.0.0.1", name, name.partition(".")[0])
 
 
 def world_size() -> int:

@@ -1,7 +1,7 @@
 """Which device of which host, and which ports, each replica of a deployment gets.
 
 A host has slots: its GPUs, or on a CPU deployment as many as the replicas need. A replica takes `tensor_parallel` slots
-of one host.
+of one host; where no host has so many left, of several.
 
 Example:
     >>> [p.devices for p in place_replicas("auto", {"node": 4}, replica_num=2, tensor_parallel=2)]
@@ -39,10 +39,11 @@ _LAST_PORT = 65535
 
 @dataclass(frozen=True)
 class Placement:
-    """Where one replica runs: a host, and the device of each of its processes."""
+    """Where one replica runs: a host, and the device of each of its processes. `hosts`: of each, where they differ."""
 
     host: str
     devices: tuple[int, ...]
+    hosts: tuple[str, ...] = ()
 
 
 def read_hostfile(path: str | os.PathLike[str]) -> dict[str, int]:
@@ -138,7 +139,8 @@ def _highest_device(device_map: str | DeviceMap) -> int:
 def place_replicas(
     device_map: str | DeviceMap, slots: Mapping[str, int], replica_num: int, tensor_parallel: int
 ) -> list[Placement]:
-    """A host and devices for each replica: as `device_map` says, or host by host from device 0 up for ``"auto"``.
+    """A host and devices for each replica: as `device_map` says, or host by host from device 0 up for ``"auto"``, and
+    then over several hosts from what each has left.
 
     Args:
         device_map: ``"auto"`` or {host: [[device of each process] of each replica]}.
@@ -152,7 +154,7 @@ def place_replicas(
     """
     if isinstance(device_map, str):
         assert device_map == DEVICE_MAP_DEFAULT, device_map
-        placements = _automatic(slots, (), tensor_parallel)[:replica_num]
+        placements = _automatic(slots, (), tensor_parallel)[:replica_num]  # whole ones first
     else:
         placements = _groups_of(device_map)
         _check_map(placements, slots, (), tensor_parallel)
@@ -160,7 +162,7 @@ def place_replicas(
         have = ", ".join(f"{host}: {count}" for host, count in slots.items())
         raise PlacementError(
             f"replica_num={replica_num} with tensor_parallel={tensor_parallel} needs {replica_num} groups of "
-            f"{tensor_parallel} device(s) on one host each; there is room for {len(placements)} (devices: {have}). "
+            f"{tensor_parallel} device(s); there is room for {len(placements)} (devices: {have}). "
             "Lower replica_num or tensor_parallel, or give more devices in device_map or the hostfile"
         )
     if len(placements) > replica_num:
@@ -215,12 +217,17 @@ def place_more(
 
 
 def _automatic(slots: Mapping[str, int], taken: Sequence[Placement], tensor_parallel: int) -> list[Placement]:
-    """All that fit on what is free, host by host."""
-    here, placements = _devices_of(taken), []
+    """All that fit on what is free: whole ones host by host, then those of what the hosts have left."""
+    here, placements, left = _devices_of(taken), [], []
     for host, count in slots.items():
         free = [device for device in range(count) if (host, device) not in here]
-        firsts = range(0, len(free) - tensor_parallel + 1, tensor_parallel)
+        whole = len(free) - len(free) % tensor_parallel
+        firsts = range(0, whole, tensor_parallel)
         placements += [Placement(host, tuple(free[first : first + tensor_parallel])) for first in firsts]
+        left += [(host, device) for device in free[whole:]]
+    for first in range(0, len(left) - tensor_parallel + 1, tensor_parallel):
+        hosts, devices = zip(*left[first : first + tensor_parallel], strict=True)
+        placements.append(Placement(hosts[0], devices, hosts))
     return placements
 
 
@@ -229,7 +236,11 @@ def _groups_of(device_map: DeviceMap) -> list[Placement]:
 
 
 def _devices_of(placements: Sequence[Placement]) -> set[tuple[str, int]]:
-    return {(placement.host, device) for placement in placements for device in placement.devices}
+    return {
+        (placement.hosts[rank] if placement.hosts else placement.host, device)
+        for placement in placements
+        for rank, device in enumerate(placement.devices)
+    }
 
 
 def _check_map(
@@ -273,6 +284,7 @@ def make_replica_configs(model: ModelConfig, port_number: int, placements: Seque
     return [
         ReplicaConfig(
             hostname=placement.host,
+            rank_hosts=list(placement.hosts),
             tensor_parallel_ports=list(range(first_ports[index], first_ports[index] + tensor_parallel)),
             torch_dist_port=model.torch_dist_port + TORCH_DIST_PORT_STRIDE * index,
             gpu_indices=list(placement.devices),

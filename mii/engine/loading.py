@@ -198,7 +198,7 @@ def _max_length(config: ModelConfig, manager: DSStateManagerConfig, spec: ModelS
 
 def _sharing(device: torch.device, group: Group | None) -> int:
     """How many ranks take their memory from the same device."""
-    return group.size if group is not None and group.is_local and device.type == "cpu" else 1
+    return group.local_size if group is not None and device.type == "cpu" else 1
 
 
 def _check_weights_fit(

@@ -86,6 +86,10 @@ class DeploymentFolder:
         """Where the engine process of a replica (the first rank) listens for its front."""
         return self.socket(f"engine-{replica}")
 
+    def meeting_file(self, replica: int) -> Path:
+        """Where the ranks of a replica that is divided over hosts find the first one; all hosts see it."""
+        return self.path / f"replica-{replica}-meeting"
+
     def read_token(self) -> str:
         """The deployment's secret; a caller shows it as gRPC metadata ``mii-token`` to end the deployment."""
         return (self.path / "token").read_text(encoding="ascii").strip()

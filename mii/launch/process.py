@@ -165,21 +165,24 @@ class Process:
         model = self.config.model_conf
         changes: dict[str, object] = {"device_map": DEVICE_MAP_DEFAULT, "progress": True}
         mine = self.replica_config
-        sharing = sum(
-            replica.hostname == mine.hostname or (replica.is_local and mine.is_local)
-            for replica in model.replica_configs
-        )
+        here, ranks = mine.host_of(self.rank), range(model.tensor_parallel)
+        sharing = sum(any(_is_same(replica.host_of(rank), here) for rank in ranks) for replica in model.replica_configs)
         if sharing > 1 and os.environ.get("CUDA_VISIBLE_DEVICES") == "":
             whole = model.memory_fraction if "memory_fraction" in model.model_fields_set else _CPU_MEMORY_FRACTION
             changes["memory_fraction"] = whole / sharing
         return model.model_copy(update=changes)
 
     @property
+    def is_elsewhere(self) -> bool:
+        """Whether the supervisor is on another host."""
+        return bool(self._mark)
+
+    @property
     def listen_host(self) -> str:
         """The address that a front listens on: this machine's own unless the load balancer is on another one."""
         if self.config.replica_only:
             return self.config.host
-        return "127.0.0.1" if self.replica_config.is_local and not self._mark else "0.0.0.0"
+        return "127.0.0.1" if self.replica_config.is_local and not self.is_elsewhere else "0.0.0.0"
 
     @cached_property
     def token(self) -> str:
@@ -269,6 +272,12 @@ class Process:
             return
         with contextlib.suppress(OSError):  # the supervisor is gone, and so is this process in a moment
             os.write(self._control_fd, self._mark + _encode(message) + b"\n")
+
+
+def _is_same(host: str, other: str) -> bool:
+    from mii.config.model import is_this_host
+
+    return host == other or (is_this_host(host) and is_this_host(other))
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

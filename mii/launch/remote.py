@@ -1,4 +1,4 @@
-"""Stands in for a process of a replica on another host: brings it up there through DeepSpeed's launcher.
+"""Stands in for a process that is on another host: brings it up there through DeepSpeed's launcher.
 
     python -m mii.launch.remote <folder of the deployment> <role>
 
@@ -46,7 +46,7 @@ from mii.launch.process import (
     decode_message,
 )
 from mii.launch.reach import check_host
-from mii.launch.state import write_private
+from mii.launch.state import engine_role, write_private
 
 __all__ = ["check_launcher", "launcher_command", "main", "needs_ssh", "run_there", "write_script"]
 
@@ -96,15 +96,15 @@ def launcher_command(config: MIIConfig, replica: ReplicaConfig, script: str, ran
         config: of the deployment.
         replica: where to run.
         script: path there.
-        rank: whose device counts.
+        rank: whose host and device count.
     """
     hosts = ["-H", config.hostfile] if config.hostfile else []
-    device = replica.gpu_indices[rank] if replica.gpu_indices else 0
+    device, host = replica.gpu_indices[rank] if replica.gpu_indices else 0, replica.host_of(rank)
     return [
         *shlex.split(config.launcher),
         *hosts,
-        *("-i", f"{replica.hostname}:{device}"),
-        *("--master_addr", replica.hostname, "--master_port", str(replica.torch_dist_port)),
+        *("-i", f"{host}:{device}"),
+        *("--master_addr", host, "--master_port", str(replica.torch_dist_port)),
         *("--no_ssh_check", "--no_local_rank", "--force_multi"),
         script,
     ]
@@ -124,11 +124,13 @@ def write_script(process: Process, sign: Path) -> str:
 def _place(process: Process) -> dict[str, str]:
     """What the process over there sees of its host."""
     replica, size = process.replica_config, process.config.model_conf.tensor_parallel
+    seen, own = replica.seen_by(process.rank)
+    ranks = sum(replica.host_of(rank) == replica.host_of(process.rank) for rank in range(size))
     if process.config.model_conf.device == "cpu" or process.role.endswith("-front"):
         devices = {_VISIBLE: ""}
     else:
-        devices = {_VISIBLE: ",".join(map(str, replica.gpu_indices))}
-    return {**devices, "LOCAL_RANK": str(process.rank), _RANKS_ENV: str(size)}
+        devices = {_VISIBLE: ",".join(map(str, seen))}
+    return {**devices, "LOCAL_RANK": str(own), _RANKS_ENV: str(ranks)}
 
 
 def run_there(folder: str, role: str, run: str, sign: str, environment: dict[str, str]) -> None:
@@ -168,13 +170,16 @@ def main() -> None:
     """Entry point; see the module."""
     with Process.from_arguments() as process:
         replica, is_front = process.replica_config, process.role.endswith("-front")
-        process.report(f"starting on {replica.hostname}")
+        host = replica.host_of(process.rank)
+        process.report(f"starting on {host}")
         sign, is_first = _new_sign(process.folder, process.role)
+        if process.role == engine_role(process.replica):
+            process.folder.meeting_file(process.replica).unlink(missing_ok=True)  # the others wait for the new one
         if needs_ssh(process.config):
             ports = replica.tensor_parallel_ports[:1] if is_front else []
-            _reach(replica.hostname, process.folder, ports, 0.0 if is_first else process.drain_seconds + _STALE_SECONDS)
+            _reach(host, process.folder, ports, 0.0 if is_first else process.drain_seconds + _STALE_SECONDS)
         command = launcher_command(process.config, replica, write_script(process, sign), process.rank)
-        there = _There(process, command, replica.hostname)
+        there = _There(process, command, host)
         while not there.ready.wait(_LOOK_SECONDS):
             there.check()
             sign.touch()

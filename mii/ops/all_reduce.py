@@ -22,8 +22,8 @@ class Group(Protocol):
 
     rank: int
     size: int
-    is_local: bool
-    """Whether all ranks are on one machine."""
+    local_size: int
+    """How many ranks are on this machine."""
 
     @property
     def num_bytes(self) -> int:

@@ -27,19 +27,26 @@ class Group:
         rank: which one this is.
         size: how many there are.
         device: where the tensors are.
+        address: by which ranks on other machines reach this one; empty: found out by gloo and NCCL.
     """
 
-    def __init__(self, store: Any, rank: int, size: int, device: torch.device) -> None:
+    def __init__(self, store: Any, rank: int, size: int, device: torch.device, address: str = "") -> None:
         self.rank, self.size = rank, size
-        self.is_local = len(set(meet(store, rank, size, "machine", this_machine()))) == 1
-        """Whether all ranks are on this machine."""
+        machines = meet(store, rank, size, "machine", this_machine())
+        self.local_size = machines.count(machines[rank])
+        """How many ranks are on this machine."""
+        self.is_local = self.local_size == size
         self._store = PrefixStore("peers", store)
         self._peers: PeerMemory | SharedPages | None
         if device.type == "cuda":
             self._peers = open_peers(self._store, rank, size, device, self.is_local)
         else:
             self._peers = open_pages(self._store, rank, size, self.is_local)
-        self._ranks = _nccl(store, rank, size) if device.type == "cuda" else _gloo(store, rank, size, self.is_local)
+        self._ranks = (
+            _nccl(store, rank, size)
+            if device.type == "cuda"
+            else _gloo(store, rank, size, "127.0.0.1" if self.is_local else address)
+        )
         meet(store, rank, size, "connected", "")  # who goes on alone may end while others still connect to it
 
     @property
@@ -84,14 +91,14 @@ class Group:
             ranks.shutdown()
 
 
-def _gloo(store: Any, rank: int, size: int, is_local: bool) -> Any:
+def _gloo(store: Any, rank: int, size: int, address: str) -> Any:
     gloo: Any = dist.ProcessGroupGloo
     options = gloo._Options()
     interface = os.environ.get("GLOO_SOCKET_IFNAME")
-    if is_local and not interface:
-        options._devices = [gloo.create_device(hostname="127.0.0.1")]
-    elif interface:
+    if interface:
         options._devices = [gloo.create_device(interface=interface)]
+    elif address:
+        options._devices = [gloo.create_device(hostname=address)]
     else:
         options._devices = [gloo.create_default_device()]
     options._timeout = timedelta(seconds=STEP_SECONDS)

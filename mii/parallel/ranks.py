@@ -50,6 +50,7 @@ class Ranks:
         device: where its tensors are; or why it has none.
         listen: where rank 0 listens for the others: a ``tcp://`` or ``ipc://`` address.
         host: the name by which other machines know rank 0's.
+        address: by which they reach this rank; empty: found out.
         keeps: see `OtherEngine`.
 
     Raises:
@@ -65,6 +66,7 @@ class Ranks:
         *,
         listen: str = "",
         host: str = "",
+        address: str = "",
         keeps: bool = False,
     ) -> None:
         self.rank, self.size, self._keeps = rank, size, keeps
@@ -73,7 +75,7 @@ class Ranks:
             if reason:
                 raise told_by_first(LauncherError(f"rank {other} of {size}: {reason}"))
         assert isinstance(device, torch.device)
-        self.group = Group(PrefixStore("numbers", store), rank, size, device)
+        self.group = Group(PrefixStore("numbers", store), rank, size, device, address)
         self._channel = self._connect(store, listen, host)
 
     def _connect(self, store: Any, listen: str, host: str) -> FirstChannel | OtherChannel:

@@ -170,21 +170,45 @@ def test_replicas_that_are_added_and_do_not_fit_are_refused(
 def test_automatic_placement_uses_each_device_once_or_says_how_many_replicas_fit(
     slots: dict[str, int], replica_num: int, tensor_parallel: int
 ) -> None:
-    room = sum(count // tensor_parallel for count in slots.values())
+    room = sum(slots.values()) // tensor_parallel
     if room < replica_num:
         with pytest.raises(PlacementError, match=f"room for {room} "):
             place_replicas("auto", slots, replica_num, tensor_parallel)
         return
     placements = place_replicas("auto", slots, replica_num, tensor_parallel)
-    used = [(place.host, device) for place in placements for device in place.devices]
+    used = [where for place in placements for where in zip(hosts_of(place), place.devices, strict=True)]
     assert len(placements) == replica_num
     assert len(used) == len(set(used)) == replica_num * tensor_parallel
     assert all(device < slots[host] for host, device in used)
-    # What was placed automatically is also right as a map.
+    # Only what fits on no host is divided over several.
+    whole = [place for place in placements if not place.hosts]
+    assert placements[: len(whole)] == whole
+    assert len(whole) == min(replica_num, sum(count // tensor_parallel for count in slots.values()))
+    assert all(len(set(place.hosts)) > 1 and place.hosts[0] == place.host for place in placements[len(whole) :])
+    # What was placed automatically on single hosts is also right as a map.
     device_map: dict[str, list[list[int]]] = {}
-    for place in placements:
+    for place in whole:
         device_map.setdefault(place.host, []).append(list(place.devices))
-    assert place_replicas(device_map, slots, replica_num, tensor_parallel) == placements
+    if whole:
+        assert place_replicas(device_map, slots, len(whole), tensor_parallel) == whole
+
+
+def hosts_of(place: placement.Placement) -> tuple[str, ...]:
+    return place.hosts or (place.host,) * len(place.devices)
+
+
+def test_a_replica_that_fits_on_no_host_is_divided_over_several() -> None:
+    placements = place_replicas("auto", {"a": 3, "b": 1, "c": 4}, 2, 4)
+    assert [(hosts_of(place), place.devices) for place in placements] == [
+        (("c",) * 4, (0, 1, 2, 3)),
+        (("a", "a", "a", "b"), (0, 1, 2, 0)),
+    ]
+    configs = placement.make_replica_configs(model(tensor_parallel=4), 50050, placements)
+    assert [config.rank_hosts for config in configs] == [[], ["a", "a", "a", "b"]]
+    assert [configs[1].host_of(rank) for rank in range(4)] == ["a", "a", "a", "b"]
+    assert (configs[0].seen_by(2), configs[1].seen_by(2)) == (([0, 1, 2, 3], 2), ([2], 0))
+    more = placement.place_more("auto", {"a": 3, "b": 2, "c": 4}, placements[1:], 1, 1)
+    assert (more[0].host, more[0].devices) == ("b", (1,))
 
 
 def test_replica_ports_are_laid_out_as_documented() -> None:
@@ -192,6 +216,7 @@ def test_replica_ports_are_laid_out_as_documented() -> None:
     first, second = make_replica_configs(model(replica_num=2, tensor_parallel=2), 50050, placements)
     assert first.model_dump() == {
         "hostname": "a",
+        "rank_hosts": [],
         "tensor_parallel_ports": [50051, 50052],
         "torch_dist_port": 29500,
         "gpu_indices": [0, 1],
@@ -199,6 +224,7 @@ def test_replica_ports_are_laid_out_as_documented() -> None:
     }
     assert second.model_dump() == {
         "hostname": "a",
+        "rank_hosts": [],
         "tensor_parallel_ports": [50053, 50054],
         "torch_dist_port": 29600,
         "gpu_indices": [2, 3],

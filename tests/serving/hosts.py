@@ -92,6 +92,10 @@ class Hosts:
         """From now on the other host lets nobody in."""
         self._refuse.touch()
 
+    def cable(self, state: str) -> None:
+        """Cuts ("down") or mends ("up") what joins them; whoever sends hears nothing of it."""
+        _ip("-n", self._names[1], "link", "set", f"mii{os.getpid()}b", state)
+
     def run(self, *words: str, there: bool = False, timeout: float = 180.0) -> subprocess.CompletedProcess[str]:
         """Runs Python with some arguments on the first host, or the other one."""
         process = self.start(*words, there=there)

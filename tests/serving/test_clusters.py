@@ -78,6 +78,68 @@ def test_manifests_follow_the_schemas_of_kubernetes() -> None:
         validator.validate(document, "1.30", strict=True)
 
 
+def fields(*required: str, **properties: Any) -> dict[str, Any]:
+    """An object that has these fields and no others."""
+    names = {name.rstrip("_"): value for name, value in properties.items()}
+    return {"type": "object", "properties": names, "additionalProperties": False, "required": list(required)}
+
+
+TEXT, COUNT = {"type": "string"}, {"type": "integer", "minimum": 0}
+PROBE = fields(
+    httpGet=fields("port", path=TEXT, port={"type": ["integer", "string"]}),
+    periodSeconds=COUNT,
+    timeoutSeconds=COUNT,
+    failureThreshold=COUNT,
+)
+CONTAINER = fields(
+    "name",
+    name={"const": "kserve-container"},  # what KServe looks for among several
+    image=TEXT,
+    command={"type": "array", "items": TEXT},
+    env={"type": "array", "items": fields("name", name=TEXT, value=TEXT)},
+    ports={
+        "type": "array",
+        "items": fields("containerPort", containerPort=COUNT, protocol={"enum": ["TCP", "UDP", "SCTP"]}),
+    },
+    resources=fields(limits={"type": "object", "additionalProperties": {"type": ["integer", "string"]}}),
+    readinessProbe=PROBE,
+)
+INFERENCE_SERVICE = fields(
+    "apiVersion",
+    "kind",
+    "metadata",
+    "spec",
+    apiVersion={"const": "serving.kserve.io/v1beta1"},
+    kind={"const": "InferenceService"},
+    metadata=fields("name", name={"type": "string", "pattern": "^[a-z]([-a-z0-9]*[a-z0-9])?$"}),
+    spec=fields(
+        "predictor",
+        predictor=fields(
+            minReplicas=COUNT,
+            maxReplicas=COUNT,
+            scaleMetric={"enum": ["cpu", "memory", "concurrency", "rps"]},
+            scaleTarget=COUNT,
+            containers={"type": "array", "items": CONTAINER, "minItems": 1},
+        ),
+    ),
+)
+"""The fields of an InferenceService that the manifest uses, with the types that KServe's resource definition gives them
+(v1beta1). The definition itself is two megabytes; the whole manifest was compared with that of 2026-08-21 by hand.
+"""
+
+
+def test_the_manifest_for_kserve_has_fields_of_an_inference_service_only() -> None:
+    jsonschema = pytest.importorskip("jsonschema_rs", reason="pip install schemathesis brings it")
+    (document,) = documents(DOCS / "kubernetes" / "kserve.yaml")
+    jsonschema.validate(INFERENCE_SERVICE, document)
+    document["spec"]["predictor"]["maxReplica"] = 4
+    with pytest.raises(jsonschema.ValidationError, match="maxReplica"):
+        jsonschema.validate(INFERENCE_SERVICE, document)
+    (container,) = containers(document)
+    model = container["command"][2]
+    assert (model, container["env"][0]["name"]) == ("/mnt/models", "STORAGE_URI")  # where KServe puts what it names
+
+
 def test_links_lead_somewhere() -> None:
     targets = re.findall(r"\]\(([^)]+)\)", (DOCS / "clusters.md").read_text())
     assert targets

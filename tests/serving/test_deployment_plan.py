@@ -164,3 +164,24 @@ def test_a_launcher_that_is_missing_is_named_with_the_way_out(
         *((0, f"mii.launch.{what}") for what in ("front", "engine")),
         *((1, f"mii.launch.{what}") for what in ("remote", "remote")),
     ]
+
+
+def test_of_a_replica_that_is_divided_over_hosts_each_process_is_where_its_device_is(
+    hostfile: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "check_launcher", lambda config, host: None)
+    monkeypatch.setattr(plan, "local_gpu_count", lambda visible: 1)
+    config = MIIConfig(model_config={"model_name_or_path": "m", "tensor_parallel": 3}, hostfile=hostfile)
+    config.generate_replica_configs()
+    made = make_plan(config, DeploymentFolder(tmp_path), machine=plan.Machine(sys.executable, "1", "GPU-7", [0], False))
+    engines = [spec for spec in made.processes if spec.replica == 0]
+    assert [(spec.role, spec.command[2]) for spec in engines] == [
+        ("replica-0-front", "mii.launch.front"),
+        ("replica-0-engine", "mii.launch.engine"),
+        ("replica-0-engine-1", "mii.launch.remote"),
+        ("replica-0-engine-2", "mii.launch.remote"),
+    ]
+    assert engines[1].environment == {"CUDA_VISIBLE_DEVICES": "GPU-7", "LOCAL_RANK": "0"}
+    (replica,) = config.model_conf.replica_configs
+    command = remote.launcher_command(config, replica, "/shared/x.py", rank=2)
+    assert command[command.index("-i") + 1] == "elsewhere:1"

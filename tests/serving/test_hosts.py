@@ -28,6 +28,20 @@ served = [[replica["address"], sum(replica["finished"].values())] for replica in
 print(json.dumps([answers, served]))
 """
 
+ASK_ALWAYS = f"""
+import mii
+client = mii.client({NAME!r})
+while True:
+    client.generate({PROMPTS!r}, max_new_tokens=8, do_sample=False)
+    print("answered", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def nine_heads(make_checkpoint: Callable[..., Path]) -> Path:
+    """Made before a test's temporary files are looked at: what writes it leaves some."""
+    return make_checkpoint(**NINE_HEADS)
+
 
 @pytest.fixture
 def hosts(cache: Path, tmp_path: Path) -> Iterator[Hosts]:
@@ -66,19 +80,60 @@ def test_replicas_on_two_hosts_answer_through_one_load_balancer_and_more_come_an
 
 
 def test_a_replica_of_two_ranks_on_the_other_host_answers_as_one_process_and_comes_back(
-    hosts: Hosts, tmp_path: Path, make_checkpoint: Callable[..., Path], cache: Path
+    hosts: Hosts, tmp_path: Path, nine_heads: Path, cache: Path
 ) -> None:
-    model = make_checkpoint(**NINE_HEADS)
-    done = serve(hosts, tmp_path, model, "--tensor-parallel", "2", slots=f"{THERE} slots=2\n")
+    done = serve(hosts, tmp_path, nine_heads, "--tensor-parallel", "2", slots=f"{THERE} slots=2\n")
     assert done.returncode == 0, done.stderr
     answers, served = json.loads(hosts.run("-c", ASK).stdout)
-    with mii.pipeline(str(model), device="cpu", dtype="fp32", progress=False) as pipe:
+    with mii.pipeline(str(nine_heads), device="cpu", dtype="fp32", progress=False) as pipe:
         assert answers == [str(answer) for answer in pipe(PROMPTS, max_new_tokens=8, do_sample=False)]
     assert [address.partition(":")[0] for address, _ in served] == [THERE]
     ranks = [pid for pid, command in processes_of(cache).items() if command.endswith("replica-0-engine-1.py ")]
     os.kill(max(ranks), signal.SIGKILL)
     wait_until(lambda: restarts_of("replica-0-engine-1") == 1 and restarts_of("replica-0-engine") == 1)
     wait_until(lambda: {process.stage for process in processes()} == {"ready"}, 90)
+    assert json.loads(hosts.run("-c", ASK).stdout)[0] == answers
+    assert hosts.run("-m", "mii", "stop", NAME).returncode == 0
+
+
+@pytest.mark.parametrize("first", ["localhost", THERE])
+def test_a_replica_divided_over_both_hosts_answers_as_one_process_and_survives_the_death_of_a_rank_there(
+    first: str, hosts: Hosts, tmp_path: Path, nine_heads: Path, cache: Path
+) -> None:
+    other = THERE if first == "localhost" else "localhost"
+    slots = f"{first} slots=1\n{other} slots=1\n"
+    done = serve(hosts, tmp_path, nine_heads, "--tensor-parallel", "2", slots=slots)
+    assert done.returncode == 0, done.stderr
+    answers, served = json.loads(hosts.run("-c", ASK).stdout)
+    with mii.pipeline(str(nine_heads), device="cpu", dtype="fp32", progress=False) as pipe:
+        assert answers == [str(answer) for answer in pipe(PROMPTS, max_new_tokens=8, do_sample=False)]
+    assert [address.partition(":")[0] for address, _ in served] == ["127.0.0.1" if first == "localhost" else THERE]
+    roles = ("replica-0-engine", "replica-0-engine-1")
+    there = roles[first == "localhost"]
+    ranks = [pid for pid, command in processes_of(cache).items() if command.endswith(f"{there}.py ")]
+    assert set(ranks) & set(hosts.running[1])
+    os.kill(max(ranks), signal.SIGKILL)
+    wait_until(lambda: all(restarts_of(role) == 1 for role in roles), 10)
+    wait_until(lambda: {process.stage for process in processes()} == {"ready"}, 120)
+    assert json.loads(hosts.run("-c", ASK).stdout)[0] == answers
+    assert hosts.run("-m", "mii", "stop", NAME).returncode == 0
+
+
+def test_a_replica_whose_hosts_lose_each_other_ends_within_ten_seconds_and_comes_back_with_them(
+    hosts: Hosts, tmp_path: Path, nine_heads: Path, cache: Path
+) -> None:
+    slots = f"localhost slots=1\n{THERE} slots=1\n"
+    done = serve(hosts, tmp_path, nine_heads, "--tensor-parallel", "2", slots=slots)
+    assert done.returncode == 0, done.stderr
+    answers = json.loads(hosts.run("-c", ASK).stdout)[0]
+    asking = hosts.start("-c", ASK_ALWAYS)
+    assert asking.stdout is not None and asking.stdout.readline()
+    hosts.cable("down")
+    wait_until(lambda: restarts_of("replica-0-engine") == 1, 10)
+    hosts.cable("up")
+    asking.kill()
+    asking.communicate()
+    wait_until(lambda: {process.stage for process in processes()} == {"ready"}, 120)
     assert json.loads(hosts.run("-c", ASK).stdout)[0] == answers
     assert hosts.run("-m", "mii", "stop", NAME).returncode == 0
 
@@ -101,6 +156,8 @@ def test_what_keeps_a_host_from_serving_is_said_in_one_sentence(
         return done.stderr.splitlines()[0]
 
     assert f"host '{NOWHERE}' cannot be reached with ssh: " in refused(host=NOWHERE)
+    divided = ("--tensor-parallel", "2")
+    assert f"host '{NOWHERE}' cannot be reached with ssh: " in refused(*divided, host=f"localhost slots=1\n{NOWHERE}")
     listener = hosts.start("-c", LISTEN, "50051", there=True)
     assert listener.stdout is not None and listener.stdout.readline()
     assert f"port 50051 is taken on host '{THERE}'; choose another port_number" in refused("--port", "50050")
