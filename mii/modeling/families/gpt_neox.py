@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mii.modeling.families.base import Family, Target
+from mii.modeling.families.llama import rotary_spec
 from mii.modeling.families.names import grouped_rows, joint_layer, targets_by_role
-from mii.modeling.rope import context_length, read_rope
-from mii.modeling.spec import ACTIVATIONS, ConfigReader, ModelSpec
+from mii.modeling.spec import ConfigReader, ModelSpec
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     read = ConfigReader(config, {"rope_theta": ("rotary_emb_base",), "partial_rotary_factor": ("rotary_pct",)})
-    sizes = read.sizes(grouped=False)
-    rope = read_rope({"partial_rotary_factor": 0.25, **read.config}, sizes["head_dim"])
-    bias = read.flag("attention_bias", True)
-    return ModelSpec(
-        family="gpt_neox",
-        **sizes,
-        intermediate_size=read.required_integer("intermediate_size"),
-        max_positions=context_length(rope, read.integer("max_position_embeddings", 2048)),
-        norm_eps=read.number("layer_norm_eps", 1e-5),
-        activation=read.choice("hidden_act", ACTIVATIONS, "gelu"),
-        rope=rope,
+    bias, eps = read.flag("attention_bias", True), read.number("layer_norm_eps", 1e-5)
+    return replace(
+        rotary_spec("gpt_neox", read, norm_eps=eps, activation="gelu", rotated=0.25, grouped=False),
         qkv_bias=bias,
         output_bias=bias,
         mlp_bias=True,
-        tied_embeddings=read.flag("tie_word_embeddings"),
         norm="layer",
         norm_bias=True,
         block="parallel_two_norms" if read.flag("use_parallel_residual", True) else "sequential",

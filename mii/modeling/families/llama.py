@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from mii.errors import CheckpointError
@@ -14,20 +15,34 @@ from mii.modeling.spec import ACTIVATIONS, ConfigReader, ModelSpec
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     """Llama's config fields; `attention_bias` biases all four attention projections, `mlp_bias` the MLP."""
     read = ConfigReader(config)
-    sizes = read.sizes()
     bias = read.flag("attention_bias")
-    rope = read_rope(config, sizes["head_dim"])
+    spec = rotary_spec("llama", read, norm_eps=read.number("rms_norm_eps", 1e-6), activation="silu")
+    return replace(spec, qkv_bias=bias, output_bias=bias, mlp_bias=read.flag("mlp_bias"))
+
+
+def rotary_spec(
+    family: str, read: ConfigReader, *, norm_eps: float, activation: str, rotated: float = 1.0, grouped: bool = True
+) -> ModelSpec:
+    """What models with rotary positions read alike.
+
+    Args:
+        family: As in the spec.
+        read: The config.
+        norm_eps: As in the spec.
+        activation: Where the config names none.
+        rotated: Share of a head that is rotated, where the config names none.
+        grouped: As in `ConfigReader.heads`.
+    """
+    sizes = read.sizes(grouped=grouped)
+    rope = read_rope({"partial_rotary_factor": rotated, **read.config}, sizes["head_dim"])
     return ModelSpec(
-        family="llama",
+        family=family,
         **sizes,
         intermediate_size=read.required_integer("intermediate_size"),
         max_positions=context_length(rope, read.integer("max_position_embeddings", 2048)),
-        norm_eps=read.number("rms_norm_eps", 1e-6),
-        activation=read.choice("hidden_act", ACTIVATIONS, "silu"),
+        norm_eps=norm_eps,
+        activation=read.choice("hidden_act", ACTIVATIONS, activation),
         rope=rope,
-        qkv_bias=bias,
-        output_bias=bias,
-        mlp_bias=read.flag("mlp_bias"),
         tied_embeddings=read.flag("tie_word_embeddings"),
     )
 

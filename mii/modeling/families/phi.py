@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from mii.modeling.families.base import Family, Target
+from mii.modeling.families.llama import rotary_spec
 from mii.modeling.families.names import targets_by_role
-from mii.modeling.rope import context_length, read_rope
-from mii.modeling.spec import ACTIVATIONS, ConfigReader, ModelSpec
+from mii.modeling.spec import ConfigReader, ModelSpec
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     read = ConfigReader(config)
-    sizes = read.sizes()
-    rope = read_rope({"partial_rotary_factor": 0.5, **config}, sizes["head_dim"])
-    return ModelSpec(
-        family="phi",
-        **sizes,
-        intermediate_size=read.required_integer("intermediate_size"),
-        max_positions=context_length(rope, read.integer("max_position_embeddings", 2048)),
-        norm_eps=read.number("layer_norm_eps", 1e-5),
-        activation=read.choice("hidden_act", ACTIVATIONS, "gelu_new"),
-        rope=rope,
+    eps = read.number("layer_norm_eps", 1e-5)
+    return replace(
+        rotary_spec("phi", read, norm_eps=eps, activation="gelu_new", rotated=0.5),
         qkv_bias=True,
         output_bias=True,
         mlp_bias=True,
-        tied_embeddings=read.flag("tie_word_embeddings"),
         head_bias=True,
         norm="layer",
         norm_bias=True,
