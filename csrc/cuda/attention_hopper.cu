@@ -1,7 +1,4 @@
 // Launches the Hopper kernel of prompts: heads of 64 and 128 elements on compute capability 9.0.
-//
-// Keys and values are copied in boxes by the copy engine (TMA) for heads of 128 elements without extras. Else threads copy
-// them row by row, which is the faster way there.
 #include <mutex>
 
 #include "attention.cuh"
@@ -11,20 +8,12 @@
 namespace mii {
 namespace {
 
+constexpr int kLongestBox = 64;  // rows: the fewest keys that a tile may end with
+
 // A cache as [rows, head_dim] in boxes of 64 elements by `box_rows` rows; false: the driver does not make one of it.
 bool encode_cache(TensorMap* map, const MiiAttention& a, const void* cache, int box_rows) {
   const int64_t rows = static_cast<int64_t>(a.num_blocks) * a.kv_heads * a.block_size;
   return encode_matrix(map, a.dtype, cache, rows, a.head_dim, a.head_dim, box_rows);
-}
-
-HopperParams with_maps(const AttentionParams& p) {
-  HopperParams params = {p, {}, {}, 0};
-  const int box_rows = p.a.block_size < 64 ? p.a.block_size : 64;
-  const bool in_boxes = p.a.head_dim == 128 && !needs_extras(p.a) &&
-                        encode_cache(&params.k, p.a, p.a.k_cache, box_rows) &&
-                        encode_cache(&params.v, p.a, p.a.v_cache, box_rows);
-  if (in_boxes) params.box_rows = box_rows;
-  return params;
 }
 
 template <int D, void (*kernel)(HopperParams)>
@@ -55,11 +44,15 @@ int32_t launch_head(const HopperParams& params, void* stream) {
 
 bool hopper_serves(const MiiAttention& a) {
   return (a.head_dim == 64 || a.head_dim == 128) && a.max_tokens > a.max_seqs && card().major == 9 &&
-         card().minor == 0;
+         card().minor == 0 && makes_tensor_maps();
 }
 
 int32_t launch_hopper(const AttentionParams& p, void* stream) {
-  const HopperParams params = with_maps(p);
+  HopperParams params = {p, {}, {}, p.a.block_size < kLongestBox ? p.a.block_size : kLongestBox};
+  MII_REQUIRE(encode_cache(&params.k, p.a, p.a.k_cache, params.box_rows) &&
+                  encode_cache(&params.v, p.a, p.a.v_cache, params.box_rows),
+              MII_UNSUPPORTED, "attention: the driver makes no tensor map of %lld blocks of %d tokens for %d KV heads",
+              (long long)p.a.num_blocks, p.a.block_size, p.a.kv_heads);
   return p.a.head_dim == 64 ? launch_head<64>(params, stream) : launch_head<128>(params, stream);
 }
 

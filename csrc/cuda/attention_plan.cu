@@ -15,8 +15,8 @@ struct PlanParams {
   MiiAttention a;
   WorkList work;
   Bounds bounds;
-  int32_t group;
-  bool may_part;  // there is a kernel for prompts alone
+  int32_t group;       // query heads of a KV head
+  int32_t apart_ctas;  // of the kernel for prompts alone; 0: there is none
 };
 
 struct Sequence {
@@ -194,19 +194,22 @@ __device__ int64_t count_key_tiles(const PlanParams& p, int tiles, const int* or
 }
 
 // Writes the prefill items. A row tile with more keys than the average CTA has to work on (of `all`) is split along its
-// keys.
-__device__ int list_prefills(const PlanParams& p, int tiles, int64_t all, const int* order, const int* tile_base,
-                             Shared& shared) {
+// keys; in the kernel for prompts alone, of which a multiprocessor has one CTA, only if it has a quarter more, as the parts
+// have to be joined.
+__device__ int list_prefills(const PlanParams& p, int tiles, int64_t all, bool apart, const int* order,
+                             const int* tile_base, Shared& shared) {
   const int prefills = shared.prefills;
   int2 total;
-  const int limit = max(kMinPrefillPart, static_cast<int>((all * p.a.kv_heads + p.bounds.ctas - 1) / p.bounds.ctas));
+  const int ctas = apart ? p.apart_ctas : p.bounds.ctas;
+  const int average = max(kMinPrefillPart, static_cast<int>((all * p.a.kv_heads + ctas - 1) / ctas));
+  const int limit = apart ? average + average / 4 : average;
   int items = 0, slots = 0;
   for (int i = 0; i < tiles; i += kThreads) {
     const int number = i + threadIdx.x;
     PrefillItem item = {};
     if (number < tiles) item = row_tile(p, prefills, order, tile_base, number);
     const int keys = item.tile_end - item.tile_begin;
-    if (keys > limit) item.parts = (keys + (limit + 1) / 2 - 1) / ((limit + 1) / 2);
+    if (keys > limit) item.parts = (keys + (average + 1) / 2 - 1) / ((average + 1) / 2);
     const int split = item.parts > 1 ? item.parts : 0;
     const int2 before = scan_before(make_int2(item.parts, split), total, shared);
     item.slot = (slots + before.y) * p.a.kv_heads;
@@ -238,8 +241,8 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const __grid_constant__ 
   if (shared.prefills > 0) {
     const int tiles = order_prefills(p, seqs, order, tile_base, shared);
     const int64_t all = count_key_tiles(p, tiles, order, tile_base, shared);
-    header.prompts_apart = p.may_part && kApart * decodes.y <= all * p.a.kv_heads;
-    header.items = list_prefills(p, tiles, all, order, tile_base, shared);
+    header.prompts_apart = p.apart_ctas > 0 && kApart * decodes.y <= all * p.a.kv_heads;
+    header.items = list_prefills(p, tiles, all, header.prompts_apart, order, tile_base, shared);
   }
   cut_axis(p, decodes, decode_base, header, header.prompts_apart || shared.prefills == 0);
   if (threadIdx.x == 0) *p.work.header = header;
@@ -255,7 +258,7 @@ int32_t launch_plan(const MiiAttention& a, Bounds bounds, bool may_part, void* s
   MII_REQUIRE(shared <= static_cast<size_t>(card().shared_per_block), MII_UNSUPPORTED,
               "attention plan: %lld sequences in a step are more than one CTA can list", (long long)a.max_seqs);
   if (shared > 48 * 1024) cudaFuncSetAttribute(plan_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared));
-  const PlanParams p = {a, work_list(a, bounds), bounds, a.q_heads / a.kv_heads, may_part};
+  const PlanParams p = {a, work_list(a, bounds), bounds, a.q_heads / a.kv_heads, may_part ? card().sms : 0};
   return launch("mii_attention_plan", plan_kernel, {dim3(1), dim3(kThreads), shared}, stream, p);
 }
 

@@ -24,11 +24,18 @@ decltype(&cuTensorMapEncodeTiled) find_encoder() {
   return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found ? entry : nullptr);
 }
 
+decltype(&cuTensorMapEncodeTiled) encoder() {
+  static const auto found = find_encoder();
+  return found;
+}
+
 }  // namespace
+
+bool makes_tensor_maps() { return encoder() != nullptr; }
 
 bool encode_matrix(TensorMap* map, int32_t dtype, const void* data, int64_t rows, int64_t columns, int64_t stride,
                    int box_rows) {
-  static const auto encode = find_encoder();
+  const auto encode = encoder();
   if (encode == nullptr || rows <= 0 || columns <= 0 || rows >= int64_t(1) << 31 || columns >= int64_t(1) << 31) return false;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * 2};  // bytes

@@ -5,6 +5,9 @@
 
 namespace mii {
 
+// Whether the driver knows how.
+bool makes_tensor_maps();
+
 // A row-major matrix of a 16-bit format (a MiiDtype), its rows `stride` elements apart, in boxes of 64 elements by `box_rows`
 // rows, swizzled as Panels (wgmma_layout.h) has it; outside it are zeros. False: the driver makes none of it.
 bool encode_matrix(TensorMap* map, int32_t dtype, const void* data, int64_t rows, int64_t columns, int64_t stride,

@@ -63,7 +63,7 @@ def items_of(case: Case, parts: int) -> torch.Tensor:
     return torch.tensor(items, dtype=torch.int32).reshape(-1, 8)
 
 
-def run(library: ctypes.CDLL, case: Case, *, parts: int = 1, boxes: bool = False) -> torch.Tensor:
+def run(library: ctypes.CDLL, case: Case, *, parts: int = 1, ctas: int = 2) -> torch.Tensor:
     """The kernel's answer; rows of sequences that are no prompts keep what they held."""
     shape, batch, out = case.shape, case.batch, case.new_out()
     items = items_of(case, parts)
@@ -80,8 +80,8 @@ def run(library: ctypes.CDLL, case: Case, *, parts: int = 1, boxes: bool = False
         scale=case.scale, softcap=shape.softcap, dtype=abi.DTYPE_CODES[shape.dtype],
     )  # fmt: skip
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (items, counters, partial)]
-    box_rows = min(64, shape.block_size) if boxes else 0
-    failure = library.hopper_on_host(ctypes.byref(args), pointers[0], len(items), *pointers[1:], box_rows, 2)
+    box_rows = min(64, shape.block_size)
+    failure = library.hopper_on_host(ctypes.byref(args), pointers[0], len(items), *pointers[1:], box_rows, ctas)
     assert failure is None, failure.decode()
     assert not bool(counters.any()), "counters are not zero again"
     return out
@@ -100,11 +100,10 @@ def check(library: ctypes.CDLL, case: Case, **options: int) -> None:
     case.check(out)
 
 
-@pytest.mark.parametrize("boxes", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_ragged_chunks_and_prompts(library: ctypes.CDLL, variant: str, boxes: bool) -> None:
+def test_ragged_chunks_and_prompts(library: ctypes.CDLL, variant: str) -> None:
     lengths = [(5, 5), (33, 150), (1, 77), (0, 0), (64, 64), (17, 300)]
-    check(library, make_case(lengths, SHAPE.with_(**VARIANTS[variant])), boxes=boxes)
+    check(library, make_case(lengths, SHAPE.with_(**VARIANTS[variant])))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -112,15 +111,26 @@ def test_ragged_chunks_and_prompts(library: ctypes.CDLL, variant: str, boxes: bo
 @pytest.mark.parametrize("block_size", [16, 32, 128])
 def test_heads_blocks_and_dtypes(library: ctypes.CDLL, block_size: int, head_dim: int, dtype: torch.dtype) -> None:
     shape = SHAPE.with_(q_heads=2, kv_heads=2, head_dim=head_dim, block_size=block_size, dtype=dtype)
-    check(library, make_case([(40, 333), (129, 129)], shape), boxes=True)
+    check(library, make_case([(40, 333), (129, 129)], shape))
 
 
 @pytest.mark.parametrize("window", [0, 200])
 @pytest.mark.parametrize("parts", [2, 3, 5])
 def test_tiles_whose_keys_are_shared(library: ctypes.CDLL, parts: int, window: int) -> None:
-    check(library, make_case([(20, 700), (40, 150)], SHAPE.with_(window=window)), parts=parts, boxes=parts == 3)
+    check(library, make_case([(20, 700), (40, 150)], SHAPE.with_(window=window)), parts=parts)
 
 
 @pytest.mark.parametrize("q_len", [31, 32, 33, 64, 65])
 def test_lengths_around_a_tile(library: ctypes.CDLL, q_len: int) -> None:
     check(library, make_case([(q_len, q_len), (q_len, 128), (q_len, 2 * 128 + 1)], SHAPE))
+
+
+@pytest.mark.parametrize("ctas", [1, 3, 20])
+@pytest.mark.parametrize("window", [0, 30])
+def test_short_tiles_one_after_the_other(library: ctypes.CDLL, window: int, ctas: int) -> None:
+    lengths = [(20, 20), (9, 70), (31, 64), (8, 128), (6, 129), (30, 192), (5, 40)]
+    check(library, make_case(lengths, SHAPE.with_(window=window)), ctas=ctas)
+
+
+def test_no_tiles(library: ctypes.CDLL) -> None:
+    check(library, make_case([(1, 77), (0, 0)], SHAPE))

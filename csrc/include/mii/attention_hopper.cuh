@@ -1,22 +1,34 @@
 // Attention of whole prompts and chunks of them on Hopper: FlashAttention-3's division of labour over the block table.
 //
 // A CTA fills a multiprocessor and takes tile after tile of packed rows (token-major, the query heads of one KV head
-// side by side) from the same list as the kernel for older cards. One warpgroup only copies: queries into two buffers,
-// K and V tiles into a ring, in the order in which they are asked for (K0, K1, V0, K2, V1, ...). Two warpgroups
-// compute, 64 rows each: while one turns scores into weights the other has the tensor cores, and within a warpgroup the
-// weights of one tile are made while the values of the tile before are added up.
+// side by side) from the same list as the kernel for older cards. Of one warpgroup a warp has the copy engine bring K and
+// V tiles into a ring, in the order in which they are asked for (K0, K1, V0, K2, V1, ...), and the others draw tiles and
+// copy their queries, a tile ahead. Two warpgroups compute, 64 rows each: while one turns scores into weights the other
+// has the tensor cores, and within a warpgroup the weights of one tile of keys are made while the values of the tile
+// before are added up. That goes on from one tile of rows to the next: its first scores come with the last values of the
+// one before, so that neither beginning nor end of a tile leaves the tensor cores idle.
 #pragma once
+#include <stddef.h>
+
 #include "mii/attention_queue.cuh"
 #include "mii/attention_score.cuh"
 #include "mii/tensor_map.cuh"
 #include "mii/wgmma.cuh"
 
+#ifndef EXP_EARLY
+#define EXP_EARLY 0
+#endif
+#ifndef EXP_HALF
+#define EXP_HALF 1
+#endif
+
 namespace mii {
 
 constexpr int kHopperThreads = 3 * kWarpgroup;
 constexpr int kHopperConsumers = 2;     // warpgroups that compute
+constexpr int kHopperScouts = 96;       // threads that draw tiles and copy queries
 constexpr int kHopperKeys = 128;        // of a K or V tile
-constexpr int kHopperNotes = 1024;      // bytes of HopperNotes
+constexpr int kHopperNotes = 2048;      // bytes of HopperNotes
 constexpr int kHopperAlignment = 1024;  // of tiles in shared memory
 constexpr int kHopperBudget = 227 * 1024 - kHopperNotes - kHopperAlignment;
 
@@ -36,21 +48,24 @@ struct HopperShape {
 struct HopperParams {
   AttentionParams p;
   TensorMap k, v;  // of the caches as [rows, D], in boxes of 64 elements by `box_rows` rows, swizzled
-  int box_rows;    // 0: no boxes, threads copy every row
+  int box_rows;    // at most a block
 };
 
 struct HopperNotes {
-  static constexpr int kMaxSlots = 8;
-  uint64_t query_full[2], query_free[2];  // barriers
+  static constexpr int kMaxSlots = 8, kTiles = 4;
+  uint64_t query_full[2], query_free[2], tile_full[2];  // barriers
   uint64_t slot_full[kMaxSlots], slot_free[kMaxSlots];
-  PrefillTile tile[2];         // of the queries in each buffer; rows 0: there is no more work
-  int last[kHopperConsumers];  // whether a warpgroup was the last of those that share its rows
+  // Drawn one after the other; rows 0: there is no more work. A tile is drawn when its queries have a buffer: those of
+  // the tile two before are then read to their end, so that its results are the oldest that are still to be stored.
+  PrefillTile tile[kTiles];
+  float2 totals[64 * kHopperConsumers];  // maximum and sum of weights of each row of the tile that is to be stored
+  int last[kHopperConsumers];            // whether a warpgroup was the last of those that share its rows
 };
 static_assert(sizeof(HopperNotes) <= kHopperNotes);
 
 // Numbers of the barriers of threads.
 struct HopperBarrier {
-  static constexpr int kCopiers = 1, kTurn = 2, kGroup = 4;  // kTurn and kGroup: plus the number of the warpgroup
+  static constexpr int kTurn = 2, kGroup = 4;  // plus the number of the warpgroup
 };
 
 #if defined(MII_HOPPER)
@@ -72,167 +87,137 @@ struct HopperMemory {
   MII_DEVICE uint32_t slot(int at) const {
     return base + Shape::kQueries * Shape::Queries::kBytes + at * Shape::Keys::kBytes;
   }
-  MII_DEVICE uint32_t query_full(int buffer) const { return barriers + 8 * buffer; }
-  MII_DEVICE uint32_t query_free(int buffer) const { return barriers + 16 + 8 * buffer; }
-  MII_DEVICE uint32_t slot_full(int at) const { return barriers + 32 + 8 * at; }
-  MII_DEVICE uint32_t slot_free(int at) const { return barriers + 32 + 8 * HopperNotes::kMaxSlots + 8 * at; }
+  MII_DEVICE uint32_t query_full(int buffer) const { return barriers + offsetof(HopperNotes, query_full) + 8 * buffer; }
+  MII_DEVICE uint32_t query_free(int buffer) const { return barriers + offsetof(HopperNotes, query_free) + 8 * buffer; }
+  MII_DEVICE uint32_t tile_full(int buffer) const { return barriers + offsetof(HopperNotes, tile_full) + 8 * buffer; }
+  MII_DEVICE uint32_t slot_full(int at) const { return barriers + offsetof(HopperNotes, slot_full) + 8 * at; }
+  MII_DEVICE uint32_t slot_free(int at) const { return barriers + offsetof(HopperNotes, slot_free) + 8 * at; }
 
   // By one thread, before all others go on.
   MII_DEVICE void init() const {
     constexpr int kWarps = kHopperConsumers * kWarpgroup / kWarp;
     for (int i = 0; i < Shape::kQueries; ++i) {
-      barrier_init(query_full(i), kWarpgroup);
+      barrier_init(query_full(i), kHopperScouts);
       barrier_init(query_free(i), kWarps);
+      barrier_init(tile_full(i), 1);
     }
     for (int i = 0; i < Shape::kSlots; ++i) {
-      barrier_init(slot_full(i), kWarpgroup);
+      barrier_init(slot_full(i), 1);
       barrier_init(slot_free(i), kWarps);
     }
+    publish_to_products();  // and to copies of boxes
   }
 };
 
-// ---- the warpgroup that copies ------------------------------------------------------------------------------------
+// ---- the warps that copy ------------------------------------------------------------------------------------------
 
-// Tells the others of finished copies: two tiles may be under way before this thread waits for one.
-struct Announcer {
-  uint32_t older = 0, newer = 0;  // barriers of the copies under way; 0: none
-
-  MII_DEVICE void started(uint32_t barrier) {
-    copy_async_commit();
-    if (older) {
-      copy_async_wait<2>();
-      publish_to_products();
-      barrier_arrive(older);
-    }
-    older = newer;
-    newer = barrier;
-  }
-  MII_DEVICE void finish() {
-    copy_async_wait<0>();
-    publish_to_products();
-    if (older) barrier_arrive(older);
-    if (newer) barrier_arrive(newer);
-    older = newer = 0;
-  }
-  // Waits until a place may be written. Who is to free it may need what is under way here, so that is announced first.
-  MII_DEVICE void wait(uint32_t barrier, uint32_t parity) {
-    if (__all_sync(kFullMask, barrier_try(barrier, parity))) return;
-    finish();
-    barrier_wait(barrier, parity);
-  }
-};
-
-template <typename T, int D>
-struct HopperCopier {
+// The warp that has K and V tiles copied.
+template <int D>
+struct HopperCarrier {
   using Shape = HopperShape<D>;
-  static constexpr int kChunks = Shape::Keys::kChunks;
-  static constexpr int kStep = kWarpgroup / kChunks;  // rows that the warpgroup copies at once
-  static_assert(kWarpgroup % kChunks == 0 && 16 % kStep == 0);
   const HopperParams& all;
   const AttentionParams& p;
   const HopperMemory<D> memory;
-  const int thread;
-  Announcer announcer;
+  const int lane;
   RingPlace<Shape::kSlots> place;
 
-  // Lane l < 8: row in the cache, seen as [rows, D], of the keys key + 16 l ...
+  // Lane l: row in the cache, seen as [rows, D], of the box of keys key + box_rows l ...; the first row of all for keys
+  // that nobody sees.
   MII_DEVICE uint32_t look_up(const PrefillTile& tile, int key) const {
-    const int lane = thread % kWarp, at = key + 16 * lane;
-    if (lane >= Shape::kKeys / 16 || at >= tile.key_end || at + 16 <= tile.key_begin) return 0;
+    const int at = key + all.box_rows * lane;
+    if (at >= min(tile.key_limit, key + Shape::kKeys) || at + all.box_rows <= tile.key_begin) return 0;
     const int block = p.a.block_table[tile.slot * p.a.max_blocks + (at >> p.block_bits)];
     return ((static_cast<uint32_t>(block) * p.a.kv_heads + tile.head) << p.block_bits) + (at & (p.a.block_size - 1));
   }
 
-  // A K or V tile into the next slot: as boxes where rows of the tile see every key of it.
-  MII_DEVICE void copy_keys(const PrefillTile& tile, bool values, uint32_t rows, int key) {
-    announcer.wait(memory.slot_free(place.at), place.parity ^ 1);
-    if (all.box_rows > 0 && key >= tile.key_begin && key + Shape::kKeys <= tile.key_end) {
-      copy_boxes(values ? &all.v : &all.k, rows);
-    } else {
-      copy_rows(tile, values ? p.a.v_cache : p.a.k_cache, rows, key);
-    }
-    place.next();
-  }
-
-  MII_DEVICE void copy_boxes(const TensorMap* map, uint32_t rows) {
+  MII_DEVICE void copy(const TensorMap* map, uint32_t rows, int keys) {
+    barrier_wait(memory.slot_free(place.at), place.parity ^ 1);
     const uint32_t barrier = memory.slot_full(place.at), slot = memory.slot(place.at);
-    if (thread == 0) barrier_expect(barrier, Shape::Keys::kBytes);
+    if (lane == 0) barrier_expect(barrier, keys * D * 2);
 #pragma unroll 1
-    for (int row = 0; row < Shape::kKeys; row += all.box_rows) {
-      const uint32_t cache_row = __shfl_sync(kFullMask, rows, row / 16);
-      if (thread != 0) continue;
+    for (int row = 0, box = 0; row < keys; row += all.box_rows, ++box) {
+      const uint32_t cache_row = __shfl_sync(kFullMask, rows, box);
+      if (lane != 0) continue;
 #pragma unroll
       for (int panel = 0; panel < D / 64; ++panel) {
         copy_box(slot + Shape::Keys::offset(row, 8 * panel), map, 64 * panel, static_cast<int>(cache_row), barrier);
       }
     }
-    if (thread != 0) barrier_arrive(barrier);
+    place.next();
   }
 
-  // Keys that no row of the tile sees become zeros, whatever the cache holds there.
-  MII_DEVICE void copy_rows(const PrefillTile& tile, const void* cache, uint32_t rows, int key) {
-    const int begin = tile.key_begin - key, end = tile.key_end - key;
-    const int row_in = thread / kChunks, column = thread % kChunks;
-    const uint32_t slot = memory.slot(place.at);
-#pragma unroll 4
-    for (int i = 0; i < Shape::kKeys / kStep; ++i) {
-      const int row = row_in + i * kStep;
-      const uint32_t cache_row = __shfl_sync(kFullMask, rows, i * kStep / 16) + row % 16;
-      const T* source = static_cast<const T*>(cache) + static_cast<int64_t>(cache_row) * D + column * 8;
-      copy_async(slot + Shape::Keys::offset(row, column), source, row >= begin && row < end);
+  MII_DEVICE void run() {
+    RingPlace<Shape::kQueries> buffer;
+    uint32_t before = 0;  // rows of the tile whose values are still to be copied
+    int keys_before = 0;  // how many of it
+#pragma unroll 1
+    for (int number = 0;; ++number) {
+      barrier_wait(memory.tile_full(buffer.at), buffer.parity);
+      const PrefillTile tile = memory.notes->tile[number % HopperNotes::kTiles];
+      if (tile.rows == 0) break;
+      uint32_t rows = look_up(tile, tile.load_begin);
+#pragma unroll 1
+      for (int key = tile.load_begin; key < tile.load_end; key += Shape::kKeys) {
+        const uint32_t after = look_up(tile, key + Shape::kKeys);
+        const int keys = EXP_HALF ? min(Shape::kKeys, tile.load_end - key) : Shape::kKeys;
+        copy(&all.k, rows, keys);
+        if (keys_before > 0) copy(&all.v, before, keys_before);
+        keys_before = keys;
+        before = rows;
+        rows = after;
+      }
+      buffer.next();
     }
-    announcer.started(memory.slot_full(place.at));
+    if (keys_before > 0) copy(&all.v, before, keys_before);
   }
+};
+
+// The warps that draw tiles and copy their queries.
+template <typename T, int D>
+struct HopperScout {
+  using Shape = HopperShape<D>;
+  static constexpr int kChunks = Shape::Queries::kChunks;
+  static_assert(kHopperScouts % kChunks == 0);
+  const AttentionParams& p;
+  const HopperMemory<D> memory;
+  const int thread;
 
   MII_DEVICE void copy_queries(const PrefillTile& tile, int buffer) {
     const uint32_t queries = memory.queries(buffer);
-#pragma unroll 1
-    for (int i = 0; i < Shape::kRows / kStep; ++i) {
-      const int row = thread / kChunks + i * kStep, column = thread % kChunks;
+    const int column = thread % kChunks;
+#pragma unroll 2
+    for (int row = thread / kChunks; row < Shape::kRows; row += kHopperScouts / kChunks) {
       const T* source = query_row<T, D>(p, tile.q_start, tile.head, tile.row + min(row, tile.rows - 1)) + column * 8;
       copy_async(queries + Shape::Queries::offset(row, column), source, row < tile.rows);
     }
-    announcer.started(memory.query_full(buffer));
-  }
-
-  // K0, K1, V0, K2, V1, ..., V of the last.
-  MII_DEVICE void copy_tiles(const PrefillTile& tile) {
-    uint32_t rows = look_up(tile, tile.load_begin), before = 0;
-#pragma unroll 1
-    for (int key = tile.load_begin; key < tile.load_end; key += Shape::kKeys) {
-      const uint32_t after = look_up(tile, key + Shape::kKeys);
-      copy_keys(tile, false, rows, key);
-      if (key > tile.load_begin) copy_keys(tile, true, before, key - Shape::kKeys);
-      before = rows;
-      rows = after;
-    }
-    const int tiles = (tile.load_end - tile.load_begin + Shape::kKeys - 1) / Shape::kKeys;
-    copy_keys(tile, true, before, tile.load_begin + (tiles - 1) * Shape::kKeys);
+    copy_async_commit();
+    copy_async_wait<0>();
+    publish_to_products();
   }
 
   MII_DEVICE void run() {
     const int limit = p.work.header->prompts_apart ? p.work.header->items * p.a.kv_heads : 0;
-    int number = blockIdx.x;  // of the work at hand; known to thread 0 alone
+    int drawn = blockIdx.x;  // known to thread 0 alone
     RingPlace<Shape::kQueries> buffer;
 #pragma unroll 1
-    while (true) {
-      announcer.wait(memory.query_free(buffer.at), buffer.parity ^ 1);
-      PrefillTile& tile = memory.notes->tile[buffer.at];
+    for (int number = 0;; ++number) {
+      barrier_wait(memory.query_free(buffer.at), buffer.parity ^ 1);
+      PrefillTile& tile = memory.notes->tile[number % HopperNotes::kTiles];
       if (thread == 0) {
-        if (number < limit) {
-          tile = PrefillTile::of<D>(p, number);
+        if (drawn < limit) {
+          tile = PrefillTile::of<D>(p, drawn);
+          drawn = gridDim.x + atomicAdd(p.space.queue + Queue::kPrefill, 1);
         } else {
           tile.rows = 0;
         }
+        barrier_arrive(memory.tile_full(buffer.at));
       }
-      threads_wait(HopperBarrier::kCopiers, kWarpgroup);
+      barrier_wait(memory.tile_full(buffer.at), buffer.parity);
       if (tile.rows == 0) break;
-      if (thread == 0) number = gridDim.x + atomicAdd(p.space.queue + Queue::kPrefill, 1);
       copy_queries(tile, buffer.at);
-      copy_tiles(tile);
+      barrier_arrive(memory.query_full(buffer.at));
       buffer.next();
     }
-    announcer.finish();
     barrier_arrive(memory.query_full(buffer.at));
     if (thread == 0) Queue::leave(p);
   }
@@ -262,7 +247,22 @@ struct HopperRows {
     rows.clear_end = __reduce_min_sync(kFullMask, min(rows.end[0], rows.end[1]));
     return rows;
   }
-  MII_DEVICE bool cuts(int key) const { return key < clear || key + kHopperKeys > clear_end; }
+  MII_DEVICE bool cuts(int key, int count) const { return key < clear || key + count > clear_end; }
+};
+
+// A value that is the same for all lanes of a warp, such that the compiler sees it: what follows from it then costs no
+// registers of each thread, and branches on it are taken to be taken by all.
+MII_DEVICE int same_for_warp(int value) { return __shfl_sync(kFullMask, value, 0); }
+
+// The keys of a tile of rows, the same for all threads.
+struct HopperKeys {
+  int begin, limit;          // that exist and are seen by some row
+  int load_begin, load_end;  // that are read
+
+  MII_DEVICE static HopperKeys of(const PrefillTile& tile) {
+    return {same_for_warp(tile.key_begin), same_for_warp(tile.key_limit), same_for_warp(tile.load_begin),
+            same_for_warp(tile.load_end)};
+  }
 };
 
 template <typename T, int D, bool kExtras>
@@ -274,18 +274,33 @@ struct HopperWorker {
   const HopperMemory<D> memory;
   const int group, thread;  // number of the warpgroup, thread in it
   RingPlace<Shape::kSlots> place;
-  float out[D / 2];                 // fragment D of [64, D]
-  float score[kKeys / 2];           // fragment D of [64, kKeys]
-  uint32_t weight[kKeys / 16][4];   // fragments A of [64, 16] each
+  RingPlace<Shape::kQueries> buffer;
+  int number;                      // of the tile, counted from the CTA's first
+  float out[D / 2];                // fragment D of [64, D]
+  float score[kKeys / 2];          // fragment D of [64, kKeys]
+  uint32_t weight[kKeys / 16][4];  // fragments A of [64, 16] each
   float top[2], sum[2], factor[2];  // top: in units of log2; sum: of this lane's columns only
   bool moved;                       // some factor of the warp is not 1
 
-  MII_DEVICE void start() {
+  MII_DEVICE void start_out() {
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) out[i] = 0.0f;
+  }
+  MII_DEVICE void start_totals() {
     top[0] = top[1] = -INFINITY;
     sum[0] = sum[1] = 0.0f;
   }
+  // Notes maximum and sum of the rows, for when their results are stored.
+  MII_DEVICE void keep_totals() {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float total = quad_sum(sum[half]);
+      if (thread % 4 == 0) memory.notes->totals[first_row() + 8 * half] = make_float2(top[half], total);
+    }
+    __syncwarp();
+  }
+  MII_DEVICE int first_row() const { return 64 * group + thread / kWarp * 16 + thread % kWarp / 4; }
+  MII_DEVICE const PrefillTile& tile_at(int which) const { return memory.notes->tile[which % HopperNotes::kTiles]; }
 
   // The warpgroups take turns in handing products to the tensor cores, so that each makes weights in the other's time.
   MII_DEVICE void take_turn() const {
@@ -298,44 +313,60 @@ struct HopperWorker {
     if (thread % kWarp == 0) barrier_arrive(barrier);
   }
 
-  // Hands over score = queries . the keys of the next slot; returns the slot.
-  MII_DEVICE int multiply_keys(uint32_t queries) {
+  // The next slot, once it is full.
+  MII_DEVICE int next_slot() {
     const int at = place.at;
     barrier_wait(memory.slot_full(at), place.parity);
     place.next();
-    const uint64_t a = matrix_descriptor(queries, 16, Shape::Queries::kStrideBytes);
-    const uint64_t b = matrix_descriptor(memory.slot(at), 16, Shape::Keys::kStrideBytes);
-    products_fence();
-#pragma unroll
-    for (int step = 0; step < D / 16; ++step) {
-      const uint64_t a_step = advanced(a, Shape::Queries::elements_at(0, step));
-      const uint64_t b_step = advanced(b, Shape::Keys::elements_at(0, step));
-      if (step == 0) {
-        product<T, false>(score, a_step, b_step);
-      } else {
-        product<T, true>(score, a_step, b_step);
-      }
-    }
-    products_commit();
     return at;
   }
 
-  // Hands over out += weight . the values of the next slot; returns the slot.
-  MII_DEVICE int add_values() {
-    const int at = place.at;
-    barrier_wait(memory.slot_full(at), place.parity);
-    place.next();
-    const uint64_t b = matrix_descriptor(memory.slot(at), Shape::Keys::kPanelBytes, Shape::Keys::kStrideBytes);
+  // Addresses that descriptors are made of.
+  MII_DEVICE uint32_t slot(int at) const { return same_for_warp(static_cast<int>(memory.slot(at))); }
+  MII_DEVICE uint32_t queries() const {
+    return same_for_warp(static_cast<int>(memory.queries(buffer.at) + Shape::Queries::elements_at(64 * group, 0)));
+  }
+
+  // Hands over score = queries . the first kCount keys of a slot.
+  template <int kCount>
+  MII_DEVICE void multiply_keys(uint32_t queries, uint32_t slot) {
+    products_fence();
+    multiply_by(queries, slot, reinterpret_cast<float (&)[kCount / 2]>(score));
+    products_commit();
+  }
+  template <int kRegisters>
+  MII_DEVICE void multiply_by(uint32_t queries, uint32_t slot, float (&to)[kRegisters]) {
+    const uint64_t a = matrix_descriptor(queries, 16, Shape::Queries::kStrideBytes);
+    const uint64_t b = matrix_descriptor(slot, 16, Shape::Keys::kStrideBytes);
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step) {
+      const uint64_t b_step = advanced(b, Shape::Keys::elements_at(0, step));
+      const uint64_t a_step = advanced(a, Shape::Queries::elements_at(0, step));
+      if (step == 0) {
+        product<T, false>(to, a_step, b_step);
+      } else {
+        product<T, true>(to, a_step, b_step);
+      }
+    }
+  }
+
+  // Hands over out += weight . the first kCount values of a slot, and the turn when that is nearly done: who gets it has
+  // things to do before the first product.
+  template <int kCount>
+  MII_DEVICE void add_values(uint32_t slot) {
+    const uint64_t b = matrix_descriptor(slot, Shape::Keys::kPanelBytes, Shape::Keys::kStrideBytes);
     products_fence();
 #pragma unroll
-    for (int step = 0; step < kKeys / 16; ++step) {
+    for (int step = 0; step < kCount / 16; ++step) {
+      if (step == kCount / 16 - EXP_EARLY) pass_turn();
       product_transposed<T>(out, weight[step], advanced(b, Shape::Keys::rows_at(step)));
     }
     products_commit();
-    return at;
+    if (EXP_EARLY == 0) pass_turn();
   }
 
   // Scale, soft cap and ALiBi where asked for, and -infinity for keys that a row does not see.
+  template <int kCount>
   MII_DEVICE void finish_scores(const HopperRows& rows, int key) {
     const int first = key + thread % 4 * 2;
     const auto column = [first](int i) { return first + i / 4 * 8 + i % 2; };
@@ -343,7 +374,7 @@ struct HopperWorker {
       // one branch for all scores, not one for each: the cap needs twice the special functions of all else
       const auto finish = [&](const MiiAttention& a) {
 #pragma unroll
-        for (int i = 0; i < kKeys / 2; ++i) {
+        for (int i = 0; i < kCount / 2; ++i) {
           const RowView view = {rows.position[i / 2 % 2], 0, rows.slope[i / 2 % 2]};
           score[i] = full_score(a, score[i], column(i), view);
         }
@@ -356,9 +387,9 @@ struct HopperWorker {
         finish(a);
       }
     }
-    if (!rows.cuts(key)) return;
+    if (!rows.cuts(key, kCount)) return;
 #pragma unroll
-    for (int i = 0; i < kKeys / 2; ++i) {
+    for (int i = 0; i < kCount / 2; ++i) {
       const int half = i / 2 % 2;
       if (column(i) < rows.begin[half] || column(i) >= rows.end[half]) score[i] = -INFINITY;
     }
@@ -366,6 +397,7 @@ struct HopperWorker {
 
   // Turns scores into weights relative to a running maximum, still in `score`. The maximum of a row moves only when it
   // grows by more than kSlack: until then weights above one are as good, and nothing has to be scaled.
+  template <int kCount>
   MII_DEVICE void soften() {
     constexpr float kSlack = 8.0f;
     const float unit = kExtras ? 1.0f : p.unit;
@@ -375,7 +407,7 @@ struct HopperWorker {
     for (int half = 0; half < 2; ++half) {
       float best = score[2 * half];
 #pragma unroll
-      for (int i = 0; i < kKeys / 8; ++i) {
+      for (int i = 0; i < kCount / 8; ++i) {
         best = fmaxf(best, fmaxf(score[4 * i + 2 * half], score[4 * i + 2 * half + 1]));
       }
       best = quad_max(best) * unit;
@@ -391,7 +423,7 @@ struct HopperWorker {
     for (int half = 0; half < 2; ++half) {
       float total = 0.0f;
 #pragma unroll
-      for (int i = 0; i < kKeys / 8; ++i) {
+      for (int i = 0; i < kCount / 8; ++i) {
         float& left = score[4 * i + 2 * half];
         float& right = score[4 * i + 2 * half + 1];
         left = exp2_fast(fmaf(left, unit, -zero[half]));
@@ -403,9 +435,10 @@ struct HopperWorker {
   }
 
   // Once the products that read the old weights and wrote `out` are finished.
+  template <int kCount>
   MII_DEVICE void take_weights() {
 #pragma unroll
-    for (int i = 0; i < kKeys / 16; ++i) {
+    for (int i = 0; i < kCount / 16; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) weight[i][j] = pack_pair<T>(score[8 * i + 2 * j], score[8 * i + 2 * j + 1]);
     }
@@ -416,92 +449,175 @@ struct HopperWorker {
     for (int i = 0; i < D / 2; ++i) out[i] *= factor[i / 2 % 2];
   }
 
-  MII_DEVICE void attend(const HopperRows& rows, const PrefillTile& tile, int buffer) {
-    const uint32_t queries = memory.queries(buffer) + Shape::Queries::elements_at(64 * group, 0);
-    start();
+  // The keys of the present tile are read; its results are still to come. Waits for the next tile and its queries;
+  // false: there is no more work.
+  MII_DEVICE bool next_tile() {
+    release(memory.query_free(buffer.at));
+    buffer.next();
+    ++number;
+    return wait_for_tile();
+  }
+  MII_DEVICE bool wait_for_tile() {
+    barrier_wait(memory.query_full(buffer.at), buffer.parity);
+    return same_for_warp(tile_at(number).rows) != 0;
+  }
+
+  // Values of keys that no row sees become zeros, whatever the cache holds there: weights of zero do not undo a NaN. Both
+  // warpgroups do all of it, as neither knows how far the other is.
+  MII_DEVICE void clear_values(const HopperKeys& range, int key, int at) {
+    const int begin = range.begin - key, end = range.limit - key;
+    if (begin <= 0 && end >= kKeys) return;
+    const uint32_t slot = memory.slot(at);
+#pragma unroll 1
+    for (int i = thread; i < kKeys * Shape::Keys::kChunks; i += kWarpgroup) {
+      const int row = i / Shape::Keys::kChunks, column = i % Shape::Keys::kChunks;
+      if (row < begin || row >= end) store_zeros(slot + Shape::Keys::offset(row, column));
+    }
+    publish_to_products();
+    threads_wait(HopperBarrier::kGroup + group, kWarpgroup);
+  }
+
+  // Stores the results of a tile that is done.
+  MII_DEVICE void finish(const PrefillTile& tile) const {
+    if (tile.parts == 1) {
+      store_rows(tile);
+    } else {
+      join(tile);
+    }
+  }
+
+  // Scores of the next kNew keys, of this tile of rows or the next, with the kOld values at hand.
+  template <int kOld, int kNew>
+  MII_DEVICE void turn(const HopperRows& rows, int key, const HopperKeys& old_range, int old_key) {
+    const int keys = next_slot(), values = next_slot();
+    clear_values(old_range, old_key, values);
+    const uint32_t queries_at = queries(), keys_at = slot(keys), values_at = slot(values);
     take_turn();
-    int keys = multiply_keys(queries);
+    multiply_keys<kNew>(queries_at, keys_at);
+    add_values<kOld>(values_at);
+    products_wait<1>();
+    settle(score);
+    release(memory.slot_free(keys));
+    finish_scores<kNew>(rows, key);
+    soften<kNew>();
+    made_by_now(sum[0] + sum[1]);  // the weights are made while values are added up, not after the wait
+    products_wait<0>();
+    settle(out);
+    release(memory.slot_free(values));
+    take_weights<kNew>();
+  }
+
+  template <int kNew>
+  MII_DEVICE void first_turn(const HopperRows& rows, int key) {
+    const int keys = next_slot();
+    take_turn();
+    multiply_keys<kNew>(queries(), slot(keys));
     pass_turn();
     products_wait<0>();
     settle(score);
     release(memory.slot_free(keys));
-    finish_scores(rows, tile.load_begin);
-    soften();
-    take_weights();
-#pragma unroll 1
-    for (int key = tile.load_begin + kKeys; key < tile.load_end; key += kKeys) {
-      take_turn();
-      keys = multiply_keys(queries);
-      const int values = add_values();
-      pass_turn();
-      products_wait<1>();
-      settle(score);
-      release(memory.slot_free(keys));
-      finish_scores(rows, key);
-      soften();
-      made_by_now(sum[0] + sum[1]);  // the weights are made while values are added up, not after the wait
-      products_wait<0>();
-      settle(out);
-      release(memory.slot_free(values));
-      scale_out();
-      take_weights();
-    }
-    release(memory.query_free(buffer));
+    finish_scores<kNew>(rows, key);
+    soften<kNew>();
+    take_weights<kNew>();
+  }
+
+  template <int kOld>
+  MII_DEVICE void last_turn(const HopperKeys& old_range, int old_key) {
+    const int values = next_slot();
+    clear_values(old_range, old_key, values);
     take_turn();
-    const int values = add_values();
-    pass_turn();
+    add_values<kOld>(slot(values));
     products_wait<0>();
     settle(out);
     release(memory.slot_free(values));
   }
 
-  // Rounded rows. The four lanes of a row trade so that each stores whole chunks of 8 elements.
-  MII_DEVICE void store_rows(const PrefillTile& tile, int row) const {
-    const int part = thread % 4;
+  // All tiles.
+  MII_DEVICE void attend() {
+    constexpr int kHalf = EXP_HALF ? kKeys / 2 : kKeys;
+    HopperRows rows = HopperRows::of<kExtras>(p, tile_at(number), first_row());
+    HopperKeys range = HopperKeys::of(tile_at(number));
+    int key = range.load_begin;
+    bool half = EXP_HALF && key + kHalf >= range.load_end;
+    start_totals();
+    start_out();
+    if (half) {
+      first_turn<kHalf>(rows, key);
+    } else {
+      first_turn<kKeys>(rows, key);
+    }
+#pragma unroll 1
+    while (true) {
+      const int old_key = key;
+      const HopperKeys old_range = range;
+      const bool old_half = half, ends = key + kKeys >= range.load_end;
+      key += kKeys;
+      if (ends) {
+        keep_totals();
+        if (!next_tile()) break;
+        start_totals();
+        rows = HopperRows::of<kExtras>(p, tile_at(number), first_row());
+        range = HopperKeys::of(tile_at(number));
+        key = range.load_begin;
+      }
+      half = EXP_HALF && key + kHalf >= range.load_end;
+      if (half) {
+        if (old_half) {
+          turn<kHalf, kHalf>(rows, key, old_range, old_key);
+        } else {
+          turn<kKeys, kHalf>(rows, key, old_range, old_key);
+        }
+      } else {
+        if (old_half) {
+          turn<kHalf, kKeys>(rows, key, old_range, old_key);
+        } else {
+          turn<kKeys, kKeys>(rows, key, old_range, old_key);
+        }
+      }
+      if (ends) {
+        finish(tile_at(number - 1));
+        start_out();
+      } else {
+        scale_out();
+      }
+    }
+    if (half) {
+      last_turn<kHalf>(range, key - kKeys);
+    } else {
+      last_turn<kKeys>(range, key - kKeys);
+    }
+    finish(tile_at(number - 1));
+  }
+
+  // Rounded rows. Two lanes with neighbouring pairs of elements trade, so that one has four in a row of one chunk of eight
+  // and the other of the next, and the four lanes of a row fill a sector.
+  MII_DEVICE void store_rows(const PrefillTile& tile) const {
+    const int part = thread % 4, row = first_row();
+    const bool odd = part % 2 == 1;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float scale = 1.0f / quad_sum(sum[half]);
       const int at = row + 8 * half;
+      const float scale = __fdividef(1.0f, memory.notes->totals[at].y);
       const bool stored = at < tile.rows;
-      T* target = out_row<T, D>(p, tile.q_start, tile.head, tile.row + (stored ? at : 0));
+      T* target = out_row<T, D>(p, tile.q_start, tile.head, tile.row + (stored ? at : 0)) + 8 * odd + part / 2 * 4;
 #pragma unroll
-      for (int four = 0; four < D / 32; ++four) {
-        uint32_t word[4];  // of chunk 4 four + i: elements 2 part, 2 part + 1
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float* pair = &out[16 * four + 4 * i + 2 * half];
-          word[i] = pack_pair<T>(pair[0] * scale, pair[1] * scale);
-        }
-        trade(word, part);
-        if (stored) {
-          *reinterpret_cast<uint4*>(target + 8 * (4 * four + part)) = make_uint4(word[0], word[1], word[2], word[3]);
-        }
+      for (int i = 0; i < D / 16; ++i) {
+        const float* pair = &out[8 * i + 2 * half];
+        const uint32_t left = pack_pair<T>(pair[0] * scale, pair[1] * scale);
+        const uint32_t right = pack_pair<T>(pair[4] * scale, pair[5] * scale);
+        const uint32_t got = __shfl_xor_sync(kFullMask, odd ? left : right, 1);
+        if (stored) *reinterpret_cast<uint2*>(target + 16 * i) = make_uint2(odd ? got : left, odd ? right : got);
       }
     }
   }
 
-  // Transposes a 4 x 4 matrix whose column `part` each of four lanes holds: lane i gets row i.
-  MII_DEVICE static void trade(uint32_t (&word)[4], int part) {
-    uint32_t row[4];
-#pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      const int other = part ^ step;  // the lane to trade with, and the row that it wants
-      const uint32_t low = other & 1 ? word[1] : word[0], high = other & 1 ? word[3] : word[2];
-      const uint32_t got = __shfl_xor_sync(kFullMask, other & 2 ? high : low, step);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) row[i] = i == other ? got : (step == 0 ? 0 : row[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) word[i] = row[i];
-  }
-
-  MII_DEVICE void store_part(const PrefillTile& tile, int row, float* part) const {
+  MII_DEVICE void store_part(const PrefillTile& tile, float* part) const {
+    const int row = first_row();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int at = row + 8 * half;
-      const float total = quad_sum(sum[half]);
       if (at >= tile.rows) continue;
-      if (thread % 4 == 0) *part_scale<D, Shape::kRows>(part, at) = make_float2(top[half], total);
+      if (thread % 4 == 0) *part_scale<D, Shape::kRows>(part, at) = memory.notes->totals[at];
       float2* target = reinterpret_cast<float2*>(part + at * D) + thread % 4;
 #pragma unroll
       for (int i = 0; i < D / 8; ++i) target[4 * i] = make_float2(out[4 * i + 2 * half], out[4 * i + 2 * half + 1]);
@@ -523,11 +639,11 @@ struct HopperWorker {
     return *last != 0;
   }
 
-  MII_DEVICE void join(const PrefillTile& tile, int row) const {
+  MII_DEVICE void join(const PrefillTile& tile) const {
     const auto part = [&](int i) {
       return p.space.prefill_parts + (tile.parts_at + i) * part_floats(Shape::kRows, D);
     };
-    store_part(tile, row, part(tile.part));
+    store_part(tile, part(tile.part));
     if (!is_last(tile)) return;
     const int end = min(64 * (group + 1), tile.rows);
     for (int i = 64 * group + thread / kWarp; i < end; i += kWarpgroup / kWarp) {
@@ -536,22 +652,8 @@ struct HopperWorker {
   }
 
   MII_DEVICE void run() {
-    const int row = 64 * group + thread / kWarp * 16 + thread % kWarp / 4;  // the thread's first
     if (group == 1) pass_turn();
-    RingPlace<Shape::kQueries> buffer;
-#pragma unroll 1
-    while (true) {
-      barrier_wait(memory.query_full(buffer.at), buffer.parity);
-      const PrefillTile tile = memory.notes->tile[buffer.at];
-      if (tile.rows == 0) break;
-      attend(HopperRows::of<kExtras>(p, tile, row), tile, buffer.at);
-      if (tile.parts == 1) {
-        store_rows(tile, row);
-      } else {
-        join(tile, row);
-      }
-      buffer.next();
-    }
+    if (wait_for_tile()) attend();
     if (group == 0) take_turn();
   }
 };
@@ -571,7 +673,11 @@ __global__ void __launch_bounds__(kHopperThreads, 1) hopper_prefill_kernel(const
   const int group = __shfl_sync(kFullMask, threadIdx.x / kWarpgroup, 0), thread = threadIdx.x % kWarpgroup;
   if (group == kHopperConsumers) {
     give_registers<40>();
-    HopperCopier<T, D>{all, all.p, memory, thread}.run();
+    if (thread < kWarp) {
+      HopperCarrier<D>{all, all.p, memory, thread}.run();
+    } else {
+      HopperScout<T, D>{all.p, memory, thread - kWarp}.run();
+    }
   } else {
     take_registers<232>();
     HopperWorker<T, D, kExtras>{all, all.p, memory, group, thread}.run();

@@ -75,6 +75,7 @@ struct PrefillTile {
   int q_start, first, slot, head;  // `first`: position of the sequence's first query token
   int row, rows;                   // packed rows of the tile
   int key_begin, key_end;          // the keys that its rows see together
+  int key_limit;                   // past the last key that the sequence has
   int load_begin, load_end;        // the whole key tiles of this part
   int part, parts, parts_at;
 
@@ -86,7 +87,8 @@ struct PrefillTile {
     tile.slot = p.a.seq_slot[item.seq];
     tile.head = number % p.a.kv_heads;
     const int q_len = p.a.q_start[item.seq + 1] - tile.q_start;
-    tile.first = p.a.kv_len[item.seq] - q_len;
+    tile.key_limit = p.a.kv_len[item.seq];
+    tile.first = tile.key_limit - q_len;
     tile.row = item.row;
     tile.rows = min(prefill_rows(D), q_len * p.group - item.row);
     tile.key_begin = p.a.window > 0 ? max(0, tile.position(p, 0) - p.a.window + 1) : 0;

@@ -209,6 +209,11 @@ struct RingPlace {
   }
 };
 
+// Writes 16 bytes of zeros to shared memory.
+MII_DEVICE void store_zeros(uint32_t address) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
+}
+
 // Makes this thread's writes to shared memory visible to products, which read it by another way than loads do.
 MII_DEVICE void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -208,6 +208,7 @@ inline int __reduce_min_sync(unsigned, int value) {
 inline bool __any_sync(unsigned, bool value) { return __reduce_max_sync(0, value) != 0; }
 inline bool __all_sync(unsigned, bool value) { return __reduce_min_sync(0, value) != 0; }
 inline void __syncthreads() { emulation::meet(emulation::cta().barriers[0], static_cast<int>(blockDim.x)); }
+inline void __syncwarp() { emulation::gather(0); }
 inline void __threadfence() {}
 inline int atomicAdd(int* address, int value) {
   const int before = *address;

@@ -153,6 +153,7 @@ inline void copy_box(uint32_t target, const void* map, int column, int row, uint
   barrier_at(barrier).settle();
 }
 
+inline void store_zeros(uint32_t address) { std::memset(shared_at(address), 0, 16); }
 inline void publish_to_products() {}
 inline void threads_wait(int number, int threads) { emulation::meet(emulation::cta().barriers[number], threads); }
 inline void threads_arrive(int number, int threads) { emulation::cta().barriers[number].arrive(threads); }
