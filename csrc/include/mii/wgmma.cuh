@@ -6,6 +6,7 @@
 // so D of one product, rounded and packed, is A of the next.
 #pragma once
 #include "mii/attention_mma.cuh"
+#include "mii/ring_place.cuh"
 #include "mii/wgmma_layout.h"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -195,19 +196,6 @@ MII_DEVICE void copy_box(uint32_t target, const void* map, int column, int row, 
       "l"(map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
 }
-
-// A place in a ring of kCount that is gone round again and again, and the parity of its present turn.
-template <int kCount>
-struct RingPlace {
-  int at = 0;
-  uint32_t parity = 0;
-  MII_DEVICE void next() {
-    if (++at == kCount) {
-      at = 0;
-      parity ^= 1;
-    }
-  }
-};
 
 // Writes 16 bytes of zeros to shared memory.
 MII_DEVICE void store_zeros(uint32_t address) {

@@ -2,6 +2,7 @@
 // descriptor, when they are waited for, as the PTX ISA lays the fragments and the 128-byte swizzle out.
 #pragma once
 #include "mii/attention_mma.cuh"
+#include "mii/ring_place.cuh"
 #include "mii/wgmma_layout.h"
 
 #define MII_HOPPER 1
