@@ -8,7 +8,7 @@
 namespace mii {
 namespace {
 
-constexpr int kLongestBox = 64;  // rows: the fewest keys that a tile may end with
+constexpr int kLongestBox = 64;  // rows
 
 // A cache as [rows, head_dim] in boxes of 64 elements by `box_rows` rows; false: the driver does not make one of it.
 bool encode_cache(TensorMap* map, const MiiAttention& a, const void* cache, int box_rows) {

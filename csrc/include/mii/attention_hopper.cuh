@@ -15,13 +15,6 @@
 #include "mii/tensor_map.cuh"
 #include "mii/wgmma.cuh"
 
-#ifndef EXP_EARLY
-#define EXP_EARLY 0
-#endif
-#ifndef EXP_HALF
-#define EXP_HALF 1
-#endif
-
 namespace mii {
 
 constexpr int kHopperThreads = 3 * kWarpgroup;
@@ -130,12 +123,12 @@ struct HopperCarrier {
     return ((static_cast<uint32_t>(block) * p.a.kv_heads + tile.head) << p.block_bits) + (at & (p.a.block_size - 1));
   }
 
-  MII_DEVICE void copy(const TensorMap* map, uint32_t rows, int keys) {
+  MII_DEVICE void copy(const TensorMap* map, uint32_t rows) {
     barrier_wait(memory.slot_free(place.at), place.parity ^ 1);
     const uint32_t barrier = memory.slot_full(place.at), slot = memory.slot(place.at);
-    if (lane == 0) barrier_expect(barrier, keys * D * 2);
+    if (lane == 0) barrier_expect(barrier, Shape::Keys::kBytes);
 #pragma unroll 1
-    for (int row = 0, box = 0; row < keys; row += all.box_rows, ++box) {
+    for (int row = 0, box = 0; row < Shape::kKeys; row += all.box_rows, ++box) {
       const uint32_t cache_row = __shfl_sync(kFullMask, rows, box);
       if (lane != 0) continue;
 #pragma unroll
@@ -146,10 +139,11 @@ struct HopperCarrier {
     place.next();
   }
 
+  // K0, K1, V0, K2, V1, ..., over all tiles.
   MII_DEVICE void run() {
     RingPlace<Shape::kQueries> buffer;
-    uint32_t before = 0;  // rows of the tile whose values are still to be copied
-    int keys_before = 0;  // how many of it
+    uint32_t before = 0;  // rows of the keys whose values are still to be copied
+    bool first = true;
 #pragma unroll 1
     for (int number = 0;; ++number) {
       barrier_wait(memory.tile_full(buffer.at), buffer.parity);
@@ -159,16 +153,15 @@ struct HopperCarrier {
 #pragma unroll 1
       for (int key = tile.load_begin; key < tile.load_end; key += Shape::kKeys) {
         const uint32_t after = look_up(tile, key + Shape::kKeys);
-        const int keys = EXP_HALF ? min(Shape::kKeys, tile.load_end - key) : Shape::kKeys;
-        copy(&all.k, rows, keys);
-        if (keys_before > 0) copy(&all.v, before, keys_before);
-        keys_before = keys;
+        copy(&all.k, rows);
+        if (!first) copy(&all.v, before);
+        first = false;
         before = rows;
         rows = after;
       }
       buffer.next();
     }
-    if (keys_before > 0) copy(&all.v, before, keys_before);
+    if (!first) copy(&all.v, before);
   }
 };
 
@@ -247,7 +240,7 @@ struct HopperRows {
     rows.clear_end = __reduce_min_sync(kFullMask, min(rows.end[0], rows.end[1]));
     return rows;
   }
-  MII_DEVICE bool cuts(int key, int count) const { return key < clear || key + count > clear_end; }
+  MII_DEVICE bool cuts(int key) const { return key < clear || key + kHopperKeys > clear_end; }
 };
 
 // A value that is the same for all lanes of a warp, such that the compiler sees it: what follows from it then costs no
@@ -327,46 +320,36 @@ struct HopperWorker {
     return same_for_warp(static_cast<int>(memory.queries(buffer.at) + Shape::Queries::elements_at(64 * group, 0)));
   }
 
-  // Hands over score = queries . the first kCount keys of a slot.
-  template <int kCount>
+  // Hands over score = queries . the keys of a slot.
   MII_DEVICE void multiply_keys(uint32_t queries, uint32_t slot) {
-    products_fence();
-    multiply_by(queries, slot, reinterpret_cast<float (&)[kCount / 2]>(score));
-    products_commit();
-  }
-  template <int kRegisters>
-  MII_DEVICE void multiply_by(uint32_t queries, uint32_t slot, float (&to)[kRegisters]) {
     const uint64_t a = matrix_descriptor(queries, 16, Shape::Queries::kStrideBytes);
     const uint64_t b = matrix_descriptor(slot, 16, Shape::Keys::kStrideBytes);
+    products_fence();
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
-      const uint64_t b_step = advanced(b, Shape::Keys::elements_at(0, step));
       const uint64_t a_step = advanced(a, Shape::Queries::elements_at(0, step));
+      const uint64_t b_step = advanced(b, Shape::Keys::elements_at(0, step));
       if (step == 0) {
-        product<T, false>(to, a_step, b_step);
+        product<T, false>(score, a_step, b_step);
       } else {
-        product<T, true>(to, a_step, b_step);
+        product<T, true>(score, a_step, b_step);
       }
     }
+    products_commit();
   }
 
-  // Hands over out += weight . the first kCount values of a slot, and the turn when that is nearly done: who gets it has
-  // things to do before the first product.
-  template <int kCount>
+  // Hands over out += weight . the values of a slot.
   MII_DEVICE void add_values(uint32_t slot) {
     const uint64_t b = matrix_descriptor(slot, Shape::Keys::kPanelBytes, Shape::Keys::kStrideBytes);
     products_fence();
 #pragma unroll
-    for (int step = 0; step < kCount / 16; ++step) {
-      if (step == kCount / 16 - EXP_EARLY) pass_turn();
+    for (int step = 0; step < kKeys / 16; ++step) {
       product_transposed<T>(out, weight[step], advanced(b, Shape::Keys::rows_at(step)));
     }
     products_commit();
-    if (EXP_EARLY == 0) pass_turn();
   }
 
   // Scale, soft cap and ALiBi where asked for, and -infinity for keys that a row does not see.
-  template <int kCount>
   MII_DEVICE void finish_scores(const HopperRows& rows, int key) {
     const int first = key + thread % 4 * 2;
     const auto column = [first](int i) { return first + i / 4 * 8 + i % 2; };
@@ -374,7 +357,7 @@ struct HopperWorker {
       // one branch for all scores, not one for each: the cap needs twice the special functions of all else
       const auto finish = [&](const MiiAttention& a) {
 #pragma unroll
-        for (int i = 0; i < kCount / 2; ++i) {
+        for (int i = 0; i < kKeys / 2; ++i) {
           const RowView view = {rows.position[i / 2 % 2], 0, rows.slope[i / 2 % 2]};
           score[i] = full_score(a, score[i], column(i), view);
         }
@@ -387,9 +370,9 @@ struct HopperWorker {
         finish(a);
       }
     }
-    if (!rows.cuts(key, kCount)) return;
+    if (!rows.cuts(key)) return;
 #pragma unroll
-    for (int i = 0; i < kCount / 2; ++i) {
+    for (int i = 0; i < kKeys / 2; ++i) {
       const int half = i / 2 % 2;
       if (column(i) < rows.begin[half] || column(i) >= rows.end[half]) score[i] = -INFINITY;
     }
@@ -397,7 +380,6 @@ struct HopperWorker {
 
   // Turns scores into weights relative to a running maximum, still in `score`. The maximum of a row moves only when it
   // grows by more than kSlack: until then weights above one are as good, and nothing has to be scaled.
-  template <int kCount>
   MII_DEVICE void soften() {
     constexpr float kSlack = 8.0f;
     const float unit = kExtras ? 1.0f : p.unit;
@@ -407,7 +389,7 @@ struct HopperWorker {
     for (int half = 0; half < 2; ++half) {
       float best = score[2 * half];
 #pragma unroll
-      for (int i = 0; i < kCount / 8; ++i) {
+      for (int i = 0; i < kKeys / 8; ++i) {
         best = fmaxf(best, fmaxf(score[4 * i + 2 * half], score[4 * i + 2 * half + 1]));
       }
       best = quad_max(best) * unit;
@@ -423,7 +405,7 @@ struct HopperWorker {
     for (int half = 0; half < 2; ++half) {
       float total = 0.0f;
 #pragma unroll
-      for (int i = 0; i < kCount / 8; ++i) {
+      for (int i = 0; i < kKeys / 8; ++i) {
         float& left = score[4 * i + 2 * half];
         float& right = score[4 * i + 2 * half + 1];
         left = exp2_fast(fmaf(left, unit, -zero[half]));
@@ -435,10 +417,9 @@ struct HopperWorker {
   }
 
   // Once the products that read the old weights and wrote `out` are finished.
-  template <int kCount>
   MII_DEVICE void take_weights() {
 #pragma unroll
-    for (int i = 0; i < kCount / 16; ++i) {
+    for (int i = 0; i < kKeys / 16; ++i) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) weight[i][j] = pack_pair<T>(score[8 * i + 2 * j], score[8 * i + 2 * j + 1]);
     }
@@ -486,71 +467,67 @@ struct HopperWorker {
     }
   }
 
-  // Scores of the next kNew keys, of this tile of rows or the next, with the kOld values at hand.
-  template <int kOld, int kNew>
-  MII_DEVICE void turn(const HopperRows& rows, int key, const HopperKeys& old_range, int old_key) {
+  // Scores of the keys from `key` on become weights, while the values of the keys at hand, from `old_key` on, which may
+  // be another tile's, are added up.
+  MII_DEVICE void turn(const HopperRows& rows, int key, const HopperKeys& old, int old_key) {
     const int keys = next_slot(), values = next_slot();
-    clear_values(old_range, old_key, values);
+    clear_values(old, old_key, values);
     const uint32_t queries_at = queries(), keys_at = slot(keys), values_at = slot(values);
     take_turn();
-    multiply_keys<kNew>(queries_at, keys_at);
-    add_values<kOld>(values_at);
+    multiply_keys(queries_at, keys_at);
+    add_values(values_at);
+    pass_turn();
     products_wait<1>();
     settle(score);
     release(memory.slot_free(keys));
-    finish_scores<kNew>(rows, key);
-    soften<kNew>();
+    finish_scores(rows, key);
+    soften();
     made_by_now(sum[0] + sum[1]);  // the weights are made while values are added up, not after the wait
     products_wait<0>();
     settle(out);
     release(memory.slot_free(values));
-    take_weights<kNew>();
+    take_weights();
   }
 
-  template <int kNew>
+  // The first of all: there are no values yet.
   MII_DEVICE void first_turn(const HopperRows& rows, int key) {
     const int keys = next_slot();
     take_turn();
-    multiply_keys<kNew>(queries(), slot(keys));
+    multiply_keys(queries(), slot(keys));
     pass_turn();
     products_wait<0>();
     settle(score);
     release(memory.slot_free(keys));
-    finish_scores<kNew>(rows, key);
-    soften<kNew>();
-    take_weights<kNew>();
+    finish_scores(rows, key);
+    soften();
+    take_weights();
   }
 
-  template <int kOld>
-  MII_DEVICE void last_turn(const HopperKeys& old_range, int old_key) {
+  // The last: there are no keys any more.
+  MII_DEVICE void last_turn(const HopperKeys& old, int old_key) {
     const int values = next_slot();
-    clear_values(old_range, old_key, values);
+    clear_values(old, old_key, values);
     take_turn();
-    add_values<kOld>(slot(values));
+    add_values(slot(values));
+    pass_turn();
     products_wait<0>();
     settle(out);
     release(memory.slot_free(values));
   }
 
-  // All tiles.
+  // All tiles, the first of which is there.
   MII_DEVICE void attend() {
-    constexpr int kHalf = EXP_HALF ? kKeys / 2 : kKeys;
     HopperRows rows = HopperRows::of<kExtras>(p, tile_at(number), first_row());
     HopperKeys range = HopperKeys::of(tile_at(number));
     int key = range.load_begin;
-    bool half = EXP_HALF && key + kHalf >= range.load_end;
     start_totals();
     start_out();
-    if (half) {
-      first_turn<kHalf>(rows, key);
-    } else {
-      first_turn<kKeys>(rows, key);
-    }
+    first_turn(rows, key);
 #pragma unroll 1
     while (true) {
       const int old_key = key;
-      const HopperKeys old_range = range;
-      const bool old_half = half, ends = key + kKeys >= range.load_end;
+      const HopperKeys old = range;
+      const bool ends = key + kKeys >= range.load_end;
       key += kKeys;
       if (ends) {
         keep_totals();
@@ -560,20 +537,7 @@ struct HopperWorker {
         range = HopperKeys::of(tile_at(number));
         key = range.load_begin;
       }
-      half = EXP_HALF && key + kHalf >= range.load_end;
-      if (half) {
-        if (old_half) {
-          turn<kHalf, kHalf>(rows, key, old_range, old_key);
-        } else {
-          turn<kKeys, kHalf>(rows, key, old_range, old_key);
-        }
-      } else {
-        if (old_half) {
-          turn<kHalf, kKeys>(rows, key, old_range, old_key);
-        } else {
-          turn<kKeys, kKeys>(rows, key, old_range, old_key);
-        }
-      }
+      turn(rows, key, old, old_key);
       if (ends) {
         finish(tile_at(number - 1));
         start_out();
@@ -581,11 +545,7 @@ struct HopperWorker {
         scale_out();
       }
     }
-    if (half) {
-      last_turn<kHalf>(range, key - kKeys);
-    } else {
-      last_turn<kKeys>(range, key - kKeys);
-    }
+    last_turn(range, key - kKeys);
     finish(tile_at(number - 1));
   }
 
