@@ -220,10 +220,9 @@ struct HopperScout {
 
 // What the rows of a thread, row l/4 of its warp and the eighth after it, see.
 struct HopperRows {
-  int begin[2], end[2];  // keys
-  int clear, clear_end;  // keys that all rows of the warp see
-  float slope[2];        // ALiBi
   int position[2];
+  float slope[2];        // ALiBi
+  int clear, clear_end;  // keys that all rows of the warp see
 
   template <bool kExtras>
   MII_DEVICE static HopperRows of(const AttentionParams& p, const PrefillTile& tile, int row) {
@@ -233,13 +232,15 @@ struct HopperRows {
       const RowView view = RowView::of<kExtras>(p, tile.first, tile.head, tile.row + row + 8 * half);
       rows.position[half] = view.position;
       rows.slope[half] = view.slope;
-      rows.begin[half] = view.key_begin;
-      rows.end[half] = min(view.position + 1, tile.load_end);
     }
-    rows.clear = __reduce_max_sync(kFullMask, max(rows.begin[0], rows.begin[1]));
-    rows.clear_end = __reduce_min_sync(kFullMask, min(rows.end[0], rows.end[1]));
+    rows.clear = __reduce_max_sync(kFullMask, rows.begin(p, 1));
+    rows.clear_end = __reduce_min_sync(kFullMask, rows.end(0, tile.load_end));
     return rows;
   }
+  MII_DEVICE int begin(const AttentionParams& p, int half) const {
+    return p.a.window > 0 ? position[half] - p.a.window + 1 : 0;
+  }
+  MII_DEVICE int end(int half, int load_end) const { return min(position[half] + 1, load_end); }
   MII_DEVICE bool cuts(int key) const { return key < clear || key + kHopperKeys > clear_end; }
 };
 
@@ -350,7 +351,7 @@ struct HopperWorker {
   }
 
   // Scale, soft cap and ALiBi where asked for, and -infinity for keys that a row does not see.
-  MII_DEVICE void finish_scores(const HopperRows& rows, int key) {
+  MII_DEVICE void finish_scores(const HopperRows& rows, int key, int load_end) {
     const int first = key + thread % 4 * 2;
     const auto column = [first](int i) { return first + i / 4 * 8 + i % 2; };
     if constexpr (kExtras) {
@@ -371,10 +372,11 @@ struct HopperWorker {
       }
     }
     if (!rows.cuts(key)) return;
+    const int begin[2] = {rows.begin(p, 0), rows.begin(p, 1)}, end[2] = {rows.end(0, load_end), rows.end(1, load_end)};
 #pragma unroll
     for (int i = 0; i < kKeys / 2; ++i) {
       const int half = i / 2 % 2;
-      if (column(i) < rows.begin[half] || column(i) >= rows.end[half]) score[i] = -INFINITY;
+      if (column(i) < begin[half] || column(i) >= end[half]) score[i] = -INFINITY;
     }
   }
 
@@ -469,7 +471,7 @@ struct HopperWorker {
 
   // Scores of the keys from `key` on become weights, while the values of the keys at hand, from `old_key` on, which may
   // be another tile's, are added up.
-  MII_DEVICE void turn(const HopperRows& rows, int key, const HopperKeys& old, int old_key) {
+  MII_DEVICE void turn(const HopperRows& rows, const HopperKeys& range, int key, const HopperKeys& old, int old_key) {
     const int keys = next_slot(), values = next_slot();
     clear_values(old, old_key, values);
     const uint32_t queries_at = queries(), keys_at = slot(keys), values_at = slot(values);
@@ -480,7 +482,7 @@ struct HopperWorker {
     products_wait<1>();
     settle(score);
     release(memory.slot_free(keys));
-    finish_scores(rows, key);
+    finish_scores(rows, key, range.load_end);
     soften();
     made_by_now(sum[0] + sum[1]);  // the weights are made while values are added up, not after the wait
     products_wait<0>();
@@ -490,7 +492,7 @@ struct HopperWorker {
   }
 
   // The first of all: there are no values yet.
-  MII_DEVICE void first_turn(const HopperRows& rows, int key) {
+  MII_DEVICE void first_turn(const HopperRows& rows, const HopperKeys& range, int key) {
     const int keys = next_slot();
     take_turn();
     multiply_keys(queries(), slot(keys));
@@ -498,7 +500,7 @@ struct HopperWorker {
     products_wait<0>();
     settle(score);
     release(memory.slot_free(keys));
-    finish_scores(rows, key);
+    finish_scores(rows, key, range.load_end);
     soften();
     take_weights();
   }
@@ -522,7 +524,7 @@ struct HopperWorker {
     int key = range.load_begin;
     start_totals();
     start_out();
-    first_turn(rows, key);
+    first_turn(rows, range, key);
 #pragma unroll 1
     while (true) {
       const int old_key = key;
@@ -537,7 +539,7 @@ struct HopperWorker {
         range = HopperKeys::of(tile_at(number));
         key = range.load_begin;
       }
-      turn(rows, key, old, old_key);
+      turn(rows, range, key, old, old_key);
       if (ends) {
         finish(tile_at(number - 1));
         start_out();
