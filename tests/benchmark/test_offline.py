@@ -56,6 +56,7 @@ def test_the_command_prints_and_writes_its_figures(
 def test_two_ranks_are_started_measured_and_ended(tmp_path: Path) -> None:
     path = tmp_path / "result.json"
     shape = ("--shape", "smollm2-135m", "--layers", "1", "--dtype", "fp32", "--tensor-parallel", "2")
+    shape += ("--option", "memory_fraction=0.1")  # what both ranks take counts
     arguments = parse(*shape, "--rows", "decode-1", "--repeats", "1", "--json", str(path))
     assert offline.run(arguments) == 0
     report = json.loads(path.read_text())
