@@ -39,11 +39,12 @@ int check(uint32_t base) {
     }
   }
   int wrong = 0;
-  for (int first = 0; first < kRows; first += 64) {
+  const uint64_t whole = mii::matrix_descriptor(base, 16, Tile::kStrideBytes);
+  for (int first = 0; first < kRows; first += 32) {
     const uint64_t rows = mii::matrix_descriptor(base + Tile::elements_at(first, 0), 16, Tile::kStrideBytes);
     for (int step = 0; step < D / 16; ++step) {
       const uint64_t d = mii::advanced(rows, Tile::elements_at(0, step));
-      if (d >> 62 != 1) ++wrong;
+      if (d >> 62 != 1 || d != mii::advanced(whole, Tile::elements_at(first, step))) ++wrong;
       for (int n = 0; n < kRows - first; ++n) {
         for (int k = 0; k < 16; ++k) wrong += along_elements(d, n, k) != uint16_t((first + n) * D + 16 * step + k);
       }
@@ -59,10 +60,24 @@ int check(uint32_t base) {
   return wrong;
 }
 
+// Boxes of 64 elements one after the other make a tile: the copy engine swizzles chunks of 16 bytes by their addresses.
+template <int kRows, int kBoxRows>
+int check_boxes(uint32_t base) {
+  int wrong = 0;
+  for (int chunk = 0; chunk < kRows * 8; ++chunk) {
+    const int box = chunk / (kBoxRows * 8), within = chunk % (kBoxRows * 8);
+    const uint32_t plain = base + box * (mii::Panels<kRows, 64>::kBytes / (kRows / kBoxRows)) + 16 * within;
+    wrong += (plain ^ (plain >> 7 & 7) << 4) != base + mii::Panels<kRows, 64>::offset(chunk / 8, chunk % 8);
+  }
+  return wrong;
+}
+
 int main() {
   int wrong = 0;
   for (uint32_t base : {0u, 1024u, 131072u, 196608u}) {
     wrong += check<128, 64>(base) + check<128, 128>(base) + check<64, 256>(base) + check<64, 64>(base);
+    wrong += check<256, 64>(base) + check_boxes<64, 64>(base) + check_boxes<128, 128>(base);
+    wrong += check_boxes<128, 64>(base) + check_boxes<256, 128>(base);
   }
   std::printf("%d\\n", wrong);
 }

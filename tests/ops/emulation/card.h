@@ -30,12 +30,13 @@ using std::min;
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __align__(bytes)
 #define MII_DEVICE inline
 
 namespace card {
 
-constexpr int kSharedBytes = 232448;
+constexpr int kSharedBytes = 232448, kRegisters = 65536;
 inline thread_local unsigned char* shared;  // the kernel's dynamic shared memory, which the program defines
 inline thread_local std::mt19937 chance(1);
 
@@ -56,6 +57,7 @@ struct Thread {
   ucontext_t context;
   std::vector<char> stack = std::vector<char>(1 << 16);
   bool done = false, waited = false;  // waited: for the kernel before this one
+  int registers = 0;
 };
 inline thread_local std::vector<Thread> threads;
 inline thread_local int current;
@@ -101,40 +103,64 @@ struct Barrier {
 inline thread_local std::map<uint32_t, Barrier> barriers;
 
 struct Copy {
-  uint32_t target;
-  const void* source;
+  std::function<void()> land;
   int bytes;
   uint32_t barrier;
 };
 inline thread_local std::vector<Copy> copies;  // under way
+inline thread_local unsigned slowness;         // of the copies into a CTA
 
-inline void start(const Copy& copy) {
-  const bool aligned = copy.target % 16 == 0 && copy.bytes % 16 == 0 && reinterpret_cast<uintptr_t>(copy.source) % 16 == 0;
-  if (!aligned || copy.bytes <= 0) refuse("a bulk copy is not of whole 16 bytes at aligned addresses");
-  if (copy.target + copy.bytes > kSharedBytes) refuse("a bulk copy leaves shared memory");
-  copies.push_back(copy);
+inline void start(uint32_t target, const void* source, int bytes, uint32_t barrier) {
+  const bool aligned = target % 16 == 0 && bytes % 16 == 0 && reinterpret_cast<uintptr_t>(source) % 16 == 0;
+  if (!aligned || bytes <= 0) refuse("a bulk copy is not of whole 16 bytes at aligned addresses");
+  if (target + bytes > kSharedBytes) refuse("a bulk copy leaves shared memory");
+  copies.push_back({[=] { std::memcpy(shared + target, source, bytes); }, bytes, barrier});
 }
 inline void land_some() {
+  if (chance() % slowness) return;
   for (int count = copies.empty() ? 0 : static_cast<int>(chance() % (copies.size() + 1)); count > 0; --count) {
     std::swap(copies[chance() % copies.size()], copies.back());
     const Copy copy = copies.back();
     copies.pop_back();
-    std::memcpy(shared + copy.target, copy.source, copy.bytes);
+    copy.land();
     Barrier& barrier = barriers.at(copy.barrier);
     barrier.bytes -= copy.bytes;
     barrier.settle();
   }
 }
 
+// ---- what is fetched into the L2 cache ------------------------------------------------------------------------------
+inline const char* fetch_begin;  // what may be
+inline int64_t fetch_size, fetched;
+
+inline void fetch(const void* source, int bytes) {
+  const int64_t at = static_cast<const char*>(source) - fetch_begin;
+  if (at < 0 || bytes <= 0 || bytes % 16 || at + bytes > fetch_size) refuse("fetches what is not there");
+  fetched += bytes;
+}
+
+// What works beside the threads, a little after each round of theirs.
+struct Engine {
+  void (*work)();
+  bool (*idle)();
+};
+inline std::vector<Engine> engines;
+
+// When a thread wrote 16 bytes of shared memory last, by the number of all such writes; 0: a copy engine wrote them.
+inline thread_local uint32_t written[kSharedBytes / 16], writes;
+
 // ---- a CTA ----------------------------------------------------------------------------------------------------------
 inline void prepare(int count, std::function<void()> kernel) {
   body = std::move(kernel);
   std::memset(shared, 0xff, kSharedBytes);  // NaN in every format
+  std::fill(std::begin(written), std::end(written), 0);
+  slowness = 1u << chance() % 4;
   barriers.clear();
   for (Meeting& meeting : warps) meeting = {};
   for (Meeting& meeting : named) meeting = {};
   threads = std::vector<Thread>(count);
   for (Thread& thread : threads) {
+    thread.registers = kRegisters / count / 8 * 8;
     getcontext(&thread.context);
     thread.context.uc_stack.ss_sp = thread.stack.data();
     thread.context.uc_stack.ss_size = thread.stack.size();
@@ -160,8 +186,10 @@ inline void run_cta(int count, std::function<void()> kernel) {
     }
     if (!copies.empty()) idle = 0;
     land_some();
+    for (const Engine& engine : engines) engine.work();
   }
-  if (!copies.empty()) refuse("a CTA ended while copies into it were under way");
+  const bool idle = std::all_of(engines.begin(), engines.end(), [](const Engine& engine) { return engine.idle(); });
+  if (!copies.empty() || !idle) refuse("a CTA ended while something in it was under way");
 }
 
 }  // namespace card
@@ -170,8 +198,17 @@ inline void run_cta(int count, std::function<void()> kernel) {
 #define blockIdx card::block
 #define gridDim card::grid
 
+struct float2 {
+  float x, y;
+};
 struct float4 {
   float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
 };
 struct int2 {
   int x, y;
@@ -179,13 +216,13 @@ struct int2 {
 struct int4 {
   int x, y, z, w;
 };
-struct float2 {
-  float x, y;
-};
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline int2 make_int2(int x, int y) { return {x, y}; }
 inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float x, float y) { return x / y; }
 inline void __syncwarp() {
   card::warps[card::warp()](32, [] {});
 }

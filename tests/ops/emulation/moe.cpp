@@ -12,14 +12,15 @@ alignas(1024) unsigned char memory[card::kSharedBytes];
 #include "mii/moe_route.cuh"
 #include "mii/moe_rows.cuh"
 #include "mii/moe_mma.cuh"
+#include "mii/moe_wide.cuh"
 
 namespace {
 
 using mii::Half;
 
-enum Kernel { kSimple, kStream8, kStream16, kStream32, kStream64, kMma, kRows1, kRows2, kRows4 };
-constexpr int kTileRows[] = {8, 8, 16, 32, 64, 128, 1, 2, 4};
-const char* const kNames[] = {"simple", "stream 8", "stream 16", "stream 32", "stream 64", "mma", "rows 1", "rows 2", "rows 4"};
+enum Kernel { kSimple, kStream8, kStream16, kStream32, kStream64, kMma, kRows1, kRows2, kRows4, kWide };
+constexpr int kTileRows[] = {8, 8, 16, 32, 64, 128, 1, 2, 4, 128};
+const char* const kNames[] = {"simple", "stream 8", "stream 16", "stream 32", "stream 64", "mma", "rows 1", "rows 2", "rows 4", "wide"};
 
 struct Case {
   Kernel kernel;
@@ -162,6 +163,14 @@ void check_down(const Case& c, const Tensors& t) {
 }
 
 template <bool Up>
+mii::MoeWideArgs<Half> wide_args(const Case& c, const mii::MoeArgs<Half>& args) {
+  constexpr int kBoxRows = mii::MoeWideShape::kHalf;
+  const auto weight = mii::map_matrix(args.weight, c.experts * (Up ? 2 : 1) * args.n, args.k, args.k, kBoxRows, true);
+  if (Up) return {{}, weight, args, {1.0f, 0.0f}};
+  return {mii::map_matrix(args.x, c.pairs(), args.k, args.x_stride, kBoxRows, false), weight, args, {}};
+}
+
+template <bool Up>
 void run_product(const Case& c, const mii::MoeArgs<Half>& args) {
   const auto run = [&](auto kernel, int threads) { run_grid(c.ctas, threads, [&] { kernel(args); }); };
   switch (c.kernel) {
@@ -186,6 +195,9 @@ void run_product(const Case& c, const mii::MoeArgs<Half>& args) {
         : c.kernel == kRows2 ? mii::moe_rows<Half, 2, Up>(a, most)
                              : mii::moe_rows<Half, 4, Up>(a, most);
       }, mii::kRowsThreads);
+    case kWide:
+      return run_grid(c.ctas, mii::MoeWideShape::kThreads,
+                      [wide = wide_args<Up>(c, args)] { mii::moe_wide<Half, Up>(wide); });
   }
 }
 
@@ -239,6 +251,7 @@ void run_case(const Case& c) {
 
 int main() {
   card::shared = mii::memory;
+  card::patience = 20000;
   const Case cases[] = {
       {kSimple, 9, 7, 5, 3, 17, 9, 3, true},      {kStream8, 1, 1, 16, 4, 192, 128, 5, false},
       {kStream8, 7, 5, 40, 2, 136, 72, 3, false}, {kStream8, 3, 0, 8, 2, 64, 64, 4, false},
@@ -248,6 +261,8 @@ int main() {
       {kRows1, 1, 1, 16, 4, 1304, 128, 3, false}, {kRows1, 3, 2, 5, 2, 136, 72, 9, true},
       {kRows2, 2, 2, 3, 2, 264, 40, 2, true},     {kRows4, 4, 4, 6, 2, 264, 136, 2, true},
       {kRows4, 7, 5, 3, 2, 72, 1032, 3, true},    {kRows4, 3, 0, 8, 2, 64, 64, 4, false},
+      {kWide, 150, 140, 3, 2, 136, 72, 3, true},  {kWide, 5, 0, 20, 2, 64, 200, 5, false},
+      {kWide, 40, 40, 6, 2, 72, 136, 2, false},   {kWide, 190, 180, 2, 1, 328, 264, 2, true},
   };
   for (const Case& c : cases) run_case(c);
   run_routing({kStream8, 16, 16, 128, 8, 1, 1, 1, false}, 16);

@@ -2,15 +2,6 @@
 #pragma once
 #include "card.h"
 
-struct alignas(8) uint2 {
-  uint32_t x, y;
-};
-struct alignas(16) uint4 {
-  uint32_t x, y, z, w;
-};
-struct float2 {
-  float x, y;
-};
 struct __half {
   _Float16 value;
 };

@@ -96,6 +96,7 @@ inline std::map<int, Copies> copies;  // by thread; empty again when a CTA has e
 inline void land(const Copies::Copy& copy) {
   if (copy.source == nullptr) std::memset(card::shared + copy.target, 0, 16);
   else std::memcpy(card::shared + copy.target, copy.source, 16);
+  card::written[copy.target / 16] = ++card::writes;
 }
 inline void copy_async(uint32_t target, const void* source, bool valid) {
   if (target % 16 || reinterpret_cast<uintptr_t>(source) % 16) card::refuse("a copy is not aligned to 16 bytes");
@@ -130,7 +131,7 @@ inline float warp_max(float value) {
 template <typename T>
 constexpr int kPack = 16 / sizeof(T);
 template <typename T, int N = kPack<T>>
-struct Pack {
+struct alignas(sizeof(T) * N) Pack {
   T data[N];
 };
 template <int N, typename T>
@@ -148,6 +149,12 @@ inline void prefetch_l2(const void*) {}
 template <typename T>
 uint32_t pack_pair(float low, float high) {
   return from_float<T>(low).bits | uint32_t(from_float<T>(high).bits) << 16;
+}
+template <typename T, int N>
+Pack<T, N> make_pack(const float (&values)[N]) {
+  Pack<T, N> pack;
+  for (int i = 0; i < N; ++i) pack.data[i] = from_float<T>(values[i]);
+  return pack;
 }
 template <int D>
 struct HeadRows {

@@ -31,20 +31,14 @@ inline bool elect_lane() {
 inline uint64_t read_once_policy() { return 0; }
 inline void bulk_copy(uint32_t target, const void* source, int bytes, uint32_t barrier) {
   card::must_have_waited();
-  card::start({target, source, bytes, barrier});
+  card::start(target, source, bytes, barrier);
 }
 // Weights, which are there before the kernel before this one ends.
 inline void bulk_copy(uint32_t target, const void* source, int bytes, uint32_t barrier, uint64_t) {
-  card::start({target, source, bytes, barrier});
+  card::start(target, source, bytes, barrier);
 }
 
-inline const char* fetch_begin;  // what may be fetched
-inline int64_t fetch_bytes, fetched;
-inline void bulk_prefetch(const void* source, int bytes) {
-  const int64_t at = static_cast<const char*>(source) - fetch_begin;
-  if (at < 0 || bytes <= 0 || bytes % 16 || at + bytes > fetch_bytes) card::refuse("fetches what is not there");
-  fetched += bytes;
-}
+inline void bulk_prefetch(const void* source, int bytes) { card::fetch(source, bytes); }
 
 template <int Id, int Threads>
 void partial_barrier() {

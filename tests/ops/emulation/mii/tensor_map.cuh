@@ -1,0 +1,55 @@
+// In place of csrc/include/mii/tensor_map.cuh: boxes land in pieces, in any order.
+#pragma once
+#include "mii/wgmma.cuh"
+
+namespace mii {
+
+struct TensorMap {
+  const Half* data;
+  int64_t rows, columns, stride;
+  int box_rows;
+  bool constant;  // there before the kernel before this one has ended
+};
+
+constexpr int kBoxColumns = 64, kPieceRows = 8;
+inline uint32_t latest;  // the barrier that the box asked for last tells of its bytes
+
+// As encode_matrix of csrc/cuda/tensor_map.cuh, under the driver's conditions.
+inline TensorMap map_matrix(const Half* data, int64_t rows, int64_t columns, int64_t stride, int box_rows, bool constant) {
+  const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
+  if (!aligned || rows <= 0 || columns <= 0 || box_rows > 256) card::refuse("no tensor map of such a matrix");
+  return {data, rows, columns, stride, box_rows, constant};
+}
+
+// Rows `row` .. `row` + 7 of a matrix, from a column on; outside of it are zeros. The swizzle goes by shared addresses.
+inline void land_piece(const TensorMap& map, uint32_t target, int column, int row) {
+  for (int i = 0; i < kPieceRows * kBoxColumns; ++i) {
+    const int64_t r = row + i / kBoxColumns, c = column + i % kBoxColumns;
+    const bool inside = r >= 0 && r < map.rows && c >= 0 && c < map.columns;
+    const Half value = inside ? map.data[r * map.stride + c] : Half{0};
+    const uint32_t plain = target + 2 * i, address = plain ^ (plain >> 7 & 7) << 4;
+    std::memcpy(card::shared + address, &value, sizeof value);
+    card::written[address / 16] = 0;
+  }
+}
+
+inline void copy_box(uint32_t target, const TensorMap* map, int column, int row, uint32_t barrier, bool = false) {
+  constexpr int kBytes = kPieceRows * kBoxColumns * sizeof(Half);
+  if (!map->constant) card::must_have_waited();
+  if (target % 1024) card::refuse("a box does not begin where its swizzle does");
+  if (target + map->box_rows / kPieceRows * kBytes > card::kSharedBytes) card::refuse("a box leaves shared memory");
+  latest = barrier;
+  for (int i = 0; i < map->box_rows / kPieceRows; ++i) {
+    const auto land = [=, map = *map] { land_piece(map, target + i * kBytes, column, row + i * kPieceRows); };
+    card::copies.push_back({land, kBytes, barrier});
+  }
+}
+
+inline void fetch_bytes(const void* source, int bytes) {
+  for (const card::Copy& copy : card::copies) {
+    if (copy.barrier == latest) card::refuse("fetches for the next kernel before all of its own has come");
+  }
+  card::fetch(source, bytes);
+}
+
+}  // namespace mii
