@@ -21,7 +21,6 @@ KERNELS = {
     abi.MOE_MMA: "mma",
     abi.MOE_WGMMA: "wgmma",
     abi.MOE_SIMPLE: "simple",
-    abi.MOE_ROWS: "rows",
 }
 
 
@@ -62,16 +61,12 @@ def _cases(hopper: bool) -> Iterator[Case]:
             yield from _products(
                 shape, tokens, abi.MOE_STREAM, next(r for r in (8, 16, 32, 64) if tokens <= r or r == 64)
             )
-    for shape in (QWEN3, MIXTRAL):
-        for tokens in (1, 2, 4):
-            yield from _products(shape, tokens, abi.MOE_ROWS, tokens)
     for kernel in (abi.MOE_MMA, abi.MOE_WGMMA) if hopper else (abi.MOE_MMA,):
         for shape in (QWEN3, MIXTRAL):
             yield from _products(shape, 8192, kernel, 128)
     yield from _products(QWEN3, 2048, *_for_prompts(QWEN3, hopper))
     yield from _products(QWEN3, 1, abi.MOE_SIMPLE, 8)
     for shape in (QWEN3, MIXTRAL):
-        yield _layer(shape, 1, abi.MOE_ROWS, 1)
         for tokens in (1, 16):
             yield _layer(shape, tokens, abi.MOE_STREAM, 8 if tokens == 1 else 16)
     for shape in (QWEN3, MIXTRAL):

@@ -3,7 +3,6 @@
 #include "mii/moe_combine.cuh"
 #include "mii/moe_mma.cuh"
 #include "mii/moe_route.cuh"
-#include "mii/moe_rows.cuh"
 #include "mii/moe_wide.cuh"
 #include "shared_memory.cuh"
 #include "tensor_map.cuh"
@@ -95,13 +94,6 @@ int32_t launch_stream(const MiiMoeLinear& a, void* stream) {
   return launch("mii_moe (stream)", moe_stream<T, Tokens, Up>, shape, stream, moe_args<T>(a));
 }
 
-template <typename T, int Tokens, bool Up>
-int32_t launch_rows(const MiiMoeLinear& a, void* stream) {
-  const int64_t pairs = a.tokens * a.top_k, tiles = (pairs < a.experts ? pairs : a.experts) + pairs / Tokens;
-  const Shape shape = {dim3(card().sms * kRowsCtas), dim3(kRowsThreads)};
-  return launch("mii_moe (rows)", moe_rows<T, Tokens, Up>, shape, stream, moe_args<T>(a), static_cast<int>(tiles));
-}
-
 template <typename T, bool Up>
 int32_t launch_mma(const MiiMoeLinear& a, void* stream) {
   constexpr int kShared = MoeMmaShape::kSharedBytes;
@@ -130,12 +122,6 @@ int32_t product_16_bit(const MiiMoeLinear& a, void* stream) {
   WideGate gate = {};
   if (a.kernel == MII_MOE_WGMMA && (!Up || gate_of(a.activation, &gate))) return launch_wide<T, Up>(a, gate, stream);
   if (a.kernel == MII_MOE_MMA || a.kernel == MII_MOE_WGMMA) return launch_mma<T, Up>(a, stream);
-  if (a.kernel == MII_MOE_ROWS) {
-    if (a.tile_rows == 1) return launch_rows<T, 1, Up>(a, stream);
-    if (a.tile_rows == 2) return launch_rows<T, 2, Up>(a, stream);
-    if (a.tile_rows == 4) return launch_rows<T, 4, Up>(a, stream);
-    return fail(MII_INVALID, "mii_moe: products by rows take tiles of 1, 2 or 4 rows, not %d", a.tile_rows);
-  }
   switch (a.tile_rows) {
     case 8:
       return launch_stream<T, 8, Up>(a, stream);
@@ -151,7 +137,7 @@ int32_t product_16_bit(const MiiMoeLinear& a, void* stream) {
 }
 
 int32_t check_moe(const char* name, const MiiMoeLinear& a) {
-  MII_REQUIRE(a.kernel >= MII_MOE_SIMPLE && a.kernel <= MII_MOE_ROWS, MII_UNSUPPORTED, "%s: kernel %d", name, a.kernel);
+  MII_REQUIRE(a.kernel >= MII_MOE_SIMPLE && a.kernel <= MII_MOE_WGMMA, MII_UNSUPPORTED, "%s: kernel %d", name, a.kernel);
   const int64_t pairs = a.tokens * a.top_k;
   MII_REQUIRE(pairs < (int64_t(1) << 31) && a.in_features < (int64_t(1) << 30) && a.out_features < (int64_t(1) << 30),
               MII_UNSUPPORTED, "%s: %lld pairs of %lld x %lld are too many", name, static_cast<long long>(pairs),
@@ -161,8 +147,8 @@ int32_t check_moe(const char* name, const MiiMoeLinear& a) {
   const bool steps = a.in_features % 8 == 0 && a.x_stride % 8 == 0 && a.in_features > 0;
   MII_REQUIRE(steps && aligned(a.x, 16) && aligned(a.weight, 16) && aligned(a.workspace, 16), MII_UNSUPPORTED,
               "%s: rows of x and weight must be whole chunks of 16 bytes", name);
-  MII_REQUIRE(a.kernel == MII_MOE_STREAM || a.kernel == MII_MOE_ROWS || a.tile_rows == kMoeTileRows,
-              MII_INVALID, "%s: tiles of %d rows; kernel %d takes %d", name, a.tile_rows, a.kernel, kMoeTileRows);
+  MII_REQUIRE(a.kernel == MII_MOE_STREAM || a.tile_rows == kMoeTileRows, MII_INVALID,
+              "%s: tiles of %d rows; kernel %d takes %d", name, a.tile_rows, a.kernel, kMoeTileRows);
   MII_REQUIRE(a.kernel != MII_MOE_WGMMA || (card().major == 9 && card().minor == 0), MII_UNSUPPORTED,
               "%s: warpgroup products are those of compute capability 9.0", name);
   return MII_OK;

@@ -16,7 +16,7 @@ NORMS = {"rms": RMS, "rms_plus1": RMS_PLUS1, "layer": LAYER}
 MOE_SCORINGS = {"softmax": 0, "sigmoid": 1}
 MOE_CHUNK = 16
 PEER_ALLOCATE, PEER_OPEN, PEER_CLOSE, PEER_FREE = range(4)
-MOE_SIMPLE, MOE_STREAM, MOE_MMA, MOE_WGMMA, MOE_ROWS = range(5)
+MOE_SIMPLE, MOE_STREAM, MOE_MMA, MOE_WGMMA = range(4)
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "gelu_quick": 4, "relu2": 5, "softcap": 6}
 
 

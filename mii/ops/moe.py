@@ -6,8 +6,8 @@
 
 Rows, pairs and tiles are those of `mii.ops.moe_routing`. On the CPU every expert's weight is packed into the panels of
 `mii.ops.linear` (csrc/cpu/isa/moe.cpp). On a GPU the weights stay as they are, and `choose_kernel` picks by the number
-of tokens: rows of weights one by one (csrc/include/mii/moe_rows.cuh), a stream of the weights of the experts that are
-hit (moe_stream.cuh), or tensor-core tiles (moe_mma.cuh; moe_wide.cuh on compute capability 9.0).
+of tokens: a stream of the weights of the experts that are hit (csrc/include/mii/moe_stream.cuh), or tensor-core tiles
+(moe_mma.cuh; moe_wide.cuh on compute capability 9.0).
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from mii.ops.moe_routing import ExpertRows, Routing
 # The best kernels that a GPU may take: "simple" (plain cores), "mma" (with the stream for few rows), "wgmma" (the same
 # and compute capability 9.0's tensor cores for prompts). benchmarks/kernels_moe.py measures them.
 KERNELS = "wgmma"
-ROWS_TOKENS = 0  # of a step, at most 4, up to which a GPU goes by rows of the weights
 STREAMED_ROWS = 48  # of an expert on average, up to which the weights' bytes take longer than the arithmetic
 
 
@@ -44,8 +43,6 @@ def choose_kernel(
         or any(n % 8 for n in features)
     ):
         return abi.MOE_SIMPLE, 8
-    if tokens <= ROWS_TOKENS:
-        return abi.MOE_ROWS, next(rows for rows in (1, 2, 4) if tokens <= rows)
     if tokens * routing.top_k <= STREAMED_ROWS * routing.experts or tokens <= 64:
         return abi.MOE_STREAM, next(rows for rows in (8, 16, 32, 64) if tokens <= rows or rows == 64)
     if KERNELS == "wgmma" and torch.cuda.get_device_capability(device) == (9, 0):

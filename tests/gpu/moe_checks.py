@@ -18,11 +18,6 @@ SMALL = (
     MoeCase(8, 264, 200, Routing(8, 2), crowded=True),
     MoeCase(8, 64, 64, Routing(8, 2), live=0),
 )
-FEW = (
-    MoeCase(2, 4096, 136, Routing(8, 2)),
-    MoeCase(4, 1304, 1032, Routing(16, 4), live=3),
-    MoeCase(3, 72, 72, Routing(3, 1), crowded=True),
-)
 MORE = (
     MoeCase(16, 512, 328, Routing(16, 4), live=15, crowded=True),
     MoeCase(30, 200, 96, Routing(3, 1)),

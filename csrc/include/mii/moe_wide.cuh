@@ -76,7 +76,6 @@ struct MoeWide {
         if constexpr (Up) gather(tokens, step, place.at);
       }
     }
-    if constexpr (Up) copy_async_wait<0>();  // nothing lands after the end
   }
 
   // ---- the multiplying warpgroups

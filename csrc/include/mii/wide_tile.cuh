@@ -115,6 +115,7 @@ MII_DEVICE void multiply_tile(const WideRing<Shape>& ring, WideSums<Shape>& sums
   if (!any) {
     for (int step = 0; step < steps; ++step, place.next()) {
       barrier_wait(ring.full(place.at), place.parity);
+      __syncwarp();
       release(place.at);
     }
     return;

@@ -10,7 +10,6 @@ alignas(1024) unsigned char memory[card::kSharedBytes];
 }
 
 #include "mii/moe_route.cuh"
-#include "mii/moe_rows.cuh"
 #include "mii/moe_mma.cuh"
 #include "mii/moe_wide.cuh"
 
@@ -18,9 +17,9 @@ namespace {
 
 using mii::Half;
 
-enum Kernel { kSimple, kStream8, kStream16, kStream32, kStream64, kMma, kRows1, kRows2, kRows4, kWide };
-constexpr int kTileRows[] = {8, 8, 16, 32, 64, 128, 1, 2, 4, 128};
-const char* const kNames[] = {"simple", "stream 8", "stream 16", "stream 32", "stream 64", "mma", "rows 1", "rows 2", "rows 4", "wide"};
+enum Kernel { kSimple, kStream8, kStream16, kStream32, kStream64, kMma, kWide };
+constexpr int kTileRows[] = {8, 8, 16, 32, 64, 128, 128};
+const char* const kNames[] = {"simple", "stream 8", "stream 16", "stream 32", "stream 64", "mma", "wide"};
 
 struct Case {
   Kernel kernel;
@@ -186,15 +185,6 @@ void run_product(const Case& c, const mii::MoeArgs<Half>& args) {
       return run(mii::moe_stream<Half, 64, Up>, mii::kMoeThreads);
     case kMma:
       return run(mii::moe_mma<Half, Up>, mii::MoeMmaShape::kThreads);
-    case kRows1:
-    case kRows2:
-    case kRows4:
-      return run([&](const mii::MoeArgs<Half>& a) {
-        const int most = min(c.experts, c.pairs()) + c.pairs() / kTileRows[c.kernel];
-        c.kernel == kRows1   ? mii::moe_rows<Half, 1, Up>(a, most)
-        : c.kernel == kRows2 ? mii::moe_rows<Half, 2, Up>(a, most)
-                             : mii::moe_rows<Half, 4, Up>(a, most);
-      }, mii::kRowsThreads);
     case kWide:
       return run_grid(c.ctas, mii::MoeWideShape::kThreads,
                       [wide = wide_args<Up>(c, args)] { mii::moe_wide<Half, Up>(wide); });
@@ -258,9 +248,6 @@ int main() {
       {kStream8, 2, 2, 3, 1, 64, 8, 9, false},    {kStream16, 16, 16, 8, 2, 200, 136, 7, true},
       {kStream32, 30, 30, 4, 2, 136, 72, 4, false}, {kStream64, 100, 90, 3, 2, 72, 64, 2, true},
       {kMma, 150, 140, 3, 2, 136, 72, 3, true},   {kMma, 5, 0, 20, 2, 64, 200, 5, false},
-      {kRows1, 1, 1, 16, 4, 1304, 128, 3, false}, {kRows1, 3, 2, 5, 2, 136, 72, 9, true},
-      {kRows2, 2, 2, 3, 2, 264, 40, 2, true},     {kRows4, 4, 4, 6, 2, 264, 136, 2, true},
-      {kRows4, 7, 5, 3, 2, 72, 1032, 3, true},    {kRows4, 3, 0, 8, 2, 64, 64, 4, false},
       {kWide, 150, 140, 3, 2, 136, 72, 3, true},  {kWide, 5, 0, 20, 2, 64, 200, 5, false},
       {kWide, 40, 40, 6, 2, 72, 136, 2, false},   {kWide, 190, 180, 2, 1, 328, 264, 2, true},
   };

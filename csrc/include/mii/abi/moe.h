@@ -38,7 +38,6 @@ enum MiiMoeKernel {
   MII_MOE_STREAM = 1,  // few rows for each expert: a stream of the weights of the experts that are hit
   MII_MOE_MMA = 2,     // many rows: tensor cores by mma.sync
   MII_MOE_WGMMA = 3,   // many rows: tensor cores of compute capability 9.0, by mma.sync with a gate that they do not apply
-  MII_MOE_ROWS = 4,    // one to four rows for each expert: a warp for each two rows of weights
 };
 struct MiiMoeLinear {
   void* out;                  // row stride out_stride
