@@ -26,7 +26,7 @@ __all__ = ["BalancerServer"]
 # Calls beyond the queues that may be open: those whose answers are read late, and those that ask for the health.
 _MORE_CALLS = 1024
 _LAST_WORDS_SECONDS = 1.0
-_OTHERS_SECONDS, _LOOK_SECONDS = 1.0, 0.02
+_OTHERS_SECONDS, _LOOK_SECONDS = 3.0, 0.02
 # gRPC's bound on open calls stays as it is made; replicas may be added later.
 _REPLICAS_TO_COME = 64
 # What was about to be sent over a connection finds it open for so long.

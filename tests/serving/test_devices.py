@@ -10,6 +10,7 @@ import pytest
 import mii
 from mii.config import ReplicaConfig
 from mii.errors import PlacementError
+from tests.serving.deployments import free_port
 
 GPUS = 2
 
@@ -25,7 +26,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"tensor_parallel": 4}, r"4 device\(s\) on one host each; there is room for 0 \(devices: localhost: 2\)"),
+        ({"tensor_parallel": 4}, r"needs 1 groups of 4 device\(s\); there is room for 0 \(devices: localhost: 2\)"),
         ({"replica_num": 3}, r"needs 3 groups of 1 device\(s\).*room for 2 \(devices: localhost: 2\)"),
         ({"replica_num": 2, "tensor_parallel": 2}, "there is room for 1"),
         ({"device_map": 2}, "device 2 is not there; the host has 2, from 0 up"),
@@ -51,7 +52,10 @@ def test_a_hostfile_that_promises_gpus_that_are_not_there_is_an_error(
 
 @pytest.mark.usefixtures("gpus")
 def test_a_replica_that_was_laid_out_by_hand_is_checked_too(tiny_llama: Path, cache: Path) -> None:
-    replica = ReplicaConfig(hostname="localhost", tensor_parallel_ports=[50051], torch_dist_port=29500, gpu_indices=[7])
+    port = free_port()
+    replica = ReplicaConfig(
+        hostname="localhost", tensor_parallel_ports=[port], torch_dist_port=port + 1, gpu_indices=[7]
+    )
     with pytest.raises(PlacementError, match=r"GPUs \[7\] of this machine, which has 2"):
         mii.serve(str(tiny_llama), deployment_name="many", replica_configs=[replica], progress=False)
 

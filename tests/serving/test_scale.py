@@ -121,7 +121,7 @@ def test_a_replica_that_goes_has_the_time_to_drain_and_what_it_has_not_begun_goe
 ) -> None:
     with running_cluster(monkeypatch, tiny_llama, replicas=2, options=SLOW, drain_seconds=1.5) as cluster:
         client = cluster.client
-        streams = [client.stream(prompt, max_new_tokens=100) for prompt in PROMPTS]
+        streams = [client.stream(prompt, max_new_tokens=200) for prompt in PROMPTS]  # 10 s
         for stream in streams:
             next(stream)
         with ThreadPoolExecutor() as threads:
