@@ -10,11 +10,11 @@ import torch
 
 from mii.errors import CheckpointError, UnsupportedModelError
 from mii.logging import logger
+from mii.modeling.config_reader import ConfigReader
 from mii.modeling.decoder import Decoder
 from mii.modeling.experts import ExpertStack
 from mii.modeling.families import FAMILIES, Family, Target
 from mii.modeling.parameters import Linear, Parameter, Placement
-from mii.modeling.spec import ConfigReader
 from mii.ops.all_reduce import Group
 from mii.progress import progress_bar
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from mii.errors import CheckpointError
-from mii.modeling.spec import ConfigReader, RopeSpec, is_above_zero
+from mii.modeling.config_reader import ConfigReader, is_above_zero
+from mii.modeling.spec import RopeSpec
 
 
 def read_rope(config: Mapping[str, Any], head_dim: int, *, default_theta: float = 10000.0) -> RopeSpec:

@@ -105,6 +105,9 @@ class AttentionPlan:
     def update(self, batch: AttentionBatch) -> None:
         """Builds the work list of a batch on the current stream; `attention` with the same batch may follow.
 
+        Keys and values of earlier steps have to lie in the cache by now: on a GPU `attention` reads them before the
+        kernel before it has ended, and waits for those of the batch's own tokens alone.
+
         Raises:
             ValueError: the batch is larger than the plan's bounds.
         """

@@ -105,8 +105,7 @@ class ExpertLists:
 
         self._chosen, self._pairs = empty(pairs), empty(pairs)
         self._weights, self._offsets = empty(pairs, dtype=torch.float32), empty(routing.experts + 1)
-        tiles = max(most_tiles(routing, tokens, rows) for tokens, rows in ((max_tokens, 8), (min(max_tokens, 4), 1)))
-        self._tiles = empty(1 + tiles, 4)
+        self._tiles = empty(1 + most_tiles(routing, max_tokens, 8), 4)
         self._sizes = empty(-(-max_tokens // abi.MOE_CHUNK), -(-routing.experts // 2))
 
     @property

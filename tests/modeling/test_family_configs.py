@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from mii.errors import CheckpointError, UnsupportedModelError
+from mii.modeling.config_reader import ConfigReader
 from mii.modeling.families import FAMILIES
 from mii.modeling.models import find_family
-from mii.modeling.spec import ConfigReader, ModelSpec
+from mii.modeling.spec import ModelSpec
 
 SIZES = {"vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 GPT_SIZES = {"vocab_size": 100, "n_embd": 64, "n_layer": 2, "n_head": 4}

@@ -7,9 +7,10 @@ from typing import Any
 
 from mii.errors import CheckpointError
 from mii.modeling.alibi import alibi_slopes
+from mii.modeling.config_reader import ConfigReader
 from mii.modeling.families.base import Family, Target
 from mii.modeling.families.names import below, grouped_rows, joint_layer, targets_by_role
-from mii.modeling.spec import ConfigReader, ModelSpec
+from mii.modeling.spec import ModelSpec
 
 _ALIASES = {
     "hidden_size": ("n_embed", "n_embd"),

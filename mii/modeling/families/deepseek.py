@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from mii.errors import CheckpointError
+from mii.modeling.config_reader import ACTIVATIONS, ConfigReader
 from mii.modeling.families import llama
 from mii.modeling.families.base import Target
 from mii.modeling.families.expert_names import expert_targets, stacked_targets
 from mii.modeling.rope import context_length, read_rope
-from mii.modeling.spec import ACTIVATIONS, ConfigReader, ExpertsSpec, LatentSpec, ModelSpec, RopeSpec
+from mii.modeling.spec import ExpertsSpec, LatentSpec, ModelSpec, RopeSpec
 
 _NORM_EPS = 1e-6  # of the latents' norms, whatever the config says about the others
 

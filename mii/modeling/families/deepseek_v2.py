@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from mii.errors import CheckpointError
+from mii.modeling.config_reader import ConfigReader
 from mii.modeling.families import deepseek
 from mii.modeling.families.base import Family
-from mii.modeling.spec import ConfigReader, ModelSpec
+from mii.modeling.spec import ModelSpec
 
 _DEFAULTS = {
     "first_k_dense_replace": 0,

@@ -9,10 +9,11 @@ from typing import Any
 
 from mii.errors import CheckpointError
 from mii.modeling.alibi import alibi_slopes
+from mii.modeling.config_reader import ACTIVATIONS, ConfigReader
 from mii.modeling.families.base import Family, Target
 from mii.modeling.families.names import grouped_rows, joint_layer, targets_by_role
 from mii.modeling.rope import context_length, read_rope
-from mii.modeling.spec import ACTIVATIONS, ConfigReader, ModelSpec
+from mii.modeling.spec import ModelSpec
 
 _ALIASES = {
     "hidden_size": ("n_embed",),

@@ -9,10 +9,11 @@ from dataclasses import replace
 from typing import Any
 
 from mii.errors import CheckpointError
+from mii.modeling.config_reader import ConfigReader
 from mii.modeling.families import gemma, llama
 from mii.modeling.families.base import Family
 from mii.modeling.rope import read_rope
-from mii.modeling.spec import ConfigReader, ModelSpec, RopeSpec
+from mii.modeling.spec import ModelSpec, RopeSpec
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from mii.errors import CheckpointError
+from mii.modeling.config_reader import ACTIVATIONS, ConfigReader
 from mii.modeling.families.base import Family, Target
 from mii.modeling.families.names import below, targets_by_role
-from mii.modeling.spec import ACTIVATIONS, ConfigReader, ModelSpec
+from mii.modeling.spec import ModelSpec
 
 ALIASES = {
     "hidden_size": ("n_embd",),

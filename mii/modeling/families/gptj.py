@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from mii.errors import CheckpointError
+from mii.modeling.config_reader import ACTIVATIONS, ConfigReader
 from mii.modeling.families.base import Family, Target
 from mii.modeling.families.gpt2 import ALIASES
 from mii.modeling.families.names import below, targets_by_role
-from mii.modeling.spec import ACTIVATIONS, ConfigReader, ModelSpec, RopeSpec
+from mii.modeling.spec import ModelSpec, RopeSpec
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:

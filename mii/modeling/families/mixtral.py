@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from mii.modeling.config_reader import ConfigReader
 from mii.modeling.families import llama, mistral
 from mii.modeling.families.base import Family, Target
 from mii.modeling.families.expert_names import expert_targets, stacked_targets
-from mii.modeling.spec import ConfigReader, ExpertsSpec, ModelSpec
+from mii.modeling.spec import ExpertsSpec, ModelSpec
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:

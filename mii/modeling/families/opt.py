@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mii.modeling.config_reader import ACTIVATIONS, ConfigReader
 from mii.modeling.families.base import Family, Target
 from mii.modeling.families.names import below, targets_by_role
-from mii.modeling.spec import ACTIVATIONS, ConfigReader, ModelSpec
+from mii.modeling.spec import ModelSpec
 
 _POSITION_OFFSET = 2  # the table's first rows are those of padding
 

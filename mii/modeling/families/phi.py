@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from mii.modeling.config_reader import ConfigReader
 from mii.modeling.families.base import Family, Target
 from mii.modeling.families.llama import rotary_spec
 from mii.modeling.families.names import targets_by_role
-from mii.modeling.spec import ConfigReader, ModelSpec
+from mii.modeling.spec import ModelSpec
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from mii.errors import CheckpointError
+from mii.modeling.config_reader import ConfigReader
 from mii.modeling.families.base import Family, Target
 from mii.modeling.rope import read_rope
-from mii.modeling.spec import ConfigReader, ModelSpec
+from mii.modeling.spec import ModelSpec
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:

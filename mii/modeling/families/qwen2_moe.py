@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from mii.modeling.config_reader import ConfigReader
 from mii.modeling.families import qwen2, qwen_moe
 from mii.modeling.families.base import Family
-from mii.modeling.spec import ConfigReader, ModelSpec
+from mii.modeling.spec import ModelSpec
 
 _DEFAULTS = {"num_experts": 60, "num_experts_per_tok": 4, "moe_intermediate_size": 1408}
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mii.modeling.config_reader import ConfigReader
 from mii.modeling.families import llama
 from mii.modeling.families.base import Target
 from mii.modeling.families.expert_names import expert_targets, stacked_targets
-from mii.modeling.spec import ConfigReader, ExpertsSpec, ModelSpec
+from mii.modeling.spec import ExpertsSpec, ModelSpec
 
 
 def read_experts(config: Mapping[str, Any], layers: int, defaults: Mapping[str, int]) -> ExpertsSpec | None:

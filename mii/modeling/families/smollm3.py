@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 from mii.errors import CheckpointError
+from mii.modeling.config_reader import ConfigReader
 from mii.modeling.families import llama
 from mii.modeling.families.base import Family
-from mii.modeling.spec import ConfigReader, ModelSpec
+from mii.modeling.spec import ModelSpec
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
