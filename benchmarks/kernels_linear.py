@@ -27,9 +27,16 @@ LAYER = {
     "down": (HIDDEN, INTERMEDIATE),
 }
 WEIGHTS = LAYER | {"head": (128256, HIDDEN)}
-ROWS, MORE_ROWS = (1, 4, 8), (16, 64, 128, 256, 384, 512)
-CHAIN_ROWS, LAYERS = (1, 8, 16, 64), 32
-KERNELS = {"cuBLASLt": (), "streamed": ("STREAMED",), "wide": ("WIDE",), "both": ("STREAMED", "WIDE")}
+ROWS, MORE_ROWS = (1, 4, 8), (16, 64, 128, 192, 256, 320, 384, 512, 768)
+CHAIN_ROWS, LAYERS = (1, 8, 16, 64, 128, 256, 384, 512), 32
+KERNELS = {
+    "cuBLASLt": (),
+    "streamed": ("STREAMED",),
+    "wide": ("WIDE",),
+    "shared": ("SHARED",),
+    "both": ("STREAMED", "WIDE"),
+    "all": ("STREAMED", "WIDE", "SHARED"),
+}
 FETCHED = (0, 8)  # MiB of the next weight that a streamed product brings into the cache
 DTYPE, SIZE = torch.bfloat16, 2
 
@@ -45,6 +52,7 @@ def _choose(kernels: tuple[str, ...], fetched: int = linear_hopper.FETCH_BYTES >
     """Which of our kernels multiply, and how much they bring of what follows."""
     linear_hopper.STREAMED_ROWS = 8 if "STREAMED" in kernels else 0
     linear_hopper.WIDE_ROWS = 128 if "WIDE" in kernels else 0
+    linear_hopper.SHARED_ROWS = range(9, 1024) if "SHARED" in kernels else range(0)
     linear_hopper.FETCH_BYTES = fetched << 20
 
 
@@ -53,7 +61,8 @@ def _products() -> Iterator[Case]:
         for rows in ROWS:
             yield from (_case(name, rows, n, k, how) for how in ("cuBLASLt", "streamed", "wide"))
         for rows in MORE_ROWS:
-            yield from (_case(name, rows, n, k, how) for how in ("cuBLASLt", "wide"))
+            ours = ("wide", "shared") if rows <= 128 else ("shared",)
+            yield from (_case(name, rows, n, k, how) for how in ("cuBLASLt", *ours))
 
 
 def _case(name: str, rows: int, n: int, k: int, how: str) -> Case:

@@ -29,7 +29,7 @@ int32_t linear(const MiiLinearStreamed& a, void* stream) {
       static_cast<const T*>(p.bias),
       static_cast<const char*>(a.next),
       static_cast<int*>(p.workspace),
-      reinterpret_cast<float4*>(static_cast<int*>(p.workspace) + kStreamMaxTiles),
+      reinterpret_cast<float4*>(static_cast<int*>(p.workspace) + kWorkCounters),
       p.x_stride,
       p.out_stride,
       a.next_bytes,
@@ -56,7 +56,7 @@ extern "C" int32_t mii_linear_streamed(const MiiLinearStreamed* a, void* stream)
   const bool steps = p.in_features % 16 == 0 && p.x_stride % 8 == 0 && p.in_features > 0;
   MII_REQUIRE(steps && aligned(p.x, 16) && aligned(p.weight, 16) && aligned(p.workspace, 16), MII_UNSUPPORTED,
               "mii_linear_streamed: rows of x and weight must be whole steps of 16, and aligned to 16 bytes");
-  const bool counted = p.out_features <= int64_t(kStreamTileRows) * kStreamMaxTiles;
+  const bool counted = p.out_features <= int64_t(kStreamTileRows) * kWorkCounters;
   MII_REQUIRE(counted && p.in_features < (int64_t(1) << 24), MII_UNSUPPORTED,
               "mii_linear_streamed: a weight of %lld x %lld is too large", static_cast<long long>(p.out_features),
               static_cast<long long>(p.in_features));
@@ -68,8 +68,9 @@ extern "C" int32_t mii_linear_streamed(const MiiLinearStreamed* a, void* stream)
   return p.dtype == MII_BF16 ? linear<__nv_bfloat16>(*a, stream) : linear<__half>(*a, stream);
 }
 
-extern "C" int64_t mii_linear_workspace_bytes(const MiiLinear*) {
+extern "C" int64_t mii_linear_workspace_bytes(const MiiLinear* a) {
   using namespace mii;
-  const int64_t partials = 2 * int64_t(card().sms) * kStreamConsumers;  // two tiles of each CTA
-  return kStreamMaxTiles * int64_t(sizeof(int)) + partials * int64_t(sizeof(float4));
+  const int64_t streamed = 2 * kStreamConsumers * int64_t(sizeof(float4));  // of each CTA two tiles
+  const int64_t each = a->rows > kStreamTokens ? max(streamed, int64_t(kSharedTileBytes)) : streamed;
+  return kWorkCounters * int64_t(sizeof(int)) + card().sms * each;
 }

@@ -10,6 +10,17 @@ namespace mii {
 namespace {
 
 constexpr int kBand = 16;  // tiles of rows
+constexpr int kSharedRows = 1024;  // more rows fill the card by whole tiles
+static_assert(WideShape<128, 256>::kSumBytes <= kSharedTileBytes);
+
+// A CTA for each multiprocessor: of `tiles`, at most one a tile; of shared ones, as many groups as there are, at most one a unit.
+int ctas_of(const LinearWideArgs& args) {
+  const int64_t tiles = int64_t(args.row_tiles) * args.column_tiles;
+  if (!args.shared) return static_cast<int>(tiles < card().sms ? tiles : card().sms);
+  const int64_t units = int64_t(args.column_tiles) * ceil_div(args.k, kWideUnit * kWideDepth);
+  const int64_t groups = card().sms / args.row_tiles;
+  return static_cast<int>(groups < units ? groups : units) * args.row_tiles;
+}
 
 template <typename T, int Rows, int Columns, bool Gated>
 int32_t launch_wide(LinearWideArgs& args, const MiiLinearStreamed& a, void* stream) {
@@ -23,13 +34,20 @@ int32_t launch_wide(LinearWideArgs& args, const MiiLinearStreamed& a, void* stre
   MII_REQUIRE(mapped, MII_UNSUPPORTED, "mii_linear_wide: the driver makes no tensor map of this product");
   args.row_tiles = static_cast<int>(ceil_div(p.rows, int64_t(Rows)));
   args.column_tiles = static_cast<int>(ceil_div(p.out_features, int64_t(Columns)));
-  const int64_t items = int64_t(args.row_tiles) * args.column_tiles;
-  const int ctas = static_cast<int>(items < card().sms ? items : card().sms);
-  return launch("mii_linear_wide", kernel, Shape{dim3(ctas), dim3(S::kThreads), S::kSharedBytes}, stream, args);
+  const Shape shape{dim3(ctas_of(args)), dim3(S::kThreads), S::kSharedBytes};
+  return launch("mii_linear_wide", kernel, shape, stream, args);
+}
+
+template <typename T, bool Gated>
+int32_t choose_tile(LinearWideArgs& args, const MiiLinearStreamed& a, void* stream) {
+  const int64_t rows = a.product.rows;
+  if (rows <= 64) return launch_wide<T, 64, 128, Gated>(args, a, stream);
+  if (rows <= 128) return launch_wide<T, 128, 128, Gated>(args, a, stream);
+  return launch_wide<T, 128, 256, Gated>(args, a, stream);
 }
 
 template <typename T>
-int32_t linear(const MiiLinearStreamed& a, void* stream) {
+int32_t linear(const MiiLinearStreamed& a, bool shared, void* stream) {
   const MiiLinear& p = a.product;
   LinearWideArgs args = {};
   args.out = p.out;
@@ -42,23 +60,18 @@ int32_t linear(const MiiLinearStreamed& a, void* stream) {
   args.n = static_cast<int>(p.out_features);
   args.k = static_cast<int>(p.in_features);
   args.band = kBand;
-  if (a.gated) {
-    MII_REQUIRE(gate_of(a.activation, &args.gate), MII_UNSUPPORTED, "mii_linear_wide: no gate by activation %d", a.activation);
-    if (p.rows <= 64) return launch_wide<T, 64, 128, true>(args, a, stream);
-    return p.rows <= 128 ? launch_wide<T, 128, 128, true>(args, a, stream)
-                         : launch_wide<T, 128, 256, true>(args, a, stream);
+  args.shared = shared;
+  if (shared) {
+    args.left = static_cast<int*>(p.workspace);
+    args.partial = reinterpret_cast<float4*>(static_cast<int*>(p.workspace) + kWorkCounters);
   }
-  return p.rows <= 64 ? launch_wide<T, 64, 128, false>(args, a, stream)
-                      : launch_wide<T, 128, 128, false>(args, a, stream);
+  if (!a.gated) return choose_tile<T, false>(args, a, stream);
+  MII_REQUIRE(gate_of(a.activation, &args.gate), MII_UNSUPPORTED, "mii_linear_wide: no gate by activation %d", a.activation);
+  return choose_tile<T, true>(args, a, stream);
 }
 
-}  // namespace
-}  // namespace mii
-
-extern "C" int32_t mii_linear_wide(const MiiLinearStreamed* a, void* stream) {
-  using namespace mii;
-  const MiiLinear& p = a->product;
-  if (p.rows == 0 || p.out_features == 0) return MII_OK;
+int32_t check_wide(const MiiLinearStreamed& a) {
+  const MiiLinear& p = a.product;
   MII_REQUIRE(card().major == 9 && card().minor == 0, MII_UNSUPPORTED, "mii_linear_wide: for compute capability 9.0 only");
   MII_REQUIRE(p.dtype == MII_BF16 || p.dtype == MII_F16, MII_UNSUPPORTED, "mii_linear_wide: 16-bit formats only");
   const bool boxes = p.in_features % 8 == 0 && p.x_stride % 8 == 0 && p.in_features > 0;
@@ -67,9 +80,29 @@ extern "C" int32_t mii_linear_wide(const MiiLinearStreamed* a, void* stream) {
   MII_REQUIRE(p.rows < (int64_t(1) << 30) && p.out_features < (int64_t(1) << 30) && p.in_features < (int64_t(1) << 30),
               MII_UNSUPPORTED, "mii_linear_wide: %lld rows by a weight of %lld x %lld are too many",
               static_cast<long long>(p.rows), static_cast<long long>(p.out_features), static_cast<long long>(p.in_features));
-  MII_REQUIRE(!a->gated || p.out_features % 2 == 0, MII_INVALID, "mii_linear_wide: %lld gated features are not pairs",
+  MII_REQUIRE(!a.gated || p.out_features % 2 == 0, MII_INVALID, "mii_linear_wide: %lld gated features are not pairs",
               static_cast<long long>(p.out_features));
-  MII_REQUIRE(a->next == nullptr || aligned(a->next, 16), MII_INVALID,
+  MII_REQUIRE(a.next == nullptr || aligned(a.next, 16), MII_INVALID,
               "mii_linear_wide: what comes next must be aligned to 16 bytes");
-  return p.dtype == MII_BF16 ? linear<__nv_bfloat16>(*a, stream) : linear<__half>(*a, stream);
+  return MII_OK;
+}
+
+int32_t wide(const MiiLinearStreamed& a, bool shared, void* stream) {
+  const MiiLinear& p = a.product;
+  if (p.rows == 0 || p.out_features == 0) return MII_OK;
+  if (const int32_t status = check_wide(a); status != MII_OK) return status;
+  return p.dtype == MII_BF16 ? linear<__nv_bfloat16>(a, shared, stream) : linear<__half>(a, shared, stream);
+}
+
+}  // namespace
+}  // namespace mii
+
+extern "C" int32_t mii_linear_wide(const MiiLinearStreamed* a, void* stream) { return mii::wide(*a, false, stream); }
+
+extern "C" int32_t mii_linear_shared(const MiiLinearStreamed* a, void* stream) {
+  using namespace mii;
+  const MiiLinear& p = a->product;
+  MII_REQUIRE(p.rows <= kSharedRows && p.workspace && aligned(p.workspace, 16), MII_UNSUPPORTED,
+              "mii_linear_shared: up to %d rows, with a workspace", kSharedRows);
+  return wide(*a, true, stream);
 }

@@ -3,7 +3,8 @@
 Up to 128 rows of a weight that has tiles for the multiprocessors, and gated products of many rows: warpgroup products
 (csrc/include/mii/linear_wide.cuh). Up to 8 rows of other weights: a stream of the weight (linear_stream.cuh). Both read
 the weight where it lies, row-major, so cuBLASLt serves all else from the same memory. The gated forms compute gate and
-up of an output side by side and apply the activation before anything is written.
+up of an output side by side and apply the activation before anything is written. Warpgroup products can also divide
+a product evenly among the multiprocessors where whole tiles would leave some without work (SHARED_ROWS).
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ WIDE_TILES = 96  # of 128 weight rows, from which warpgroup products keep enough
 WIDE_ROWS = 128  # up to which reading the weight is most of a product's time
 # Gated products of more rows: from how many, and the least share of multiprocessors that have a tile in the last round.
 GATED_ROWS, GATED_SHARE = 1024, 0.93
+SHARED_ROWS = range(0)  # with which products that have no kernel by the lines above are divided evenly; up to 1,024
 GATES = ("silu", "gelu_tanh", "gelu_quick")  # that warpgroup products apply
 # Bytes of the following product's weight that come into the L2 cache while a product ends: about what memory delivers
 # between the last read of one product and the first of the next.
 FETCH_BYTES = 8 << 20
 
-_workspaces: dict[torch.device, torch.Tensor] = {}
+_workspaces: dict[tuple[torch.device, int], torch.Tensor] = {}
 
 
 def prepare(device: torch.device) -> None:
@@ -86,7 +88,7 @@ def _kernel(rows: int, features: int, activation: str | None, multiprocessors: i
         rounds = -(-tiles // multiprocessors)
         if tiles >= GATED_SHARE * rounds * multiprocessors:
             return "mii_linear_wide"
-    return None
+    return "mii_linear_shared" if wide and rows in SHARED_ROWS else None
 
 
 def most_rows_without(rows: int, features: int, activation: str, multiprocessors: int) -> int:
@@ -115,7 +117,8 @@ def _multiprocessors(device: torch.device) -> int:
 
 def _workspace(library: native.Library, device: torch.device) -> torch.Tensor:
     """Partial sums and their counters, one for each device: the calls of an engine follow one another in a stream."""
-    if device not in _workspaces:
-        size = library.bytes("mii_linear_workspace_bytes", abi.MiiLinear())
-        _workspaces[device] = torch.zeros(size, dtype=torch.uint8, device=device)
-    return _workspaces[device]
+    key = device, SHARED_ROWS.stop
+    if key not in _workspaces:
+        size = library.bytes("mii_linear_workspace_bytes", abi.MiiLinear(rows=SHARED_ROWS.stop))
+        _workspaces[key] = torch.zeros(size, dtype=torch.uint8, device=device)
+    return _workspaces[key]

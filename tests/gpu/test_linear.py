@@ -86,6 +86,18 @@ def test_gated_product_equals_torch(rows: int, shape: tuple[int, int], dtype: to
         assert_near(out, body(gate) * up, eps=4)
 
 
+def check_gated(rows: int, shape: tuple[int, int], kind: str, dtype: torch.dtype) -> None:
+    width, k = shape
+    x, weight = random(rows, k, dtype=dtype), random(2 * width, k, dtype=dtype, seed=1, scale=k**-0.5)
+    bias = random(2 * width, dtype=dtype, seed=2) if rows % 2 else None
+    both = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    expected = torch.empty(rows, width, dtype=dtype, device="cuda")
+    activation(expected, both.to(dtype), kind, gated=True)
+    out = torch.full((rows, width), float("nan"), device="cuda", dtype=dtype)
+    gated_linear(out, out.new_empty(rows, 2 * width), x, pack_linear(weight), kind, bias)
+    assert_near(out, expected.double(), eps=4)
+
+
 # By warpgroup products: tiles and steps of k that are whole and cut off.
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(12288, 64), (12300, 1000), (28672, 4096)], ids=str)
@@ -105,15 +117,33 @@ def test_wide_gated_product_equals_torch(
 ) -> None:
     monkeypatch.setattr(linear_hopper, "GATED_ROWS", 129)
     monkeypatch.setattr(linear_hopper, "GATED_SHARE", 0.0)
-    width, k = shape
-    x, weight = random(rows, k, dtype=dtype), random(2 * width, k, dtype=dtype, seed=1, scale=k**-0.5)
-    bias = random(2 * width, dtype=dtype, seed=2) if rows % 2 else None
-    both = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
-    expected = torch.empty(rows, width, dtype=dtype, device="cuda")
-    activation(expected, both.to(dtype), kind, gated=True)
-    out = torch.full((rows, width), float("nan"), device="cuda", dtype=dtype)
-    gated_linear(out, out.new_empty(rows, 2 * width), x, pack_linear(weight), kind, bias)
-    assert_near(out, expected.double(), eps=4)
+    check_gated(rows, shape, kind, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(128, 64), (520, 1000), (6144, 4096), (4096, 14336)], ids=str)
+@pytest.mark.parametrize("rows", [9, 64, 100, 129, 256, 384, 700, 1023])
+def test_products_that_share_tiles_equal_torch_bit_for_bit_each_time(
+    rows: int, shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_hopper, "SHARED_ROWS", range(9, 1024))
+    for seed in range(2):
+        out, expected = product(rows, *shape, dtype, bias=rows % 2 == 0, seed=seed)
+        assert_near(out, expected)
+        for _ in range(3):  # which sums come when does not matter
+            assert torch.equal(product(rows, *shape, dtype, bias=rows % 2 == 0, seed=seed)[0], out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", linear_hopper.GATES)
+@pytest.mark.parametrize("shape", [(64, 64), (1030, 1000), (14336, 4096)], ids=str)
+@pytest.mark.parametrize("rows", [9, 100, 129, 256, 384, 1023])
+def test_gated_products_that_share_tiles_equal_torch(
+    rows: int, shape: tuple[int, int], kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_hopper, "SHARED_ROWS", range(9, 1024))
+    monkeypatch.setattr(linear_hopper, "WIDE_ROWS", 0)
+    check_gated(rows, shape, kind, dtype)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 200, 1023, 1024, 1664, 1665, 4096])
@@ -142,9 +172,12 @@ def test_rows_may_be_strided() -> None:
     assert not out[:, 1024:].any()
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8])
-def test_layers_in_a_graph_equal_kernels_that_waited_for_one_another(rows: int) -> None:
+@pytest.mark.parametrize("rows", [1, 3, 8, 60, 200])
+def test_layers_in_a_graph_equal_kernels_that_waited_for_one_another(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Kernels start before the one before them ends, share counters and partial sums, and fetch the next weight."""
+    monkeypatch.setattr(linear_hopper, "SHARED_ROWS", range(9, 1024))
     shapes = [(1536, 1024), (1024, 1024), (5632, 1024), (1024, 2816)]
     weights = [pack_linear(random(n, k, seed=i, scale=k**-0.5)) for i in range(6) for n, k in shapes]
     start, gain = random(rows, 1024, seed=99), random(1024, seed=98)

@@ -47,6 +47,25 @@ def test_every_product_of_more_rows_than_scratch_has_is_a_hopper_kernels(feature
     assert most == 8192 if kind == "gelu" else most < 8192
 
 
+def test_rows_that_share_tiles_have_a_kernel_whatever_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_hopper, "SHARED_ROWS", range(100, 1024))
+    chosen = {
+        (rows, features, kind): linear_hopper._kernel(rows, features, kind, 132)
+        for rows in (8, 99, 100, 128, 129, 1023, 1024)
+        for features in (512, 28672)
+        for kind in (None, "silu", "gelu")
+    }
+    shared = {case for case, kernel in chosen.items() if kernel == "mii_linear_shared"}
+    assert shared == {
+        (rows, features, kind)
+        for rows in (100, 128, 129, 1023)
+        for features in (512, 28672)
+        for kind in (None, "silu")
+        if rows > 128 or features == 512
+    }
+    assert linear_hopper.most_rows_without(1023, 28672, "silu", 132) == 0
+
+
 def test_an_output_as_wide_as_the_product_is_refused() -> None:
     x, out = torch.zeros(2, 16), torch.zeros(2, 32)
     with pytest.raises(ValueError, match=r"out \(2, 32\).*\[rows, 16\]"):

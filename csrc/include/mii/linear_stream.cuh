@@ -17,12 +17,12 @@
 #pragma once
 #include "mii/activation.cuh"
 #include "mii/bulk_copy.cuh"
+#include "mii/stream_runs.cuh"
 
 namespace mii {
 
 constexpr int kPlain = -1;  // in place of an activation
 
-constexpr int kStreamMaxTiles = 16384;
 constexpr int kStreamTokens = 8, kStreamTileRows = 64, kStreamDepth = 256;  // of a unit: tokens, weight rows, columns
 constexpr int kStreamUnits = 5;                                             // of the ring
 constexpr int kStreamWarps = 4, kStreamCopyWarps = 4;                       // that multiply, each 16 weight rows; that copy
@@ -43,22 +43,11 @@ struct LinearStreamArgs {
   const T* weight;
   const T* bias;     // or null
   const char* next;  // what to bring into L2 at the end, about `next_fetch` of `next_bytes`, or null
-  int* arrived;      // [kStreamMaxTiles], zero between launches
+  int* arrived;      // [kWorkCounters], zero between launches
   float4* partial;
   int64_t x_stride, out_stride, next_bytes, next_fetch;
   int rows, n, k;
   int activation;  // a MiiActivationKind, or kPlain
-};
-
-// The runs of units: CTA c of `ctas` has [begin(c), begin(c + 1)).
-struct StreamRuns {
-  int64_t units;
-  int ctas, steps;  // units of a tile
-
-  MII_DEVICE int begin(int cta) const { return static_cast<int>(units * cta / ctas); }
-  MII_DEVICE int cta_of(int unit) const { return static_cast<int>(((unit + int64_t(1)) * ctas - 1) / units); }
-  // Which of a CTA's two places for partial sums a tile has: its first tile the one, its last the other.
-  MII_DEVICE int place(int cta, int tile) const { return 2 * cta + (tile == begin(cta) / steps ? 0 : 1); }
 };
 
 // What a CTA does: its units, and where they lie.

@@ -77,13 +77,14 @@ struct Meeting {
 
   void operator()(int count, const std::function<void()>& compute) {
     const int mine = generation;
-    if (++arrived == count) {
-      compute();
-      arrived = 0;
-      ++generation;
-    } else {
-      while (generation == mine) yield();
-    }
+    arrive(count, compute);
+    while (generation == mine) yield();
+  }
+  void arrive(int count, const std::function<void()>& compute) {
+    if (++arrived < count) return;
+    compute();
+    arrived = 0;
+    ++generation;
   }
 };
 inline thread_local Meeting warps[32], named[16];

@@ -11,7 +11,7 @@ unsigned char stream_memory[card::kSharedBytes] __attribute__((aligned(128)));
 namespace {
 
 struct Workspace {
-  std::vector<int> arrived = std::vector<int>(mii::kStreamMaxTiles);
+  std::vector<int> arrived = std::vector<int>(mii::kWorkCounters);
   std::vector<float4> partial;
 
   explicit Workspace(const Case& c) : partial(size_t(c.ctas) * 2 * mii::kStreamConsumers, make_float4(NAN, NAN, NAN, NAN)) {}

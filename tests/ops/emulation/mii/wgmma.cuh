@@ -112,6 +112,14 @@ inline void barrier_arrive_after_copies(uint32_t barrier) {
   card::orders[card::current].gathered.push_back({std::exchange(copies[card::current].open, {}), barrier});
 }
 
+// ---- barriers of threads
+inline void threads_wait(int number, int threads) {
+  card::named[number](threads, [] {});
+}
+inline void threads_arrive(int number, int threads) {
+  card::named[number].arrive(threads, [] {});
+}
+
 // ---- registers: whoever takes some waits until others have given enough
 template <int kCount>
 void give_registers() {

@@ -1,0 +1,22 @@
+// Work of many tiles as equal runs of its units, one after the other (stream-K: Osama et al., arXiv 2301.03598).
+#pragma once
+#include "mii/attention_mma.cuh"
+
+namespace mii {
+
+// What products of one stream share: counters, then for each CTA sums of tiles that it does not end.
+constexpr int kWorkCounters = 16384;
+constexpr int kSharedTileBytes = 128 * 256 * 4;  // of the largest tile
+
+// The runs of units: CTA c of `ctas` has [begin(c), begin(c + 1)).
+struct StreamRuns {
+  int64_t units;
+  int ctas, steps;  // units of a tile
+
+  MII_DEVICE int begin(int cta) const { return static_cast<int>(units * cta / ctas); }
+  MII_DEVICE int cta_of(int unit) const { return static_cast<int>(((unit + int64_t(1)) * ctas - 1) / units); }
+  // Which of a CTA's two places for partial sums a tile has: its first tile the one, its last the other.
+  MII_DEVICE int place(int cta, int tile) const { return 2 * cta + (tile == begin(cta) / steps ? 0 : 1); }
+};
+
+}  // namespace mii
