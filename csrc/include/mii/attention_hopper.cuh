@@ -98,7 +98,7 @@ struct HopperMemory {
       barrier_init(slot_full(i), 1);
       barrier_init(slot_free(i), kWarps);
     }
-    publish_to_products();  // and to copies of boxes
+    publish_writes();
   }
 };
 
@@ -185,7 +185,7 @@ struct HopperScout {
     }
     copy_async_commit();
     copy_async_wait<0>();
-    publish_to_products();
+    publish_writes();
   }
 
   MII_DEVICE void run() {
@@ -456,7 +456,7 @@ struct HopperWorker {
       const int row = i / Shape::Keys::kChunks, column = i % Shape::Keys::kChunks;
       if (row < begin || row >= end) store_zeros(slot + Shape::Keys::offset(row, column));
     }
-    publish_to_products();
+    publish_writes();
     threads_wait(HopperBarrier::kGroup + group, kWarpgroup);
   }
 

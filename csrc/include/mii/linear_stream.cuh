@@ -16,7 +16,8 @@
 // constants, only x has to be waited for. While a CTA finishes it brings weights of the next product into L2.
 #pragma once
 #include "mii/activation.cuh"
-#include "mii/bulk_copy.cuh"
+#include "mii/dynamic_shared.cuh"
+#include "mii/prefetch_next.cuh"
 #include "mii/stream_runs.cuh"
 
 namespace mii {
@@ -130,19 +131,6 @@ MII_DEVICE void load_tokens(const Stream<T>& s, int unit) {
                              });
 }
 
-// This CTA's share of the next weight, in pieces of 4 KB, once all of its own has landed: before, it would be in its way.
-template <typename T>
-MII_DEVICE void prefetch_next(const Stream<T>& s) {
-  const LinearStreamArgs<T>& a = s.a;
-  if (a.next == nullptr) return;
-  barrier_wait(s.full(s.end - 1), s.round(s.end - 1) & 1);  // the ring does not come around again: that phase stays over
-  const int64_t start = a.next_bytes / 16 * blockIdx.x / gridDim.x * 16;
-  const int64_t stop = min(a.next_bytes / 16 * 16, start + a.next_fetch / gridDim.x / 4096 * 4096);
-  for (int64_t at = start + (threadIdx.x - kStreamConsumers) * 4096; at < stop; at += kStreamCopyWarps * kWarp * 4096) {
-    bulk_prefetch(a.next + at, static_cast<int>(min(int64_t(4096), stop - at)));
-  }
-}
-
 template <typename T>
 MII_DEVICE void copy_units(const Stream<T>& s) {
   const uint64_t policy = read_once_policy();
@@ -152,11 +140,13 @@ MII_DEVICE void copy_units(const Stream<T>& s) {
   wait_for_previous();
   for (int unit = s.begin; unit < filled; ++unit) load_tokens(s, unit);
   for (int unit = filled; unit < s.end; ++unit) {
-    barrier_wait(s.empty(unit), (s.round(unit) - 1) & 1);
+    barrier_wait_forever(s.empty(unit), (s.round(unit) - 1) & 1);
     load_weights(s, unit, policy);
     load_tokens(s, unit);
   }
-  prefetch_next(s);
+  if (s.a.next == nullptr) return;
+  barrier_wait_forever(s.full(s.end - 1), s.round(s.end - 1) & 1);  // the ring comes not around again: that phase stays over
+  prefetch_next<kStreamCopyWarps * kWarp>(s.a, threadIdx.x - kStreamConsumers);
 }
 
 // ---- the multiplying warps ------------------------------------------------------------------------------------------
@@ -218,12 +208,12 @@ MII_DEVICE bool merge_tile(const Stream<T>& s, StreamSums& sums, int tile, int* 
   const auto at = [&](int cta) { return s.a.partial + s.runs.place(cta, tile) * kStreamConsumers + threadIdx.x; };
   __stcg(at(blockIdx.x), make_float4(sums[0], sums[1], sums[2], sums[3]));
   __threadfence();
-  partial_barrier<1, kStreamConsumers>();
+  threads_wait(1, kStreamConsumers);
   const int first_cta = s.runs.cta_of(tile * s.runs.steps), last_cta = s.runs.cta_of((tile + 1) * s.runs.steps - 1);
   if (threadIdx.x == 0) *last = atomicAdd(s.a.arrived + tile, 1) == last_cta - first_cta;
-  partial_barrier<1, kStreamConsumers>();
+  threads_wait(1, kStreamConsumers);
   const bool mine = *last != 0;
-  partial_barrier<1, kStreamConsumers>();  // nobody writes `last` for the next tile before everybody has read it
+  threads_wait(1, kStreamConsumers);  // nobody writes `last` for the next tile before everybody has read it
   if (!mine) return false;
   __threadfence();
   if (threadIdx.x == 0) s.a.arrived[tile] = 0;
@@ -241,7 +231,7 @@ MII_DEVICE void multiply_units(const Stream<T>& s, int* last) {
   StreamSums sums = {};
   int run_start = s.begin;  // first unit of the tile that `sums` belongs to
   for (int unit = s.begin; unit < s.end; ++unit) {
-    barrier_wait(s.full(unit), s.round(unit) & 1);
+    barrier_wait_forever(s.full(unit), s.round(unit) & 1);
     multiply_unit<T>(sums, s.stage(unit), s.depth(unit));
     __syncwarp();
     if (threadIdx.x % kWarp == 0) barrier_arrive(s.empty(unit));
@@ -258,8 +248,7 @@ MII_DEVICE void multiply_units(const Stream<T>& s, int* last) {
 template <typename T>
 __global__ void __launch_bounds__(kStreamThreads) linear_stream(const LinearStreamArgs<T> a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  extern __shared__ __align__(128) unsigned char stream_memory[];
-  const Stream<T> s(a, shared_address(stream_memory));
+  const Stream<T> s(a, shared_address(dynamic_shared()));
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStreamUnits; ++i) {
       barrier_init(s.shared + i * kBarrierBytes, 1);
@@ -271,7 +260,7 @@ __global__ void __launch_bounds__(kStreamThreads) linear_stream(const LinearStre
   if (threadIdx.x >= kStreamConsumers) {
     copy_units(s);
   } else {
-    multiply_units(s, reinterpret_cast<int*>(stream_memory + kStreamFlagOffset));
+    multiply_units(s, reinterpret_cast<int*>(dynamic_shared() + kStreamFlagOffset));
   }
 #endif
 }

@@ -16,6 +16,7 @@
 // constants, only x has to be waited for. Once a CTA has all of its own it brings weights of the next product into L2.
 #pragma once
 #include "mii/dynamic_shared.cuh"
+#include "mii/prefetch_next.cuh"
 #include "mii/stream_runs.cuh"
 #include "mii/tensor_map.cuh"
 #include "mii/wide_tile.cuh"
@@ -95,11 +96,6 @@ struct LinearWide {
   MII_DEVICE void copy_rows(int row_tile, int step, int place) const {
     copy_box(ring.x(place), &a.x, step * kWideDepth, row_tile * Rows, ring.full(place));
   }
-  MII_DEVICE void fetch_next() const {
-    const int64_t start = a.next_bytes / 16 * blockIdx.x / gridDim.x * 16;
-    const int64_t stop = min(a.next_bytes / 16 * 16, start + a.next_fetch / gridDim.x / 4096 * 4096);
-    for (int64_t at = start; at < stop; at += 4096) fetch_bytes(a.next + at, static_cast<int>(min(int64_t(4096), stop - at)));
-  }
   MII_DEVICE void copy_tiles() const {
     Walk rest = walk();
     const bool any = more(rest);
@@ -119,7 +115,7 @@ struct LinearWide {
       if (more(rest)) continue;
       if (a.next == nullptr) return;
       barrier_wait(ring.full((turns - 1) % Shape::kStages), (turns - 1) / Shape::kStages & 1);
-      return fetch_next();
+      return prefetch_next<1>(a, 0);
     }
   }
 

@@ -9,6 +9,7 @@
 // the activation is part of the epilogue.
 #pragma once
 #include "mii/moe_product.cuh"
+#include "mii/stream_runs.cuh"
 
 namespace mii {
 
@@ -24,17 +25,6 @@ struct MoeStreamShape {
   static constexpr int kWeightBytes = kUnitRows * kUnitDepth * 2;
   static constexpr int kStageBytes = kWeightBytes + Tokens * kUnitDepth * 2;
   static constexpr int kSharedBytes = kStages * kStageBytes;
-};
-
-// The runs of units: CTA c of `ctas` has [begin(c), begin(c + 1)).
-struct MoeRuns {
-  int64_t units;
-  int ctas, steps;  // units of a tile
-
-  MII_DEVICE int begin(int cta) const { return static_cast<int>(units * cta / ctas); }
-  MII_DEVICE int cta_of(int unit) const { return static_cast<int>(((unit + int64_t(1)) * ctas - 1) / units); }
-  // Which of a CTA's two places for partial sums a tile has: its first tile the one, its last the other.
-  MII_DEVICE int place(int cta, int tile) const { return 2 * cta + (tile == begin(cta) / steps ? 0 : 1); }
 };
 
 // The 128 x 64 units of weight that both products load: this thread copies rows thread / 8 + 32 i, 16-byte chunk
@@ -147,7 +137,7 @@ MII_DEVICE void multiply_moe_unit(float (&sums)[Tokens / 8][4], uint32_t stage, 
 
 // Leaves this CTA's partial sums of a tile. True in every thread of the CTA that arrived last, which then has the total.
 template <typename T, int Groups>
-MII_DEVICE bool merge_moe_tile(const MoeArgs<T>& a, float (&sums)[Groups][4], const MoeRuns& runs, int tile) {
+MII_DEVICE bool merge_moe_tile(const MoeArgs<T>& a, float (&sums)[Groups][4], const StreamRuns& runs, int tile) {
   __shared__ int last;
   const auto at = [&](int cta, int group) {
     return a.partial + (int64_t(runs.place(cta, tile)) * Groups + group) * kMoeThreads + threadIdx.x;
@@ -221,7 +211,7 @@ __global__ void __launch_bounds__(kMoeThreads, 1) moe_stream(const MoeArgs<T> a)
   const int tiles = (a.n + WeightUnit<T, Up>::kColumns - 1) / WeightUnit<T, Up>::kColumns;
   const int64_t units = int64_t(a.tiles[0].x) * tiles * steps;
   const int ctas = static_cast<int>(min(int64_t(gridDim.x), units));
-  const MoeRuns runs = {units, ctas, steps};
+  const StreamRuns runs = {units, ctas, steps};
   const bool idle = static_cast<int>(blockIdx.x) >= ctas;
   const int begin = idle ? 0 : runs.begin(blockIdx.x), end = idle ? 0 : runs.begin(blockIdx.x + 1);
   if (idle) {

@@ -1,11 +1,11 @@
-// Hopper's warpgroup products (wgmma), the barriers in shared memory around them, and the hand-over of registers.
+// Hopper's warpgroup products (wgmma) and the hand-over of registers.
 //
 // Fragments of wgmma.m64nNk16 (PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16"), warp w of a group, lane l:
 //   D [64 x N]:  d[4 i], d[4 i + 1] row 16 w + l/4, columns 8 i + 2(l%4) .. +1;  d[4 i + 2], d[4 i + 3] row + 8
 //   A [64 x 16]: as A of mma.m16n8k16 for the warp's 16 rows (attention_mma.cuh)
 // so D of one product, rounded and packed, is A of the next.
 #pragma once
-#include "mii/attention_mma.cuh"
+#include "mii/barrier.cuh"
 #include "mii/ring_place.cuh"
 #include "mii/wgmma_layout.h"
 
@@ -153,64 +153,9 @@ MII_DEVICE void product_transposed(float (&d)[kRegisters], const uint32_t (&a)[4
 #undef MII_RESULTS_112
 #undef MII_RESULTS_128
 
-// ---- barriers in shared memory ------------------------------------------------------------------------------------
-MII_DEVICE void barrier_init(uint32_t barrier, int arrivals) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-MII_DEVICE void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// Whether the phase of this parity is over; waits for a moment of the hardware's choice.
-MII_DEVICE bool barrier_try(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-  asm volatile(
-      "{\n.reg .pred done;\nmbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.b32 %0, 1, 0, done;\n}"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
-  return done != 0;
-}
-// An error in the hand-over shall give wrong numbers, not hang the card: after a wait this long (seconds) it goes on. A
-// trap in its place keeps the assembler from giving the warpgroups registers of their own.
-MII_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
-  constexpr int kTries = 1 << 22;
-#pragma unroll 1
-  for (int i = 0; i < kTries; ++i) {
-    if (barrier_try(barrier, parity)) break;
-  }
-}
-
-// Arrives, and lets the phase end only when `bytes` more have come by copies of boxes.
-MII_DEVICE void barrier_expect(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-// Arrives once all that this thread asked for by copy_async has landed.
-MII_DEVICE void barrier_arrive_after_copies(uint32_t barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-// Starts copying the box of a tensor map that begins at (column, row); tells `barrier` of its bytes.
-MII_DEVICE void copy_box(uint32_t target, const void* map, int column, int row, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-          target),
-      "l"(map), "r"(column), "r"(row), "r"(barrier)
-      : "memory");
-}
-
 // Writes 16 bytes of zeros to shared memory.
 MII_DEVICE void store_zeros(uint32_t address) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
-}
-
-// Makes this thread's writes to shared memory visible to products, which read it by another way than loads do.
-MII_DEVICE void publish_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// Barriers of `threads` threads by number (0 is __syncthreads): all come, of them some without waiting.
-MII_DEVICE void threads_wait(int number, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
-}
-MII_DEVICE void threads_arrive(int number, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
 // ---- registers ----------------------------------------------------------------------------------------------------

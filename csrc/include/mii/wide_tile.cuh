@@ -28,7 +28,7 @@ struct WideShape {
   static constexpr int kSharedBytes = kStages * kStageBytes + kWideAlignment + kWideNotes;
   static_assert(Rows == 64 || Rows == 128, "a warpgroup has 64 rows");
   static_assert(kHalfOwn % 32 == 0, "rows are stored in runs of 32 columns");
-  static_assert(2 * kStages * 8 <= kWideNotes);
+  static_assert(2 * kStages * kBarrierBytes <= kWideNotes);
 };
 
 // act(x) = x * sigmoid(x * (linear + cubic * x * x)): silu, and gelu by tanh or quick.
@@ -47,7 +47,7 @@ struct WideRing {
   MII_DEVICE explicit WideRing(uint32_t shared) : base((shared + kWideAlignment - 1) / kWideAlignment * kWideAlignment) {}
   MII_DEVICE uint32_t x(int place) const { return base + place * Shape::kStageBytes; }
   MII_DEVICE uint32_t weight(int place) const { return x(place) + Shape::X::kBytes; }
-  MII_DEVICE uint32_t full(int place) const { return base + Shape::kStages * Shape::kStageBytes + 8 * place; }
+  MII_DEVICE uint32_t full(int place) const { return base + Shape::kStages * Shape::kStageBytes + kBarrierBytes * place; }
   MII_DEVICE uint32_t empty(int place) const { return full(Shape::kStages + place); }
   // By one thread, before all others go on. `writers`: arrivals that make a stage full.
   MII_DEVICE void init(int writers) const {
@@ -55,8 +55,7 @@ struct WideRing {
       barrier_init(full(i), writers);
       barrier_init(empty(i), Shape::kConsumers / kWarp);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    barrier_init_fence();
   }
 };
 
@@ -131,7 +130,7 @@ MII_DEVICE void multiply_tile(const WideRing<Shape>& ring, WideSums<Shape>& sums
   int before = 0;
   for (int step = 0; step < steps; ++step) {
     barrier_wait(ring.full(place.at), place.parity);
-    if constexpr (Gathered) publish_to_products();
+    if constexpr (Gathered) publish_writes();
     multiply_step<T>(ring, sums, place.at);
     if (step > 0) {
       products_wait<1>();

@@ -13,10 +13,8 @@ Kernel kernel_of(const MiiAttention& a) {
   return extras ? hopper_prefill_kernel<T, 128, true> : hopper_prefill_kernel<T, 128, false>;
 }
 
-void set_map(TensorMap& map, const MiiAttention& a, const void* cache, int box_rows) {
-  const Map ours = {static_cast<const unsigned char*>(cache), a.num_blocks * a.kv_heads * a.block_size, a.head_dim,
-                    box_rows};
-  std::memcpy(&map, &ours, sizeof(ours));
+TensorMap map_of(const MiiAttention& a, const void* cache, int box_rows) {
+  return {static_cast<const unsigned char*>(cache), a.num_blocks * a.kv_heads * a.block_size, a.head_dim, box_rows};
 }
 
 }  // namespace mii
@@ -39,8 +37,8 @@ extern "C" const char* hopper_on_host(const MiiAttention* a, PrefillItem* items,
   while (1 << all.p.block_bits < a->block_size) ++all.p.block_bits;
   all.p.unit = a->scale * kLog2e;
   all.box_rows = box_rows;
-  set_map(all.k, *a, a->k_cache, box_rows);
-  set_map(all.v, *a, a->v_cache, box_rows);
+  all.k = map_of(*a, a->k_cache, box_rows);
+  all.v = map_of(*a, a->v_cache, box_rows);
   const Kernel kernel = a->dtype == MII_F16 ? kernel_of<__half>(*a) : kernel_of<__nv_bfloat16>(*a);
   for (int i = 0; i < ctas; ++i) {
     std::memset(shared, 0xff, sizeof(shared));  // NaN

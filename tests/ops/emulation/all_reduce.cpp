@@ -66,8 +66,6 @@ void run(int seed, int ctas, int threads, const std::function<void()>& kernel) {
   std::vector<std::thread> all;
   for (int cta = 0; cta < ctas; ++cta) {
     all.emplace_back([=] {
-      static thread_local unsigned char unused[card::kSharedBytes];
-      card::shared = unused;
       card::chance.seed(1000 * seed + cta);
       card::block = {cta}, card::grid = {ctas};
       card::run_cta(threads, [&] { card::threads[card::current].waited = true, kernel(); });

@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <numeric>
@@ -37,7 +38,7 @@ using std::min;
 namespace card {
 
 constexpr int kSharedBytes = 232448, kRegisters = 65536;
-inline thread_local unsigned char* shared;  // the kernel's dynamic shared memory, which the program defines
+alignas(1024) inline thread_local unsigned char shared[kSharedBytes];  // dynamic shared memory
 inline thread_local std::mt19937 chance(1);
 
 [[noreturn]] inline void refuse(const char* why) {
@@ -109,13 +110,18 @@ struct Copy {
   uint32_t barrier;
 };
 inline thread_local std::vector<Copy> copies;  // under way
+inline thread_local uint32_t latest;           // the barrier that the last one tells of its bytes
 inline thread_local unsigned slowness;         // of the copies into a CTA
 
+inline void begin(Copy copy) {
+  latest = copy.barrier;
+  copies.push_back(std::move(copy));
+}
 inline void start(uint32_t target, const void* source, int bytes, uint32_t barrier) {
   const bool aligned = target % 16 == 0 && bytes % 16 == 0 && reinterpret_cast<uintptr_t>(source) % 16 == 0;
   if (!aligned || bytes <= 0) refuse("a bulk copy is not of whole 16 bytes at aligned addresses");
   if (target + bytes > kSharedBytes) refuse("a bulk copy leaves shared memory");
-  copies.push_back({[=] { std::memcpy(shared + target, source, bytes); }, bytes, barrier});
+  begin({[=] { std::memcpy(shared + target, source, bytes); }, bytes, barrier});
 }
 inline void land_some() {
   if (chance() % slowness) return;
@@ -135,6 +141,9 @@ inline const char* fetch_begin;  // what may be
 inline int64_t fetch_size, fetched;
 
 inline void fetch(const void* source, int bytes) {
+  for (const Copy& copy : copies) {
+    if (copy.barrier == latest) refuse("fetches what comes next before all of its own has come");
+  }
   const int64_t at = static_cast<const char*>(source) - fetch_begin;
   if (at < 0 || bytes <= 0 || bytes % 16 || at + bytes > fetch_size) refuse("fetches what is not there");
   fetched += bytes;

@@ -1,11 +1,6 @@
 // Runs csrc/include/mii/linear_stream.cuh on the host against a plain product, each case twice: counters and partial sums
 // have to be left so that the second run gives the same bits.
 #include "linear.h"
-
-namespace mii {
-unsigned char stream_memory[card::kSharedBytes] __attribute__((aligned(128)));
-}
-
 #include "mii/linear_stream.cuh"
 
 namespace {
@@ -48,7 +43,6 @@ void check(const Case& c) {
 }  // namespace
 
 int main() {
-  card::shared = mii::stream_memory;
   check({1, 64, 1024, 3, false, false});   // runs that end inside tiles
   check({8, 200, 1040, 7, false, true});   // tiles and steps that are cut off
   check({3, 8, 16, 1, false, true});       // less than a unit

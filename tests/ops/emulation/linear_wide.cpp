@@ -1,10 +1,5 @@
 // Runs csrc/include/mii/linear_wide.cuh on the host against a plain product.
 #include "linear.h"
-
-namespace mii {
-alignas(1024) unsigned char wide_memory[card::kSharedBytes];
-}
-
 #include "mii/linear_wide.cuh"
 
 namespace {
@@ -60,7 +55,6 @@ void check_shared(Case c) {
 }  // namespace
 
 int main() {
-  card::shared = mii::wide_memory;
   card::patience = 20000;
   check<64, 128, false>({37, 200, 136, 2, false, true});       // all is cut off
   check<64, 128, false>({64, 1160, 264, 3, false, false, 0});  // a ring that comes around between tiles

@@ -5,10 +5,6 @@
 #undef __shared__
 #define __shared__ static  // the threads of a CTA share it, and one CTA runs at a time
 
-namespace mii {
-alignas(1024) unsigned char memory[card::kSharedBytes];
-}
-
 #include "mii/moe_route.cuh"
 #include "mii/moe_mma.cuh"
 #include "mii/moe_wide.cuh"
@@ -240,7 +236,6 @@ void run_case(const Case& c) {
 }  // namespace
 
 int main() {
-  card::shared = mii::memory;
   card::patience = 20000;
   const Case cases[] = {
       {kSimple, 9, 7, 5, 3, 17, 9, 3, true},      {kStream8, 1, 1, 16, 4, 192, 128, 5, false},

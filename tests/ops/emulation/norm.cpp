@@ -7,7 +7,6 @@
 #define blockDim (card::Index{static_cast<int>(card::threads.size())})
 
 namespace card {
-unsigned char memory[kSharedBytes];
 float mailbox[32][32];
 }  // namespace card
 
@@ -147,7 +146,6 @@ void check_type() {
 }  // namespace
 
 int main() {
-  card::shared = card::memory;
   check_type<float>();
   check_type<__half>();
   check_type<__nv_bfloat16>();

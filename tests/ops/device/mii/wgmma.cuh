@@ -1,7 +1,7 @@
 // Stands in for csrc/include/mii/wgmma.cuh where device code runs on the host: products that read their operands, by
 // descriptor, when they are waited for, as the PTX ISA lays the fragments and the 128-byte swizzle out.
 #pragma once
-#include "mii/attention_mma.cuh"
+#include "mii/barrier.cuh"
 #include "mii/ring_place.cuh"
 #include "mii/wgmma_layout.h"
 
@@ -103,61 +103,7 @@ void product_transposed(float (&d)[kRegisters], const uint32_t (&a)[4], uint64_t
   own_products().open.push_back({d, a, 0, b, 2 * kRegisters, true, std::is_same_v<T, __half>});
 }
 
-// ---- barriers in shared memory ------------------------------------------------------------------------------------
-struct Barrier {
-  int32_t bytes : 31;  // still to come
-  uint32_t parity : 1;
-  uint16_t pending, arrivals;
-
-  void settle() {
-    if (pending > 0 || bytes != 0) return;
-    pending = arrivals;
-    parity ^= 1;
-  }
-};
-static_assert(sizeof(Barrier) == 8);
-inline Barrier& barrier_at(uint32_t address) { return *reinterpret_cast<Barrier*>(shared_at(address)); }
-
-inline void barrier_init(uint32_t barrier, int arrivals) {
-  barrier_at(barrier) = {0, 0, static_cast<uint16_t>(arrivals), static_cast<uint16_t>(arrivals)};
-}
-inline void barrier_arrive(uint32_t barrier) {
-  if (barrier_at(barrier).pending == 0) emulation::fail("more arrivals than a barrier was made for");
-  --barrier_at(barrier).pending;
-  barrier_at(barrier).settle();
-  emulation::dawdle();
-}
-inline bool barrier_try(uint32_t barrier, uint32_t parity) { return barrier_at(barrier).parity != parity; }
-inline void barrier_wait(uint32_t barrier, uint32_t parity) {
-  emulation::wait_for([=] { return barrier_try(barrier, parity); });
-}
-inline void barrier_expect(uint32_t barrier, int bytes) {
-  barrier_at(barrier).bytes += bytes;
-  barrier_arrive(barrier);
-}
-
-// What stands in for a CUtensorMap: boxes of 64 elements of two bytes, swizzled.
-struct Map {
-  const unsigned char* cache;
-  int64_t rows;
-  int32_t head_dim, box_rows;
-};
-inline void copy_box(uint32_t target, const void* map, int column, int row, uint32_t barrier) {
-  const Map& m = *static_cast<const Map*>(map);
-  if (row < 0 || row + m.box_rows > m.rows) emulation::fail("a box reaches past the cache");
-  for (int i = 0; i < m.box_rows * 8; ++i) {
-    const uint32_t address = target + 16 * i;
-    const unsigned char* source = m.cache + (int64_t(row + i / 8) * m.head_dim + column + i % 8 * 8) * 2;
-    std::memcpy(shared_at(address ^ (address >> 7 & 7) << 4), source, 16);
-  }
-  barrier_at(barrier).bytes -= m.box_rows * 128;
-  barrier_at(barrier).settle();
-}
-
 inline void store_zeros(uint32_t address) { std::memset(shared_at(address), 0, 16); }
-inline void publish_to_products() {}
-inline void threads_wait(int number, int threads) { emulation::meet(emulation::cta().barriers[number], threads); }
-inline void threads_arrive(int number, int threads) { emulation::cta().barriers[number].arrive(threads); }
 template <int kCount>
 void take_registers() {}
 template <int kCount>

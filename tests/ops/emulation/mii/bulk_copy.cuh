@@ -1,27 +1,8 @@
 // In place of csrc/include/mii/bulk_copy.cuh.
 #pragma once
-#include "mii/attention_mma.cuh"
+#include "mii/barrier.cuh"
 
 namespace mii {
-
-constexpr int kBarrierBytes = 8;
-
-inline void barrier_init(uint32_t barrier, int arrivals) { card::barriers[barrier] = {arrivals, arrivals}; }
-inline void barrier_init_fence() {}
-inline void barrier_arrive(uint32_t barrier) {
-  --card::barriers.at(barrier).pending;
-  card::barriers.at(barrier).settle();
-}
-inline void barrier_expect(uint32_t barrier, int bytes) {
-  card::yield();
-  card::barriers.at(barrier).bytes += bytes;
-  barrier_arrive(barrier);
-}
-inline void barrier_wait(uint32_t barrier, int parity) {
-  do {
-    card::yield();
-  } while (card::barriers.at(barrier).phase % 2 == parity);
-}
 
 inline bool elect_lane() {
   __syncwarp();
@@ -39,10 +20,5 @@ inline void bulk_copy(uint32_t target, const void* source, int bytes, uint32_t b
 }
 
 inline void bulk_prefetch(const void* source, int bytes) { card::fetch(source, bytes); }
-
-template <int Id, int Threads>
-void partial_barrier() {
-  card::named[Id](Threads, [] {});
-}
 
 }  // namespace mii

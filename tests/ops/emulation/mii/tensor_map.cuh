@@ -1,5 +1,6 @@
 // In place of csrc/include/mii/tensor_map.cuh: boxes land in pieces, in any order.
 #pragma once
+#include "mii/bulk_copy.cuh"
 #include "mii/wgmma.cuh"
 
 namespace mii {
@@ -12,7 +13,6 @@ struct TensorMap {
 };
 
 constexpr int kBoxColumns = 64, kPieceRows = 8;
-inline uint32_t latest;  // the barrier that the box asked for last tells of its bytes
 
 // As encode_matrix of csrc/cuda/tensor_map.cuh, under the driver's conditions.
 inline TensorMap map_matrix(const Half* data, int64_t rows, int64_t columns, int64_t stride, int box_rows, bool constant) {
@@ -38,18 +38,10 @@ inline void copy_box(uint32_t target, const TensorMap* map, int column, int row,
   if (!map->constant) card::must_have_waited();
   if (target % 1024) card::refuse("a box does not begin where its swizzle does");
   if (target + map->box_rows / kPieceRows * kBytes > card::kSharedBytes) card::refuse("a box leaves shared memory");
-  latest = barrier;
   for (int i = 0; i < map->box_rows / kPieceRows; ++i) {
     const auto land = [=, map = *map] { land_piece(map, target + i * kBytes, column, row + i * kPieceRows); };
-    card::copies.push_back({land, kBytes, barrier});
+    card::begin({land, kBytes, barrier});
   }
-}
-
-inline void fetch_bytes(const void* source, int bytes) {
-  for (const card::Copy& copy : card::copies) {
-    if (copy.barrier == latest) card::refuse("fetches for the next kernel before all of its own has come");
-  }
-  card::fetch(source, bytes);
 }
 
 }  // namespace mii

@@ -4,9 +4,7 @@
 // then, so an operand that came too late or was overwritten too early is missed by the result. It must not find what a
 // thread wrote unless the thread that hands it over has published that since.
 #pragma once
-#include <deque>
-
-#include "mii/bulk_copy.cuh"
+#include "mii/barrier.cuh"
 #include "mii/ring_place.cuh"
 #include "mii/wgmma_layout.h"
 
@@ -20,15 +18,9 @@ struct Product {
   uint64_t a, b;
   uint32_t published;  // writes of threads that it may find
 };
-struct Gathered {
-  std::vector<mii::Copies::Copy> copies;
-  uint32_t barrier;  // where their thread arrives after them
-};
 struct Orders {
-  uint32_t published = 0;
   std::vector<Product> open;
   std::deque<std::vector<Product>> batches;
-  std::deque<Gathered> gathered;
 };
 inline Orders orders[1024];  // by thread; done when a CTA has ended
 
@@ -60,22 +52,15 @@ inline void compute_batch(int thread) {
   for (const Product& each : orders[thread].batches.front()) compute(thread, each);
   orders[thread].batches.pop_front();
 }
-inline void land_gathered(int thread) {
-  for (const auto& copy : orders[thread].gathered.front().copies) mii::land(copy);
-  mii::barrier_arrive(orders[thread].gathered.front().barrier);
-  orders[thread].gathered.pop_front();
-}
-
 // Products are slow where copies are fast, so that whichever of the two a kernel waits for too little comes last.
 inline void work_on_orders() {
   for (int thread = 0; thread < static_cast<int>(threads.size()); ++thread) {
     if (!orders[thread].batches.empty() && chance() % (8 / slowness) == 0) compute_batch(thread);
-    if (!orders[thread].gathered.empty() && chance() % slowness == 0) land_gathered(thread);
   }
 }
 inline bool no_orders() {
   return std::all_of(std::begin(orders), std::end(orders), [](const Orders& each) {
-    return each.open.empty() && each.batches.empty() && each.gathered.empty();
+    return each.open.empty() && each.batches.empty();
   });
 }
 inline const bool ordered = (engines.push_back({work_on_orders, no_orders}), true);
@@ -92,7 +77,7 @@ template <typename T, bool kAdd, int kCount>
 void product(float (&d)[kCount], uint64_t a, uint64_t b) {
   static_assert(kAdd);
   card::Orders& mine = card::orders[card::current];
-  mine.open.push_back({d, 2 * kCount, a, b, mine.published});
+  mine.open.push_back({d, 2 * kCount, a, b, card::published[card::current]});
 }
 inline void products_commit() {
   card::Orders& mine = card::orders[card::current];
@@ -105,20 +90,6 @@ void products_wait() {
 }
 template <typename Register, int N>
 void settle(Register (&)[N]) {}
-inline void publish_to_products() { card::orders[card::current].published = card::writes; }
-
-// ---- barriers: those of bulk_copy.cuh, and arrivals after copies
-inline void barrier_arrive_after_copies(uint32_t barrier) {
-  card::orders[card::current].gathered.push_back({std::exchange(copies[card::current].open, {}), barrier});
-}
-
-// ---- barriers of threads
-inline void threads_wait(int number, int threads) {
-  card::named[number](threads, [] {});
-}
-inline void threads_arrive(int number, int threads) {
-  card::named[number].arrive(threads, [] {});
-}
 
 // ---- registers: whoever takes some waits until others have given enough
 template <int kCount>

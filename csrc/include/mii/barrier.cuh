@@ -1,0 +1,69 @@
+// Barriers of a CTA on Hopper: those in shared memory that count arrivals and the bytes of copies (PTX ISA, "mbarrier"), and
+// those of some of its threads by number. Kernels that use the former have an empty body below sm_90.
+//
+// A phase of a barrier in shared memory ends when the expected arrivals are there and as many bytes have landed as were
+// announced. Phases alternate between parity 0 and 1; waiting for parity p returns once the phase of that parity is over.
+#pragma once
+#include "mii/attention_mma.cuh"
+
+namespace mii {
+
+constexpr int kBarrierBytes = 8;
+
+// ---- in shared memory ---------------------------------------------------------------------------------------------
+// Makes this thread's writes to shared memory visible to copies and products, which go to it by another way than loads do.
+MII_DEVICE void publish_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+MII_DEVICE void barrier_init(uint32_t barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+// After barrier_init, by the thread that did it: copies see the barriers too.
+MII_DEVICE void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  publish_writes();
+}
+MII_DEVICE void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Arrives and announces bytes that copies are going to bring.
+MII_DEVICE void barrier_expect(uint32_t barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+// Arrives once all that this thread asked for by copy_async has landed.
+MII_DEVICE void barrier_arrive_after_copies(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+// Whether the phase of this parity is over; waits for a moment of the hardware's choice.
+MII_DEVICE bool barrier_try(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred done;\nmbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\nselp.b32 %0, 1, 0, done;\n}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+// An error in the hand-over shall give wrong numbers, not hang the card: after a wait this long (seconds) it goes on. A
+// trap in its place keeps the assembler from giving the warpgroups registers of their own.
+MII_DEVICE void barrier_wait(uint32_t barrier, uint32_t parity) {
+  constexpr int kTries = 1 << 22;
+#pragma unroll 1
+  for (int i = 0; i < kTries; ++i) {
+    if (barrier_try(barrier, parity)) break;
+  }
+}
+// As barrier_wait without its count, however long it takes.
+MII_DEVICE void barrier_wait_forever(uint32_t barrier, uint32_t parity) {
+  while (!barrier_try(barrier, parity)) {
+  }
+}
+
+// ---- of `threads` threads by number (0 is __syncthreads): all come, of them some without waiting --------------------
+MII_DEVICE void threads_wait(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+MII_DEVICE void threads_arrive(int number, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
+}  // namespace mii
