@@ -61,11 +61,8 @@ class Switchboard:
                     await self._send(self._take())
         finally:
             reading.cancel()
-            tasks = list(self._calls.values())
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await asyncio.gather(*(trunk.close() for trunk in self._trunks.values()))
+            # A caller that is gone makes a write fail, and then gRPC cancels this too, which is here already.
+            await asyncio.shield(self._close())
 
     def finish(self) -> None:
         """Ends the stream once no call is left in it."""
@@ -77,6 +74,14 @@ class Switchboard:
         for number, task in list(self._calls.items()):
             task.cancel()
             self._end(number, self._status(error))
+
+    async def _close(self) -> None:
+        """Ends every call, and then the streams to the replicas, which carry the news."""
+        tasks = list(self._calls.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*(trunk.close() for trunk in self._trunks.values()))
 
     async def _read(self, messages: AsyncIterator[CallerMessage]) -> None:
         try:

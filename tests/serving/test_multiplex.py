@@ -19,8 +19,12 @@ from mii.entrypoints.http.backend import Backend, Call
 from mii.errors import ServerUnavailableError
 from mii.grpc_related.answers import Answers, Piece, merged
 from mii.grpc_related.convert import pack_request
+from mii.grpc_related.dispatch import Dispatcher
+from mii.grpc_related.links import Link
 from mii.grpc_related.options import CHANNEL_OPTIONS, SERVICE_NAME
-from mii.grpc_related.proto.modelresponse_pb2 import CallStart, ServerMessage, TokenLogprob
+from mii.grpc_related.proto.modelresponse_pb2 import CallerMessage, CallStart, ServerMessage, TokenLogprob
+from mii.grpc_related.statuses import status_of
+from mii.grpc_related.switchboard import Switchboard
 from mii.grpc_related.trunk import Trunk
 from tests.serving.calls import in_loop
 from tests.serving.clusters import Cluster, shared_cluster
@@ -337,3 +341,44 @@ def test_a_connection_that_is_lost_in_the_middle_of_a_write_is_lost_and_no_mista
         assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
 
     in_loop(main())
+
+
+class OpenCall:
+    """A stream to a replica that says nothing."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+
+    async def read(self) -> Any:
+        await asyncio.sleep(60)
+
+    async def write(self, message: bytes) -> None: ...
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+@pytest.mark.parametrize("cancels", [1, 2, 3])
+def test_a_caller_that_is_gone_leaves_no_stream_to_a_replica_however_often_it_is_noticed(cancels: int) -> None:
+    async def one_call() -> AsyncIterator[CallerMessage]:
+        yield CallerMessage(starts=[CallStart(call=1, request=pack_request(["x"], {}).SerializeToString())])
+        await asyncio.sleep(60)
+
+    async def main() -> None:
+        call, link = OpenCall(), Link(0, "127.0.0.1:1", QUEUE)
+        link.ready, link.multiplex = True, lambda: call
+        send: Any = lambda message: asyncio.sleep(0)  # noqa: E731
+        board = Switchboard(Dispatcher([link]), send, status=status_of, ended=lambda code: None)
+        serving = asyncio.ensure_future(board.serve(one_call()))
+        while not link.prompts:
+            await asyncio.sleep(0.01)
+        for _ in range(cancels):
+            serving.cancel()
+            await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError):
+            await serving
+        while not call.cancelled or link.prompts:
+            await asyncio.sleep(0.01)
+        await link.close()
+
+    in_loop(main(), 20)
