@@ -1,8 +1,9 @@
 """Iterating in another thread, for the main thread.
 
 gRPC's channels have locks of Python's own. An exception that a signal raises in the main thread, Ctrl-C above all, can
-come between taking such a lock and the block that gives it back, and then every later call over that channel hangs. So
-the main thread does not touch gRPC: another one does, and the two talk through queues that no signal can break.
+come between taking such a lock and the block that gives it back, and then every later call over that channel hangs; or
+it comes in a destructor, and is lost. So the main thread does not touch gRPC, nor hold a call that has ended: another
+one does, and the two talk through queues that no signal can break.
 """
 
 from __future__ import annotations
@@ -32,11 +33,16 @@ class Handle:
         if self.ended:
             call.cancel()
 
+    def drop(self) -> None:
+        """From the thread that makes the call: it has ended."""
+        self._call = None
+
     def end(self) -> None:
         """From any other thread: cancels it, now or as soon as there is one."""
         self.ended = True
-        if self._call is not None:
-            self._call.cancel()
+        call = self._call
+        if call is not None:
+            call.cancel()
 
 
 def apart(items: Generator[_T, None, None], handle: Handle) -> Generator[_T, None, None]:

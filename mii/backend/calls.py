@@ -123,20 +123,40 @@ def _run(
 def _attempt(
     start: Callable[..., Any], read: Callable[[Any], Iterable[Any]], attempts: Attempts, handle: Handle
 ) -> Generator[Any, None, None]:
-    started = False
     while True:
-        call = start(timeout=attempts.remaining())
-        handle.hold(call)
-        try:
-            for reply in read(call):
-                started = True
-                yield reply
+        failure = yield from _once(start(timeout=attempts.remaining()), read, handle)
+        if failure is None:
             return
-        except grpc.RpcError as error:
-            seconds = attempts.pause(error, started)
-        finally:
-            call.cancel()
-        time.sleep(seconds)
+        time.sleep(attempts.pause(*failure))
+
+
+def _once(
+    call: Any, read: Callable[[Any], Iterable[Any]], handle: Handle
+) -> Generator[Any, None, tuple[grpc.aio.AioRpcError, bool] | None]:
+    """The replies of a call; returns how it failed, if it did, and whether something had come.
+
+    The call's destructor takes a lock of gRPC's, so it has to run here and not in whichever thread drops the last
+    reference: none is left behind, not even by the traceback of an error, which is the call itself.
+    """
+    started = False
+    handle.hold(call)
+    try:
+        for reply in read(call):
+            started = True
+            yield reply
+        return None
+    except (grpc.RpcError, grpc.FutureCancelledError) as error:
+        error.__traceback__ = None
+        return _failure(call), started
+    finally:
+        call.cancel()
+        handle.drop()
+
+
+def _failure(call: Any) -> grpc.aio.AioRpcError:
+    """How a call ended, without the call."""
+    metadata = grpc.aio.Metadata(*(call.trailing_metadata() or ()))
+    return grpc.aio.AioRpcError(call.code(), grpc.aio.Metadata(), metadata, details=call.details())
 
 
 def _result(call: Any) -> Iterable[Any]:
