@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import signal
-import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +19,7 @@ from mii.config import MIIConfig
 from mii.config.registry import deployment_folder
 from mii.launch.folder import DeploymentFolder
 from mii.launch.state import BALANCER, Machine, Plan, engine_role, front_role, read_state
-from tests.serving.deployments import nothing_left, wait_until
+from tests.serving.deployments import free_port, nothing_left, wait_until
 from tests.serving.standin import Options
 
 __all__ = ["NAME", "Cluster", "running_cluster", "shared_cluster"]
@@ -55,7 +53,7 @@ class Cluster:
 
     def wait_back(self, role: str, killed: int) -> None:
         """Until a process that was killed has come up again."""
-        wait_until(lambda: self.role(role).stage == "ready" and self.role(role).pid not in (None, killed), 30.0)
+        wait_until(lambda: self.role(role).stage == "ready" and self.role(role).pid not in (None, killed))
 
     def log(self, role: str) -> str:
         return deployment_folder(NAME).log(role).read_text()
@@ -74,7 +72,7 @@ class Cluster:
             left += [engine[name] for engine in engines for name in ("running", "waiting")]
             return not any(left) and all(engine["free_blocks"] == engine["num_blocks"] for engine in engines)
 
-        wait_until(idle, 30.0)
+        wait_until(idle, seen=self.client.stats)
         return self.client.stats()
 
     def prompts_of(self, replica: int) -> int:
@@ -109,7 +107,7 @@ def running_cluster(
     monkeypatch.setattr(scaling, "make_plan", plan)
     model_config = {"model_name_or_path": str(model), "device": "cpu", "replica_num": replicas, "progress": False}
     server = MIIServer(
-        MIIConfig(deployment_name=NAME, model_config=model_config, port_number=_free_ports(replicas + 1), **config)
+        MIIConfig(deployment_name=NAME, model_config=model_config, port_number=free_port(replicas + 8), **config)
     )
     try:
         cluster = Cluster(server)
@@ -129,14 +127,3 @@ def shared_cluster(factory: pytest.TempPathFactory, model: Path, **options: Any)
         monkeypatch.setenv("TMPDIR", temporary)
         with nothing_left(cache, Path(temporary)), running_cluster(monkeypatch, model, **options) as cluster:
             yield cluster
-
-
-def _free_ports(count: int) -> int:
-    """The first of so many free ports in a row."""
-    for _ in range(200):
-        first = random.randrange(20_000, 28_000)
-        with contextlib.ExitStack() as held, contextlib.suppress(OSError):
-            for port in range(first, first + count):
-                held.enter_context(socket.socket()).bind(("127.0.0.1", port))
-            return first
-    raise AssertionError("no free ports in a row")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterable, Iterator
@@ -20,6 +19,7 @@ from mii.benchmark.serving.http_stream import Connections
 from mii.benchmark.serving.trace import Failed
 from mii.config import MIIConfig
 from mii.errors import MIIError
+from tests.serving.deployments import free_port
 from tests.serving.standin import answer
 
 __all__ = ["WAYS", "Answer", "Asker", "Crowd", "Outcome", "asking", "crowd", "http_options", "stand_in_text"]
@@ -37,9 +37,7 @@ def stand_in_text(prompt: str, tokens: int) -> str:
 
 def http_options() -> dict[str, Any]:
     """Options of a deployment that answers HTTP too, on a port that is free."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return {"enable_restful_api": True, "restful_api_port": probe.getsockname()[1]}
+    return {"enable_restful_api": True, "restful_api_port": free_port(1)}
 
 
 @dataclass(frozen=True)

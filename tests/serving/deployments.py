@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import time
@@ -20,6 +21,8 @@ from mii.launch.state import BALANCER, Plan, Spec, engine_role, front_role, read
 from tests.serving.idle_process import Behaviour
 
 STAND_IN = Path(__file__).with_name("idle_process.py")
+# What is bound to happen may take long where other tests have the cores; what never happens is found out all the same.
+PATIENCE_SECONDS = 60.0
 
 
 def processes_of(folder: Path) -> dict[int, str]:
@@ -35,11 +38,14 @@ def processes_of(folder: Path) -> dict[int, str]:
     return found
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Fails when it does not become true in this time."""
+def wait_until(
+    condition: Callable[[], bool], seconds: float = PATIENCE_SECONDS, *, seen: Callable[[], object] = lambda: ""
+) -> None:
+    """Fails when it does not become true in this time, and tells what is `seen` then."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
+        if time.monotonic() > deadline:
+            pytest.fail(f"it did not happen within {seconds:g} s {seen()}".rstrip())
         time.sleep(0.01)
 
 
@@ -79,18 +85,21 @@ def zombies() -> list[int]:
 
 
 _PORTS_OF_A_WORKER = 500
+_taken: Iterator[int] = itertools.count()
 
 
 def free_port(count: int = 8) -> int:
-    """The first of some free ports in a row. They are this process's own: workers of a test run, and test runs, share a
-    machine.
+    """The first of some free ports in a row, others at each call. They are this process's own: workers of a test run,
+    and test runs, share a machine; and no connection gets one of these for its own end, as it may a port that was bound
+    to 0 for a moment.
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 4
     run = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
     start = 15000 + (run % 7 * 4 + worker) * _PORTS_OF_A_WORKER
-    for first in range(start, start + _PORTS_OF_A_WORKER - count, count):
-        if all(is_free(port, "0.0.0.0") for port in range(first, first + count)):
-            return first
+    for _ in range(_PORTS_OF_A_WORKER):
+        ports = [start + next(_taken) % _PORTS_OF_A_WORKER for _ in range(count)]
+        if ports[-1] == ports[0] + count - 1 and all(is_free(port, "0.0.0.0") for port in ports):
+            return ports[0]
     raise AssertionError("no free ports")
 
 

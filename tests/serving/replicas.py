@@ -6,7 +6,6 @@ import contextlib
 import json
 import select
 import signal
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from mii.launch.child import Child
 from mii.launch.folder import DeploymentFolder
 from mii.launch.process import Message
 from mii.launch.state import Spec, engine_role, front_role
-from tests.serving.deployments import wait_until
+from tests.serving.deployments import PATIENCE_SECONDS, free_port, wait_until
 from tests.serving.standin import Options
 
 __all__ = ["Replica", "running_replica"]
@@ -55,7 +54,7 @@ class Replica:
     ) -> None:
         self.folder = DeploymentFolder(folder)
         self.folder.create()
-        self.port = _free_port()
+        self.port = free_port(2) + 1  # the load balancer's would be the one before
         self.said: list[tuple[str, Message]] = []
         """What the processes told their supervisor."""
         model_config = {"model_name_or_path": str(model), "device": "cpu", **(model_options or {})}
@@ -86,7 +85,7 @@ class Replica:
         wait_until(lambda: self.health().ready)
 
     def wait_ready(self) -> None:
-        wait_until(lambda: self.listen() and self.engine.ready and self.front.ready, 60.0)
+        wait_until(lambda: self.listen() and self.engine.ready and self.front.ready)
 
     def wait_ended(self, child: Child) -> None:
         def gone() -> bool:
@@ -115,7 +114,7 @@ class Replica:
         numbers: dict[str, Any] = json.loads(self.stub.Stats(Empty(), timeout=10).json)
         return numbers
 
-    def wait_idle(self, seconds: float = 10.0) -> dict[str, Any]:
+    def wait_idle(self, seconds: float = PATIENCE_SECONDS) -> dict[str, Any]:
         """Returns the counts once nothing of any request is left, in the front and in the engine."""
 
         def idle() -> bool:
@@ -124,7 +123,7 @@ class Replica:
             left = (counts["outstanding"], engine["running"], engine["waiting"])
             return left == (0, 0, 0) and engine["free_blocks"] == engine["num_blocks"]
 
-        wait_until(idle, seconds)
+        wait_until(idle, seconds, seen=self.stats)
         return self.stats()
 
     def stop(self) -> None:
@@ -135,18 +134,6 @@ class Replica:
                 child.signal(signal.SIGCONT)
                 child.signal(signal.SIGKILL)
                 self.wait_ended(child)
-
-
-def _free_port() -> int:
-    """A port that is free, as is the one before it."""
-    for _ in range(100):
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-            with contextlib.suppress(OSError):
-                second.bind(("127.0.0.1", port + 1))
-                return int(port) + 1
-    raise AssertionError("no two free ports in a row")
 
 
 @contextlib.contextmanager

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,18 +46,28 @@ asyncio.run(main())
 
 @dataclass(frozen=True)
 class Usage:
-    """What a process holds."""
+    """What a process holds: threads by their names, descriptors by what they are of, and bytes."""
 
-    threads: int
-    descriptors: int
+    threads: Counter[str]
+    descriptors: Counter[str]
     resident: int
 
     @classmethod
     def of(cls, pid: int) -> Usage:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         fields = dict(line.split(":", 1) for line in lines if ":" in line)
-        descriptors = len(list(Path(f"/proc/{pid}/fd").iterdir()))
-        return cls(int(fields["Threads"]), descriptors, int(fields["VmRSS"].split()[0]) * 1024)
+        threads, descriptors = Counter[str](), Counter[str]()
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError):  # it has ended just now
+                threads[(task / "comm").read_text().strip()] += 1
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):  # it was closed just now
+                descriptors[os.readlink(entry).partition(":[")[0]] += 1
+        return cls(threads, descriptors, int(fields["VmRSS"].split()[0]) * 1024)
+
+    def beyond(self, other: Usage) -> Counter[str]:
+        """The threads and descriptors that it has and the other one has not."""
+        return (self.threads - other.threads) + (self.descriptors - other.descriptors)
 
 
 @pytest.fixture(scope="module")
@@ -73,12 +85,12 @@ def vanish(cluster: Cluster) -> None:
     """Clients come, read some tokens and are gone; returns when the deployment has noticed."""
     url = f"http://127.0.0.1:{cluster.config.restful_api_port}/mii/{cluster.config.deployment_name}"
     command = [sys.executable, "-c", CLIENTS, cluster.address, url, str(VANISHING // 2)]
-    before = cluster.client.stats()["replicas"][0]["generated_tokens"]
+    replica = lambda: cluster.client.stats()["replicas"][0]  # noqa: E731
+    before = replica()["generated_tokens"]
     process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])})
     try:
-        wait_until(lambda: cluster.client.stats()["replicas"][0]["engine"]["running"] == VANISHING, 30.0)
-        enough = before + 3 * VANISHING
-        wait_until(lambda: cluster.client.stats()["replicas"][0]["generated_tokens"] > enough)
+        wait_until(lambda: replica()["engine"]["running"] == VANISHING, seen=replica)
+        wait_until(lambda: replica()["generated_tokens"] > before + 3 * VANISHING, seen=replica)
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -90,17 +102,13 @@ def growth(cluster: Cluster) -> dict[str, int]:
     before = usage(cluster)
     for _ in range(2):
         vanish(cluster)
-    after: dict[str, Usage] = {}
 
-    def back() -> bool:
-        after.update(usage(cluster))
-        return all(
-            after[role].threads <= before[role].threads and after[role].descriptors <= before[role].descriptors
-            for role in ROLES
-        )
+    def more() -> dict[str, Counter[str]]:
+        beyond = {role: held.beyond(before[role]) for role, held in usage(cluster).items()}
+        return {role: kinds for role, kinds in beyond.items() if kinds}
 
-    wait_until(back)
-    return {role: after[role].resident - before[role].resident for role in ROLES}
+    wait_until(lambda: not more(), seen=more)
+    return {role: held.resident - before[role].resident for role, held in usage(cluster).items()}
 
 
 def test_clients_that_vanish_leave_nothing(cluster: Cluster) -> None:
