@@ -21,7 +21,7 @@ from mii.modeling.config_reader import ConfigReader, is_above_zero
 from mii.modeling.spec import RopeSpec
 
 
-def read_rope(config: Mapping[str, Any], head_dim: int, *, default_theta: float = 10000.0) -> RopeSpec:
+def read_rope(config: Mapping[str, Any], head_dim: int) -> RopeSpec:
     """Reads rotary settings in both forms that configs come in: `rope_theta` + `rope_scaling`, or `rope_parameters`."""
     forms = ConfigReader(config)
     scaling = dict(forms.fields("rope_parameters") or forms.fields("rope_scaling"))
@@ -30,7 +30,7 @@ def read_rope(config: Mapping[str, Any], head_dim: int, *, default_theta: float 
     if kind not in _FREQUENCIES:
         raise CheckpointError(f"config.json: rope type {kind!r} is not known; supported are {', '.join(_FREQUENCIES)}.")
     read = ConfigReader({**config, **{name: value for name, value in scaling.items() if value is not None}})
-    theta = read.number("rope_theta", default_theta)
+    theta = read.number("rope_theta", 10000.0)
     if theta <= 1:
         raise CheckpointError(f"config.json: 'rope_theta' must be a number above 1, and it is {theta:g}.")
     scaling.setdefault("max_position_embeddings", config.get("max_position_embeddings"))

@@ -14,11 +14,12 @@ VARIANTS = variants(
         "dense layers by step": {**SIZES, "decoder_sparse_step": 2, "num_hidden_layers": 3},
         "dense layers by number": {**SIZES, "mlp_only_layers": [0], "shared_expert_intermediate_size": 400},
         "no biases": {**SIZES, "qkv_bias": False},
-        "window in the upper layers": {
+        "window in every other of the lower layers": {
             **SIZES,
             "use_sliding_window": True,
             "sliding_window": 20,
-            "max_window_layers": 1,
+            "max_window_layers": 3,
+            "num_hidden_layers": 4,
         },
         "stacked experts": {**SIZES, "stacked": True},
     },

@@ -15,7 +15,7 @@ from mii.modeling.spec import ModelSpec
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
-    config = {"rms_norm_eps": 1e-5, "sliding_window": 4096, **config, "attention_bias": False, "mlp_bias": False}
+    config = {**_DEFAULTS, **config, "attention_bias": False, "mlp_bias": False}
     spec = llama.read_spec(config)
     spec = replace(spec, family="exaone4", block="normed_branch", head_norm=True)
     if config["sliding_window"] is None:
@@ -26,6 +26,9 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
         windows=llama.windows(config, spec.num_layers, sliding),
         layer_ropes=tuple(spec.rope if slides else None for slides in sliding),
     )
+
+
+_DEFAULTS = {"num_key_value_heads": 32, "rms_norm_eps": 1e-5, "sliding_window": 4096}
 
 
 def sliding_layers(config: Mapping[str, Any], layers: int) -> tuple[bool, ...]:

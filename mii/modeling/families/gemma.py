@@ -36,6 +36,6 @@ def common_spec(config: Mapping[str, Any]) -> ModelSpec:
     )
 
 
-_DEFAULTS = {"head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True}
+_DEFAULTS = {"num_key_value_heads": 16, "head_dim": 256, "max_position_embeddings": 8192, "tie_word_embeddings": True}
 
 FAMILY = Family("gemma", ("GemmaForCausalLM",), read_spec, llama.weights)

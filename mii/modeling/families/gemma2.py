@@ -13,7 +13,7 @@ from mii.modeling.spec import ModelSpec
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
-    config = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096, **config}
+    config = {**_DEFAULTS, **config}
     spec, read = gemma.common_spec(config), ConfigReader(config)
     sliding = llama.sliding_layers(config, spec.num_layers, lambda layer: layer % 2 == 0)
     return replace(
@@ -26,5 +26,12 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
         logit_softcap=read.number("final_logit_softcapping", 0.0),
     )
 
+
+_DEFAULTS = {
+    "num_key_value_heads": 4,
+    "sliding_window": 4096,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+}
 
 FAMILY = Family("gemma2", ("Gemma2ForCausalLM",), read_spec, llama.weights)

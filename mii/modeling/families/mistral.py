@@ -12,8 +12,11 @@ from mii.modeling.spec import ModelSpec
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
-    spec = llama.read_spec({**config, "attention_bias": False, "mlp_bias": False})
+    config = {**_DEFAULTS, **config, "attention_bias": False, "mlp_bias": False}
+    spec = llama.read_spec(config)
     return replace(spec, family="mistral", windows=llama.windows(config, spec.num_layers))
 
+
+_DEFAULTS = {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096}
 
 FAMILY = Family("mistral", ("MistralForCausalLM",), read_spec, llama.weights)

@@ -15,7 +15,8 @@ from mii.modeling.spec import ExpertsSpec, ModelSpec
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     read = ConfigReader(config, {"num_local_experts": ("num_experts",)})
-    spec = mistral.read_spec({"max_position_embeddings": 131072, "num_key_value_heads": 8, **config})
+    theta = {"rope_theta": config.get("rope_theta") or 1e6}
+    spec = mistral.read_spec({"rms_norm_eps": 1e-5, "sliding_window": None, **config, **theta})
     experts = ExpertsSpec(
         count=read.integer("num_local_experts", 8),
         top_k=read.integer("num_experts_per_tok", 2),

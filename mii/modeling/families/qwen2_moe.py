@@ -19,7 +19,13 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     experts = qwen_moe.read_experts(config, spec.num_layers, _DEFAULTS)
     if experts is not None:
         experts = replace(experts, shared_size=read.integer("shared_expert_intermediate_size", 5632))
-    return replace(spec, family="qwen2_moe", qkv_bias=read.flag("qkv_bias", True), experts=experts)
+    return replace(
+        spec,
+        family="qwen2_moe",
+        qkv_bias=read.flag("qkv_bias", True),
+        windows=qwen2.windows(config, spec.num_layers, lambda layer, first: layer % 2 == 0 and layer < first),
+        experts=experts,
+    )
 
 
 FAMILY = Family("qwen2_moe", ("Qwen2MoeForCausalLM",), read_spec, qwen_moe.weights, stacked=qwen_moe.stacked)

@@ -12,7 +12,7 @@ from mii.modeling.spec import ModelSpec
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
-    spec = llama.read_spec({"max_position_embeddings": 32768, "head_dim": 128, **config, "mlp_bias": False})
+    spec = llama.read_spec({**qwen2.DEFAULTS, "head_dim": 128, **config, "mlp_bias": False})
     return replace(spec, family="qwen3", head_norm=True, windows=qwen2.windows(config, spec.num_layers))
 
 

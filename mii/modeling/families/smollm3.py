@@ -14,7 +14,7 @@ from mii.modeling.spec import ModelSpec
 
 
 def read_spec(config: Mapping[str, Any]) -> ModelSpec:
-    defaults = {"tie_word_embeddings": True, "max_position_embeddings": 32768}
+    defaults = {"num_key_value_heads": 4, "tie_word_embeddings": True, "max_position_embeddings": 32768}
     theta = {"rope_theta": config.get("rope_theta") or 2e6}
     spec = llama.read_spec({**defaults, **config, **theta})
     layers, rotated = spec.num_layers, rotated_layers(config, spec.num_layers)
