@@ -15,6 +15,8 @@ import torch
 from mii.modeling.checkpoint import open_checkpoint
 
 Change = Callable[[np.ndarray], np.ndarray]
+Tensors = list[tuple[str, np.ndarray]]
+Layout = Callable[[Mapping[str, Any], Tensors], Tensors]
 
 
 def interleaved(heads: int) -> Change:
@@ -43,7 +45,7 @@ def convert(
     architecture: str,
     keys: Callable[[gguf.GGUFWriter, Mapping[str, Any]], None],
     *,
-    apart: bool = False,
+    layout: Layout = lambda config, tensors: tensors,
     **extra: Any,
 ) -> Path:
     """Writes a model folder as GGUF in the way that the public converter does, names by the package's own table.
@@ -53,7 +55,7 @@ def convert(
         path: The file to write.
         architecture: The GGUF name of it.
         keys: Writes metadata beyond the sizes that every model has.
-        apart: Keep what makes keys of latents apart from what makes values.
+        layout: Arranges the tensors as older or newer converters do.
         extra: Further tensors, by GGUF name with "__" for ".".
     """
     writer = gguf.GGUFWriter(path, architecture)
@@ -62,7 +64,7 @@ def convert(
         _sizes(writer, config)
         keys(writer, config)
         tensors = _converted(architecture, config, checkpoint)
-        for name, tensor in _apart(config, tensors) if apart else tensors:
+        for name, tensor in layout(config, tensors):
             writer.add_tensor(name, tensor)
     for name, values in extra.items():
         writer.add_tensor(name.replace("__", "."), np.asarray(values, dtype=np.float32))
@@ -113,7 +115,7 @@ def _sizes(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_rope_dimension_count(config.get("rotary_dim") or int(head_dim * rope.get("partial_rotary_factor", 1.0)))
 
 
-def _converted(architecture: str, config: Mapping[str, Any], checkpoint: Any) -> list[tuple[str, np.ndarray]]:
+def _converted(architecture: str, config: Mapping[str, Any], checkpoint: Any) -> Tensors:
     kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
     table = gguf.get_tensor_name_map(kinds[architecture], config["num_hidden_layers"])
     tensors: dict[str, np.ndarray] = {}
@@ -131,9 +133,27 @@ def _converted(architecture: str, config: Mapping[str, Any], checkpoint: Any) ->
     return [*tensors.items(), *((name, np.stack(parts)) for name, parts in stacked.items())]
 
 
-def _apart(config: Mapping[str, Any], tensors: list[tuple[str, np.ndarray]]) -> list[tuple[str, np.ndarray]]:
-    """For each head what makes keys, transposed, and what makes values."""
-    found: list[tuple[str, np.ndarray]] = []
+def experts_one_by_one(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Of early 2024: a tensor for each expert."""
+    found: Tensors = []
+    for name, values in tensors:
+        one = name.replace("_exps.", ".{}.")
+        found += [(one.format(i), each) for i, each in enumerate(values)] if "_exps." in name else [(name, values)]
+    return found
+
+
+def fused_heads(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Of the first Phi-2: all queries, all keys and all values in one tensor."""
+    by_name = dict(tensors)
+    for name in [name for name in by_name if ".attn_q." in name]:
+        parts = [by_name.pop(name.replace("attn_q", f"attn_{part}")) for part in "qkv"]
+        by_name[name.replace("attn_q", "attn_qkv")] = np.concatenate(parts)
+    return list(by_name.items())
+
+
+def keys_and_values_apart(config: Mapping[str, Any], tensors: Tensors) -> Tensors:
+    """Of 2025: for each head what makes keys of latents, transposed, and what makes values."""
+    found: Tensors = []
     for name, values in tensors:
         if ".attn_kv_b." not in name:
             found.append((name, values))

@@ -9,9 +9,18 @@ from pathlib import Path
 import gguf
 import pytest
 
+from mii.errors import CheckpointError
+from mii.modeling.checkpoint import checkpoint_size, open_checkpoint
 from mii.modeling.families import FAMILIES
 from tests.checkpoints import write_checkpoint
-from tests.modeling.gguf_files import convert
+from tests.modeling.gguf_files import (
+    Layout,
+    Tensors,
+    convert,
+    experts_one_by_one,
+    fused_heads,
+    keys_and_values_apart,
+)
 from tests.modeling.test_gguf_architectures import CASES, SHAPE, latents
 from tests.oracle import final_logits, generate, random_prompts, small_engine, tolerance
 from tests.qwen_oracle import write_qwen
@@ -43,7 +52,30 @@ def test_a_file_may_keep_apart_what_makes_keys_and_values(tmp_path: Path, case: 
     model_type, architecture, _, fields = CASES[case]
     write_checkpoint(tmp_path, model_type, tokenizer=False, **{**SHAPE, **fields})
     keys = partial(latents, apart=True)
-    assert_same(tmp_path, convert(tmp_path, tmp_path / "model.gguf", architecture, keys, apart=True))
+    assert_same(tmp_path, convert(tmp_path, tmp_path / "model.gguf", architecture, keys, layout=keys_and_values_apart))
+
+
+@pytest.mark.parametrize(("case", "layout"), [("llama+experts", experts_one_by_one), ("phi2", fused_heads)])
+def test_a_file_may_have_the_layout_of_older_converters(tmp_path: Path, case: str, layout: Layout) -> None:
+    model_type, architecture, keys, fields = CASES[case]
+    write_checkpoint(tmp_path, model_type, tokenizer=False, **{**SHAPE, **fields})
+    file = convert(tmp_path, tmp_path / "model.gguf", architecture, keys, layout=layout)
+    with open_checkpoint(tmp_path) as folder, open_checkpoint(file) as gguf_file:
+        assert set(gguf_file.names()) == set(folder.names())
+        assert checkpoint_size(gguf_file) == checkpoint_size(folder)
+    assert_same(tmp_path, file)
+
+
+def test_a_fused_tensor_of_another_height_is_refused(tmp_path: Path) -> None:
+    model_type, architecture, keys, fields = CASES["phi2"]
+    write_checkpoint(tmp_path, model_type, tokenizer=False, **{**SHAPE, **fields})
+
+    def cut(config: object, tensors: Tensors) -> Tensors:
+        return [(name, values[:-1] if ".attn_qkv." in name else values) for name, values in fused_heads({}, tensors)]
+
+    file = convert(tmp_path, tmp_path / "model.gguf", architecture, keys, layout=cut)
+    with pytest.raises(CheckpointError, match=r"attn_qkv.\w+ has \d+ rows; its heads need \d+"):
+        open_checkpoint(file)
 
 
 def test_qwen_1(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mii.errors import CheckpointError
 from tests.oracle import Oracle, final_logits, random_prompts, small_engine, tolerance
+from tests.variants import deepseek_v3
 
 Tensors = dict[str, torch.Tensor]
 SMALL: Mapping[str, Any] = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": None}
@@ -54,6 +55,14 @@ def test_an_unexpected_weight_is_named(gpt2: Path, tmp_path: Path) -> None:
     folder = changed(gpt2, tmp_path / "m", lambda tensors: {**tensors, "transformer.h.0.adapter": torch.ones(3)})
     with pytest.raises(CheckpointError, match=r"no place in a gpt2 model: transformer\.h\.0\.adapter\. Either"):
         small_engine(folder)
+
+
+def test_deepseeks_layer_that_predicts_a_further_token_is_left_out(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    further = {"model.layers.61.eh_proj.weight": torch.ones(3), "model.layers.61.input_layernorm.weight": torch.ones(3)}
+    made = make_checkpoint("deepseek_v3", **deepseek_v3.GROUPS)
+    small_engine(changed(made, tmp_path / "m", lambda tensors: {**tensors, **further})).destroy()
 
 
 @pytest.mark.parametrize(

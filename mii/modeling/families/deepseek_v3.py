@@ -49,4 +49,5 @@ FAMILY = Family(
     deepseek.weights,
     stacked=deepseek.stacked,
     apart=deepseek.apart,
+    left_out=("model.layers.61.",),  # of the released models: behind their last layer, and predicts a further token
 )

@@ -19,6 +19,7 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     spec = llama.read_spec(config)
     spec = replace(spec, family="exaone4", block="normed_branch", head_norm=True)
     if config["sliding_window"] is None:
+        llama.sliding_layers(config, spec.num_layers)  # refuses kinds of layers that nobody knows
         return spec
     sliding = sliding_layers(config, spec.num_layers)
     return replace(

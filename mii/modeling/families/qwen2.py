@@ -27,11 +27,11 @@ def windows(
         slides: Whether a layer has one, by its number and `max_window_layers`, where `layer_types` is missing.
     """
     read = ConfigReader(config)
-    if not read.flag("use_sliding_window"):
-        return (0,) * layers
     first = read.config.get("max_window_layers")
     first = 28 if first is None else 0 if first == 0 else read.required_integer("max_window_layers")
     sliding = llama.sliding_layers(config, layers, lambda layer: slides(layer, first))
+    if not read.flag("use_sliding_window"):
+        return (0,) * layers
     return llama.windows({"sliding_window": 4096, **config}, layers, sliding)
 
 

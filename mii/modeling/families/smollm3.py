@@ -18,9 +18,9 @@ def read_spec(config: Mapping[str, Any]) -> ModelSpec:
     theta = {"rope_theta": config.get("rope_theta") or 2e6}
     spec = llama.read_spec({**defaults, **config, **theta})
     layers, rotated = spec.num_layers, rotated_layers(config, spec.num_layers)
-    window = (0,) * layers
+    window, sliding = (0,) * layers, llama.sliding_layers(config, layers, lambda layer: not rotated[layer])
     if ConfigReader(config).flag("use_sliding_window"):
-        window = llama.windows(config, layers, llama.sliding_layers(config, layers, lambda layer: not rotated[layer]))
+        window = llama.windows(config, layers, sliding)
     return replace(
         spec,
         family="smollm3",

@@ -7,7 +7,7 @@ that the conversion to GGUF reordered, and the norms it added one to.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from mii.modeling.checkpoint.gguf.reader import GGUFTensor
 Config = Mapping[str, Any]
 RowOrder = Callable[[Config], torch.Tensor]
 
-_NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<stem>[^.]+)\.(?P<kind>weight|bias)")
+_NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<stem>[^.]+)(?:\.(?P<expert>\d+))?\.(?P<kind>weight|bias)")
 # Tables that are computed from the config; `rope_freqs` and `rope_factors_*` are read by config.py.
 _COMPUTED = frozenset({"rope_freqs", "rope_factors_long", "rope_factors_short", "attn_rot_embd"})
 
@@ -32,7 +32,7 @@ class Source:
     Args:
         tensor: the stored tensor.
         expert: the index into its first dimension, for expert tensors that are stored stacked.
-        rows: row r is the stored row `rows[r]`; None for the same order.
+        rows: row r is the stored row `rows[r]`; None for all of them in the same order.
         offset: what to add to every number.
         transposed: rows are the stored columns.
     """
@@ -46,7 +46,8 @@ class Source:
     @property
     def shape(self) -> tuple[int, ...]:
         """As the checkpoint gives the tensor; `stored_shape` is as it lies in the file."""
-        return self.stored_shape[::-1] if self.transposed else self.stored_shape
+        shape = self.stored_shape if self.rows is None else (len(self.rows), *self.stored_shape[1:])
+        return shape[::-1] if self.transposed else shape
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -62,6 +63,7 @@ class Architecture:
         model_class: the entry of its `architectures`.
         names: GGUF stem -> Hugging Face stem; `{layer}` and `{expert}` are filled in.
         row_orders: GGUF stem -> the stored row of each Hugging Face row, from the config.
+        fused: GGUF stem -> the stems whose rows it holds one after the other, and where, from the config.
         norm_offset: what to add to the weight of every norm.
         transposed: GGUF stems of the matrices that the Hugging Face model keeps as [in, out].
     """
@@ -70,6 +72,7 @@ class Architecture:
     model_class: str
     names: Mapping[str, str]
     row_orders: Mapping[str, RowOrder] = field(default_factory=dict)
+    fused: Mapping[str, Mapping[str, RowOrder]] = field(default_factory=dict)
     norm_offset: float = 0.0
     transposed: tuple[str, ...] = ()
 
@@ -97,6 +100,16 @@ def _grouped_rows(config: Config) -> torch.Tensor:
     queries = rows[:heads].view(groups, -1, width)
     keys, values = rows[heads : heads + groups, None], rows[heads + groups :, None]
     return torch.cat([queries, keys, values], dim=1).reshape(-1)
+
+
+def _part_rows(part: int) -> RowOrder:
+    """Rows of the queries (0), the keys (1) or the values (2) of a matrix that holds all of them."""
+
+    def rows(config: Config) -> torch.Tensor:
+        queries, keys = (config[name] * config["head_dim"] for name in ("num_attention_heads", "num_key_value_heads"))
+        return torch.arange(queries + 2 * keys).split([queries, keys, keys])[part]
+
+    return rows
 
 
 _LAYER = "model.layers.{layer}."
@@ -265,6 +278,7 @@ _NEOX = {
 _SIGMOID = 2  # of the keys' values: how experts are scored
 _ROTARY = {"attn_q": _query_rows, "attn_k": _key_rows}
 _GROUPED = {"attn_qkv": _grouped_rows}
+_FUSED = {"attn_qkv": {f"attn_{name}": _part_rows(part) for part, name in enumerate("qkv")}}
 _CONV1D = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -279,7 +293,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "deepseek2": Architecture("deepseek_v2", "DeepseekV2ForCausalLM", _DEEPSEEK),
     "deepseek2+sigmoid": Architecture("deepseek_v3", "DeepseekV3ForCausalLM", _DEEPSEEK),
     "phi3": Architecture("phi3", "Phi3ForCausalLM", _PHI3),
-    "phi2": Architecture("phi", "PhiForCausalLM", _PHI2),
+    "phi2": Architecture("phi", "PhiForCausalLM", _PHI2, fused=_FUSED),  # by its first converters
     "gemma": Architecture("gemma", "GemmaForCausalLM", _LLAMA, norm_offset=-1.0),
     "gemma2": Architecture("gemma2", "Gemma2ForCausalLM", _GEMMA2, norm_offset=-1.0),
     "gemma3": Architecture("gemma3_text", "Gemma3ForCausalLM", _GEMMA2 | _HEAD_NORMS, norm_offset=-1.0),
@@ -329,23 +343,30 @@ def map_tensors(
     Raises:
         CheckpointError: the file has a tensor that the architecture does not, or one of another height than its heads.
     """
-    orders = {stem: make(config) for stem, make in architecture.row_orders.items()}
+    orders = {stem: {stem: make(config)} for stem, make in architecture.row_orders.items()}
+    orders |= {stem: {part: make(config) for part, make in parts.items()} for stem, parts in architecture.fused.items()}
     mapped: dict[str, Source] = {}
     for name, tensor in tensors.items():
         match = _NAME.fullmatch(name)
-        stem = match["stem"] if match else name
+        stem = match["stem"] + ("_exps" if match["expert"] else "") if match else name
         if stem in _COMPUTED:
             continue
-        if match is None or stem not in architecture.names:
+        parts = orders.get(stem, {stem: None})
+        if match is None or not parts.keys() <= architecture.names.keys():
             raise CheckpointError(f"{path}: a {architecture.model_type} model has no place for tensor {name}.")
-        rows = orders.get(stem)
-        if rows is not None and tensor.shape[0] != len(rows):
-            raise CheckpointError(f"{path}: tensor {name} has {tensor.shape[0]} rows; its heads need {len(rows)}.")
+        _check_rows(path, name, tensor, parts.values())
         # Biases of norms are stored as they are.
         offset = architecture.norm_offset if stem.endswith("norm") and match["kind"] == "weight" else 0.0
         transposed = stem in architecture.transposed and match["kind"] == "weight"
-        mapped |= _named(architecture.names[stem], match, tensor, rows, offset, transposed)
+        for part, rows in parts.items():
+            mapped |= _named(architecture.names[part], match, tensor, rows, offset, transposed)
     return mapped
+
+
+def _check_rows(path: Path, name: str, tensor: GGUFTensor, parts: Iterable[torch.Tensor | None]) -> None:
+    needed = sum(len(rows) for rows in parts if rows is not None)
+    if needed and tensor.shape[0] != needed:
+        raise CheckpointError(f"{path}: tensor {name} has {tensor.shape[0]} rows; its heads need {needed}.")
 
 
 def _named(
@@ -354,9 +375,9 @@ def _named(
     ending = "" if target.endswith("_bias") else "." + match["kind"]
     if match["stem"] == "ffn_gate_inp_shexp" and len(tensor.shape) == 1:  # a matrix of one row, stored as a vector
         tensor = replace(tensor, shape=(1, *tensor.shape))
-    if "{expert}" not in target:
+    if "{expert}" not in target or match["expert"]:  # files of early 2024 keep each expert by itself
         source = Source(tensor, rows=rows, offset=offset, transposed=transposed)
-        return {target.format(layer=match["layer"]) + ending: source}
+        return {target.format(layer=match["layer"], expert=match["expert"]) + ending: source}
     return {
         target.format(layer=match["layer"], expert=expert) + ending: Source(tensor, expert)
         for expert in range(tensor.shape[0])

@@ -68,8 +68,9 @@ class GGUFCheckpoint(Closing):
         return self._source(name).shape
 
     def stored_bytes(self, name: str) -> int:
-        start, end = _range(self._source(name))
-        return end - start
+        source = self._source(name)
+        start, end = _range(source)
+        return end - start if source.rows is None else (end - start) * len(source.rows) // source.stored_shape[0]
 
     def get(self, name: str, dtype: torch.dtype | None = None, index: tuple[slice, ...] | None = None) -> torch.Tensor:
         source = self._source(name)
