@@ -76,7 +76,7 @@ def _without_device(runner: Runner) -> Callable[[Plan], LaunchedStep]:
         forward = runner._forward(plan.num_tokens, plan.num_sequences, samples)
         forward.step.upload()
         runner._send_suppressed(plan)
-        return LaunchedStep(plan.sampled, tokens, None)
+        return LaunchedStep(plan, tokens, None)
 
     return launch
 

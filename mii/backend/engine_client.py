@@ -36,7 +36,7 @@ from mii.backend.messages import (
     decode_to_front,
     encode,
 )
-from mii.batching.data_classes import EngineRequest, TokenOutput
+from mii.batching.data_classes import EngineRequest, StepOutput
 from mii.errors import ServerUnavailableError
 from mii.logging import logger
 
@@ -115,7 +115,7 @@ class EngineListener(Protocol):
     def on_ready(self, info: EngineInfo) -> None:
         """An engine is there and takes requests."""
 
-    def on_outputs(self, outputs: Sequence[TokenOutput]) -> None:
+    def on_outputs(self, outputs: StepOutput) -> None:
         """New tokens; also of requests that were aborted a moment ago."""
 
     def on_refused(self, refused: Refused) -> None:
@@ -266,7 +266,7 @@ class EngineClient:
     def _react(self, said: ToFront) -> str | None:
         if isinstance(said, Step):
             self.stats = said.stats
-            for output in said.outputs:
+            for output in said.outputs.others:
                 if output.finish_reason is not None:
                     self._open.discard(output.uid)
             if said.outputs:

@@ -172,7 +172,7 @@ class EngineServer:
             logger.exception("a step failed and is tried once more")
             outputs = self._engine.step()
         self._steps += 1
-        for output in outputs:
+        for output in outputs.others:
             if output.finish_reason is not None:
                 self._uids.discard(output.uid)
         self._send(Step(outputs, self._stats()))

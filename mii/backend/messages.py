@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import msgspec
 
-from mii.batching.data_classes import EngineRequest, TokenOutput
+from mii.batching.data_classes import EngineRequest, StepOutput
 
 __all__ = [
     "Abort",
@@ -123,7 +123,7 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
 class Step(msgspec.Struct, tag="step", frozen=True):
     """What one step said about requests, and the state that it left."""
 
-    outputs: list[TokenOutput]
+    outputs: StepOutput
     stats: EngineStats
 
 

@@ -5,7 +5,7 @@ Nothing here imports torch, so a front, a client or a test can use it at no cost
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ __all__ = [
     "GenerationFinishReason",
     "Response",
     "SamplingParams",
+    "StepOutput",
     "StreamedResponse",
     "TokenLogprob",
     "TokenOutput",
@@ -236,3 +237,42 @@ class TokenOutput(msgspec.Struct, omit_defaults=True, gc=False):
     error: str | None = None
     logprobs: list[TokenLogprob] | None = None
     prompt_logprobs: list[TokenLogprob] | None = None
+
+
+class StepOutput(msgspec.Struct, omit_defaults=True, gc=False):
+    """What one engine step says about all its requests: columns, since most of them get a token and go on.
+
+    Args:
+        uids: Requests that go on.
+        token_ids: The new token of each of them.
+        others: Requests of which there is more to say.
+
+    As an iterable it is a `TokenOutput` of each request.
+
+    >>> [output.uid for output in StepOutput([7, 8], [3, 5], [TokenOutput(6, [2], "stop")])]
+    [7, 8, 6]
+    """
+
+    uids: list[int] = []
+    token_ids: list[int] = []
+    others: list[TokenOutput] = []
+
+    @staticmethod
+    def of(outputs: Iterable[TokenOutput]) -> StepOutput:
+        """These outputs, in columns where they can be."""
+        step = StepOutput([], [], [])
+        for output in outputs:
+            if len(output.token_ids) == 1 and output == TokenOutput(output.uid, output.token_ids):
+                step.uids.append(output.uid)
+                step.token_ids += output.token_ids
+            else:
+                step.others.append(output)
+        return step
+
+    def __len__(self) -> int:
+        return len(self.uids) + len(self.others)
+
+    def __iter__(self) -> Iterator[TokenOutput]:
+        for uid, token in zip(self.uids, self.token_ids, strict=True):
+            yield TokenOutput(uid, [token])
+        yield from self.others

@@ -13,11 +13,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from itertools import compress
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from mii.batching.pace import Pace, TimeLeft
 from mii.engine.kv_cache import BlockPool
 from mii.engine.sequence import Sequence
+from mii.engine.slots import Column, Mask, Slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,13 @@ class Chunk(NamedTuple):
     samples: bool
 
 
+_NO_ROWS, _NO_TICKETS = np.zeros(0, np.int32), np.zeros(0, np.int64)
+
+
+def _no_rows() -> Column:
+    return _NO_ROWS
+
+
 @dataclass(slots=True)
 class Plan:
     """One step: the sequences that decode, the chunks of prompts after them, and who lost its blocks for it.
@@ -49,42 +60,57 @@ class Plan:
     Hundreds of sequences decode in every step, so they are columns and no objects of their own.
 
     Args:
-        decodes: Sequences that feed one token and sample the next one.
+        decodes: Sequences that feed the token that they sampled last, and sample the next one.
+        slots: Theirs.
         lengths: How long the context of each of them then is.
-        fed: The token that each of them feeds; -1: the one that it sampled last and only the device knows.
+        held: Which of them may not end with this step; None: all of them may.
         prompts: Everything else, in rows after theirs.
         grown: Those of `decodes` that got a new block for it.
         preempted: Sequences that lost their blocks.
         time: What the pace leaves for prompts; None: as much as they take.
+        sampled: The sequences that a token is drawn for, in the order of their rows.
+        sampled_slots, tickets, known: Their slots, the tickets of these, and how many tokens they have with that one.
     """
 
     decodes: list[Sequence] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
-    fed: list[int] = field(default_factory=list)
+    slots: Column = field(default_factory=_no_rows)
+    lengths: Column = field(default_factory=_no_rows)
+    held: Mask | None = None
     prompts: list[Chunk] = field(default_factory=list)
     grown: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
     num_tokens: int = 0
     time: TimeLeft | None = None
+    sampled: list[Sequence] = field(default_factory=list)
+    sampled_slots: Column = field(default_factory=_no_rows)
+    tickets: np.ndarray[Any, np.dtype[np.int64]] = field(default_factory=lambda: _NO_TICKETS)
+    known: Column = field(default_factory=_no_rows)
 
     @property
     def chunks(self) -> list[Chunk]:
         """All rows in their order, as chunks: for what is done seldom."""
-        decodes = zip(self.decodes, self.lengths, strict=True)
+        decodes = zip(self.decodes, self.lengths.tolist(), strict=True)
         return [*(Chunk(sequence, length - 1, 1, True) for sequence, length in decodes), *self.prompts]
 
     @property
     def num_sequences(self) -> int:
         return len(self.decodes) + len(self.prompts)
 
-    @property
-    def sampled(self) -> list[Sequence]:
-        """The sequences that a token is drawn for, in the order of their rows."""
-        return [*self.decodes, *(chunk.sequence for chunk in self.prompts if chunk.samples)]
-
     def add(self, chunk: Chunk) -> None:
         self.prompts.append(chunk)
         self.num_tokens += chunk.size
+
+    def finish(self, slots: Slots) -> None:
+        """Everything is planned: notes what is needed when the tokens come."""
+        self.sampled, self.sampled_slots, self.known = self.decodes, self.slots, self.lengths + 1
+        last = [chunk for chunk in self.prompts if chunk.samples]
+        if last:
+            self.sampled = [*self.decodes, *(chunk.sequence for chunk in last)]
+            rows = [(chunk.sequence.slot, chunk.start + chunk.size + 1) for chunk in last]
+            more = np.array(rows, np.int32)
+            self.sampled_slots = np.concatenate([self.slots, more[:, 0]])
+            self.known = np.concatenate([self.known, more[:, 1]])
+        self.tickets = slots.ticket.take(self.sampled_slots)
 
     def __bool__(self) -> bool:
         return bool(self.decodes or self.prompts)
@@ -96,10 +122,11 @@ class Scheduler:
     def __init__(self, limits: SchedulerLimits, pool: BlockPool) -> None:
         self.limits = limits
         self.pool = pool
+        self.slots = Slots(limits.max_slots)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._rows = np.zeros(limits.max_slots, np.int32)  # the slots of `running`, in its order
         self.preemptions = 0
-        self._free_slots = list(range(limits.max_slots - 1, -1, -1))
 
     @property
     def has_work(self) -> bool:
@@ -116,8 +143,7 @@ class Scheduler:
     def remove(self, sequence: Sequence) -> None:
         """Takes a finished or aborted sequence out and frees what it holds."""
         if sequence.slot >= 0:
-            self.running.remove(sequence)
-            self._free(sequence)
+            self._leave(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
@@ -126,36 +152,27 @@ class Scheduler:
         plan = Plan()
         rest = self._plan_decodes(plan)
         if self.limits.pace is not None and plan.decodes:
-            plan.time = self.limits.pace.left(len(plan.decodes), sum(plan.lengths))
+            plan.time = self.limits.pace.left(len(plan.decodes), int(plan.lengths.sum()))
         self._plan_chunks(plan, rest)
         self._unblock(plan)
         self._admit(plan)
+        plan.finish(self.slots)
         return plan
-
-    def commit(self, sequence: Sequence, token: int) -> int:
-        """Takes over a token that was sampled for `sequence` and read back; returns how many are known then."""
-        sequence.in_flight -= 1
-        sequence.tokens.append(token)
-        known = len(sequence.tokens)
-        if known % self.pool.block_size == 0:
-            self._register(sequence)
-        return known
 
     # -- sequences that a caller schedules by hand (the ragged interface) ---------------------------------------------
 
     @property
     def free_slots(self) -> int:
-        return len(self._free_slots)
+        return self.slots.num_free
 
     def open(self, sequence: Sequence) -> None:
         """Gives a sequence a slot without queueing it."""
-        sequence.slot, sequence.ticket = self._free_slots.pop(), object()
+        sequence.open(self.slots)
 
     def extend(self, plan: Plan, sequence: Sequence, tokens: list[int]) -> None:
         """Appends tokens to an opened sequence and plans all of them."""
         sequence.tokens += tokens
-        self._plan(plan, sequence, len(tokens))
-        sequence.in_flight = 0
+        self._compute(plan, sequence, len(tokens))
 
     def close(self, sequence: Sequence) -> None:
         self._free(sequence)
@@ -163,37 +180,43 @@ class Scheduler:
     # -- the parts of a plan ----------------------------------------------------------------------------------
 
     def _plan_decodes(self, plan: Plan) -> list[Sequence]:
-        """Plans a token of every sequence that decodes; returns those with more tokens to compute.
-
-        The loop runs for each of hundreds of sequences in each step, so it calls nothing unless a block is full.
-        """
-        running, size = self.running, self.pool.block_size
-        decodes, lengths, fed = plan.decodes, plan.lengths, plan.fed
-        room = min(self.limits.max_tokens, self.limits.max_sequences)
+        """Plans a token of every sequence that decodes; returns those with more tokens to compute."""
         rest: list[Sequence] = []
-        index = 0
-        while index < len(running) and index - len(rest) < room:
-            sequence = running[index]
-            in_flight, computed = sequence.in_flight, sequence.computed
-            length = len(sequence.tokens) + in_flight
-            if sequence.switch and sequence.outgrown and length < sequence.limit:
+        rows = self._rows[: len(self.running)]
+        lengths = self.slots.length.take(rows)
+        ready = lengths < self.slots.event.take(rows)
+        if np.count_nonzero(ready) < len(rows):
+            rest = self._attend(plan, np.flatnonzero(~ready).tolist())
+            rows = self._rows[: len(self.running)]
+            lengths = self.slots.length.take(rows)
+            ready = lengths < self.slots.event.take(rows)
+        plan.decodes = self.running.copy()
+        if np.count_nonzero(ready) < len(rows) or len(rows) > self.limits.max_tokens:
+            chosen = np.flatnonzero(ready)[: self.limits.max_tokens]
+            plan.decodes = [self.running[index] for index in chosen.tolist()]
+            rows, lengths = rows[chosen], lengths[chosen]
+        plan.slots, plan.lengths, plan.num_tokens = rows.copy(), lengths, len(rows)
+        self.slots.length[rows] = lengths + 1
+        if self.slots.held:
+            plan.held = lengths < self.slots.may_end.take(rows)
+        return rest
+
+    def _attend(self, plan: Plan, indices: list[int]) -> list[Sequence]:
+        """Looks at running sequences that can not just go on: new blocks for those whose blocks are full, and a new
+        start for those that have outgrown what is computed of them. Returns those that do not decode yet.
+        """
+        rest: list[Sequence] = []
+        out = 0
+        for index, sequence in [(index, self.running[index]) for index in indices]:
+            if index - out >= self.limits.max_tokens or sequence.slot < 0:
+                break  # there is no room for it, or it was preempted, and so are all after it
+            out += 1
+            if sequence.outgrown and not sequence.complete:
                 self._send_back(plan, sequence)
-                continue
-            if computed + 1 != length or length >= sequence.limit:
+            elif not sequence.decodes:
                 rest.append(sequence)
-                index += 1
-                continue
-            if computed >= len(sequence.blocks) * size and not self._grow(plan, sequence):
-                continue  # it was preempted itself: the list is shorter now
-            decodes.append(sequence)
-            lengths.append(length)
-            fed.append(-1 if in_flight else sequence.tokens[-1])
-            sequence.computed = length
-            sequence.in_flight = in_flight + 1
-            if length % size == 0:
-                self._register(sequence)
-            index += 1
-        plan.num_tokens = len(decodes)
+            elif not sequence.complete:
+                out -= self._grow(plan, sequence)
         return rest
 
     def _grow(self, plan: Plan, sequence: Sequence) -> bool:
@@ -203,7 +226,8 @@ class Scheduler:
             self._preempt(plan, victim)
             if victim is sequence:
                 return False
-        sequence.blocks += self.pool.allocate(1)
+        self._register(sequence)
+        sequence.hold(self.pool.allocate(1), self.pool.block_size)
         plan.grown.append(sequence)
         return True
 
@@ -212,20 +236,20 @@ class Scheduler:
         for sequence in sequences:
             if not self._has_room(plan):
                 return
-            if sequence.slot >= 0 and sequence.remaining > 1 and not sequence.complete:
+            if sequence.slot >= 0 and not sequence.decodes:
                 count = self._chunk(plan, sequence)
                 if count:
                     self._plan(plan, sequence, count)
 
     def _unblock(self, plan: Plan) -> None:
         """When prompts hold all blocks and none can go on, the newest ones give theirs to the oldest."""
-        while not plan and len(self.running) > 1 and any(s.remaining and not s.complete for s in self.running):
+        while not plan and len(self.running) > 1 and any(not s.complete for s in self.running):
             self._preempt(plan, self.running[-1])
             self._plan_chunks(plan, self.running)
 
     def _admit(self, plan: Plan) -> None:
         """Starts waiting sequences in order, as long as a chunk of the first one fits."""
-        while self.waiting and self._has_room(plan) and self._free_slots and not plan.preempted:
+        while self.waiting and self._has_room(plan) and self.free_slots and not plan.preempted:
             sequence = self.waiting[0]
             if len(self.running) >= self.limits.max_sequences or sequence.in_flight:
                 return
@@ -234,8 +258,10 @@ class Scheduler:
 
     def _keeps_pace(self, sequence: Sequence) -> bool:
         """Whether tokens still come in time once this sequence decodes along."""
-        pace, running = self.limits.pace, self.running
-        return pace is None or pace.admits(len(running) + 1, sum(s.length for s in running) + sequence.length)
+        pace, running = self.limits.pace, len(self.running)
+        if pace is None:
+            return True
+        return pace.admits(running + 1, int(self.slots.length[self._rows[:running]].sum()) + sequence.length)
 
     def _start(self, plan: Plan, sequence: Sequence) -> bool:
         """Reuses the cached prefix and plans the first chunk; leaves everything as it was if nothing fits."""
@@ -252,11 +278,11 @@ class Scheduler:
         self.pool.take(cached)
         self.pool.queried_tokens += sequence.length
         self.pool.hit_tokens += len(cached) * size
-        sequence.blocks = cached
-        sequence.computed = sequence.registered = len(cached) * size
-        sequence.slot, sequence.ticket = self._free_slots.pop(), object()
         self.waiting.popleft()
-        self.running.append(sequence)
+        self._enter(sequence)
+        sequence.hold(cached, size)
+        sequence.compute(len(cached) * size)
+        sequence.registered = sequence.computed
         self._plan(plan, sequence, self._chunk(plan, sequence))
         return True
 
@@ -280,19 +306,24 @@ class Scheduler:
         return min(count, max(least, plan.time.fitting(start)))
 
     def _plan(self, plan: Plan, sequence: Sequence, count: int) -> None:
-        start = sequence.computed
-        sequence.computed = start + count
-        needed = self.pool.blocks_for(sequence.computed) - len(sequence.blocks)
+        """The same for a sequence of the queue, whose next token is drawn when nothing is left to compute."""
+        if self._compute(plan, sequence, count):
+            sequence.decode(self.pool.block_size)
+
+    def _compute(self, plan: Plan, sequence: Sequence, count: int) -> bool:
+        """Plans the next tokens of a sequence; whether they reach its end."""
+        start, size = sequence.computed, self.pool.block_size
+        sequence.compute(count)
+        needed = self.pool.blocks_for(start + count) - len(sequence.blocks)
         if needed > 0:
-            sequence.blocks.extend(self.pool.allocate(needed))
-        samples = sequence.computed == sequence.length
+            sequence.hold(self.pool.allocate(needed), size)
+        samples = start + count == sequence.length
         if plan.time is not None:
             plan.time.take(count, start)
         plan.add(Chunk(sequence, start, count, samples))
-        if start // self.pool.block_size != sequence.computed // self.pool.block_size:
+        if start // size != (start + count) // size:
             self._register(sequence)
-        if samples:
-            sequence.in_flight += 1
+        return samples
 
     def _register(self, sequence: Sequence) -> None:
         """Makes every block findable that is computed in full and whose tokens the host knows."""
@@ -312,17 +343,26 @@ class Scheduler:
 
     def _send_back(self, plan: Plan, sequence: Sequence) -> None:
         """Takes a running sequence's blocks; it goes back to the head of the queue and loses no token."""
-        self.running.remove(sequence)
-        self._free(sequence)
-        sequence.computed = sequence.registered = 0
+        self._leave(sequence)
         self.waiting.appendleft(sequence)
         plan.preempted.append(sequence)
 
+    def _enter(self, sequence: Sequence) -> None:
+        sequence.open(self.slots)
+        self._rows[len(self.running)] = sequence.slot
+        self.running.append(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        rows = self._rows[: len(self.running)]
+        index = int(np.flatnonzero(rows == sequence.slot)[0])
+        rows[index:-1] = rows[index + 1 :].copy()
+        del self.running[index]
+        self._register(sequence)
+        self._free(sequence)
+
     def _free(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)
-        sequence.blocks = []
-        self._free_slots.append(sequence.slot)
-        sequence.slot = -1
+        sequence.close()
 
     def sequences(self) -> Iterator[Sequence]:
         yield from self.running

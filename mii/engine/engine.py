@@ -10,12 +10,14 @@ have been.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import compress
 
+import numpy as np
 import torch
 
-from mii.batching.data_classes import MAX_LOGPROBS, EngineRequest, TokenOutput
+from mii.batching.data_classes import MAX_LOGPROBS, EngineRequest, StepOutput, TokenLogprob, TokenOutput
 from mii.batching.pace import Pace
 from mii.batching.scheduler import Scheduler, SchedulerLimits
 from mii.engine.kv_cache import BlockPool
@@ -23,6 +25,7 @@ from mii.engine.profile import StepProfile
 from mii.engine.ragged import RaggedInterface
 from mii.engine.runner import LaunchedStep, Runner
 from mii.engine.sequence import Sequence
+from mii.engine.slots import Column, Mask
 from mii.engine.startup import StartReport
 from mii.engine.timeline import Timeline
 from mii.errors import PipelineDestroyedError, PromptTooLongError, RequestError
@@ -82,6 +85,7 @@ class Engine(RaggedInterface):
         self.start_report: StartReport | None = None  # where the time of its making went
         self._overlapped = runner.device.type == "cuda"
         self._sequences = {}
+        self._ends = np.zeros(self.vocab_size, np.bool_)  # tokens that have ended a request or may end one
         self._start_empty()
 
     def _start_empty(self) -> None:
@@ -117,6 +121,7 @@ class Engine(RaggedInterface):
         salt = rotation.cache_salt(len(request.prompt_ids))
         sequence = Sequence(request, limit, salt, self.stop_ids, rotation.switch)
         self._sequences[request.uid] = sequence
+        self._ends[[token for token in request.stop_ids if token < self.vocab_size]] = True
         self.scheduler.add(sequence)
 
     def _check(self, request: EngineRequest) -> None:
@@ -172,7 +177,7 @@ class Engine(RaggedInterface):
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
-    def step(self) -> list[TokenOutput]:
+    def step(self) -> StepOutput:
         """Launches the next step and returns what the one before (on a CPU: this one) gave."""
         if self.runner is None:
             raise PipelineDestroyedError("The engine was destroyed; make a new one.")
@@ -183,7 +188,7 @@ class Engine(RaggedInterface):
             before, self._pending = self._pending, self._launch()
             if not self._overlapped and before is None:
                 before, self._pending = self._pending, None
-            outputs = self._collect(before) if before is not None else []
+            outputs = self._collect(before) if before is not None else StepOutput()
         except BaseException:
             self._recover()
             raise
@@ -213,28 +218,52 @@ class Engine(RaggedInterface):
         if self.runner is not None:
             self.runner.timeline = timeline
 
-    def _collect(self, launched: LaunchedStep) -> list[TokenOutput]:
+    def _collect(self, launched: LaunchedStep) -> StepOutput:
         """Reads a step's tokens; those of requests that ended meanwhile are dropped."""
-        outputs: list[TokenOutput] = []
-        tokens = launched.tokens()
+        plan, tokens, slots = launched.plan, launched.tokens(), self.scheduler.slots
         self._done("wait")
-        scores = launched.scores.read(tokens) if launched.scores is not None else {}
-        running, commit = self._sequences, self.scheduler.commit
-        for row, (sequence, token) in enumerate(zip(launched.sequences, tokens, strict=True)):
-            uid = sequence.uid
-            if running.get(uid) is not sequence:
-                continue
-            length, reason = commit(sequence, token), None
-            if length >= sequence.limit or token in sequence.request.stop_ids:
-                reason = _finish_reason(sequence, token)
-            if reason is not None:
-                self.abort(uid)
-            output = TokenOutput(uid, [token], reason)
-            if sequence.special:
-                output.logprobs = [scores[row]] if row in scores else None
-                output.prompt_logprobs = sequence.take_prompt_scores()
-            outputs.append(output)
-        return outputs
+        scores: dict[int, TokenLogprob] = {}
+        if launched.scores is not None:
+            scored = launched.scores.read(tokens.tolist())
+            scores = {plan.sampled[row].uid: score for row, score in scored.items()}
+        sequences, rows, known, output = plan.sampled, plan.sampled_slots, plan.known, StepOutput([], [], [])
+        there = slots.ticket.take(rows) == plan.tickets
+        if np.count_nonzero(there) < len(rows):
+            output.others += self._collect_late(plan.sampled, tokens, ~there, scores)
+            sequences, rows, tokens = list(compress(sequences, there.tolist())), rows[there], tokens[there]
+            known = known[there]
+        for sequence, token in zip(sequences, tokens.tolist(), strict=True):
+            sequence.tokens.append(token)
+        more = (known >= slots.comment.take(rows)) | self._ends.take(tokens)
+        if np.count_nonzero(more):
+            output.others += [
+                self._output(sequences[index], tokens.item(index), scores) for index in np.flatnonzero(more).tolist()
+            ]
+            sequences, tokens = list(compress(sequences, (~more).tolist())), tokens[~more]
+        output.uids, output.token_ids = [sequence.uid for sequence in sequences], tokens.tolist()
+        return output
+
+    def _collect_late(
+        self, sequences: list[Sequence], tokens: Column, late: Mask, scores: dict[int, TokenLogprob]
+    ) -> Iterator[TokenOutput]:
+        """The tokens of those who lost their slots after the step was launched; the others of `late` have ended."""
+        for index in np.flatnonzero(late).tolist():
+            sequence = sequences[index]
+            if sequence is self._sequences.get(sequence.uid):
+                token = tokens.item(index)
+                sequence.receive(token)
+                yield self._output(sequence, token, scores)
+
+    def _output(self, sequence: Sequence, token: int, scores: dict[int, TokenLogprob]) -> TokenOutput:
+        """What there is to say of a token that may end its request, or that comes with more; ends the request."""
+        reason = _finish_reason(sequence, token)
+        if reason is not None:
+            self.abort(sequence.uid)
+        output = TokenOutput(sequence.uid, [token], reason)
+        if sequence.special:
+            output.logprobs = [scores[sequence.uid]] if sequence.uid in scores else None
+            output.prompt_logprobs = sequence.take_prompt_scores()
+        return output
 
     def _recover(self) -> None:
         """After an interrupted step nothing on the device is certain: all sequences start over with the tokens they

@@ -32,7 +32,7 @@ class Extras:
     def __init__(self, model: Decoder, arena: ActivationArena, sampler: Sampler) -> None:
         self._processor = LogitsProcessor(sampler, model.place.device)
         self._scorer = Scorer(model, arena)
-        self._live: list[tuple[Sequence, object]] = []
+        self._live: list[tuple[Sequence, int]] = []
         self._next_look = _FEW
 
     @property

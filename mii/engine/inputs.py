@@ -27,9 +27,9 @@ def fill_step(host: HostStep, plan: Plan) -> int:
     """
     count = len(plan.decodes)
     if count:
-        host.seq_slot[:count] = _ints(sequence.slot for sequence in plan.decodes)
-        host.kv_len[:count] = _ints(plan.lengths)
-        host.host_ids[:count] = _ints(plan.fed)
+        host.seq_slot[:count] = plan.slots
+        host.kv_len[:count] = plan.lengths
+        host.host_ids[:count] = -1  # what the device sampled last
         host.sample_seq[:count] = np.arange(count, dtype=np.int32)
     host.q_start[: count + 1] = np.arange(count + 1, dtype=np.int32)
     samples = _fill_prompts(host, plan.prompts, count) if plan.prompts else count
@@ -44,10 +44,7 @@ def _fill_prompts(host: HostStep, prompts: list[Chunk], first: int) -> int:
     host.kv_len[rows] = [chunk.start + chunk.size for chunk in prompts]
     token = samples = first
     for row, chunk in enumerate(prompts, first):
-        known = chunk.sequence.tokens[chunk.start : chunk.start + chunk.size]
-        if len(known) < chunk.size:
-            known.append(-1)  # the one token that only the device knows
-        host.host_ids[token : token + chunk.size] = _ints(known)
+        host.host_ids[token : token + chunk.size] = _ints(chunk.sequence.tokens[chunk.start : chunk.start + chunk.size])
         token += chunk.size
         host.q_start[row + 1] = token
         if chunk.samples:
@@ -56,10 +53,11 @@ def _fill_prompts(host: HostStep, prompts: list[Chunk], first: int) -> int:
     return samples
 
 
-def digest(host: HostStep) -> int:
+def digest(host: HostStep, plan: Plan) -> int:
     """A number that differs where two ranks would compute different steps: from other tokens, places or lengths."""
     sequences, tokens = int(host.counts[abi.NUM_SEQS]), int(host.counts[abi.NUM_TOKENS])
-    value = zlib.crc32(host.counts.data)
+    known = array("i", (sequence.tokens[-1] for sequence in plan.decodes))
+    value = zlib.crc32(known, zlib.crc32(host.counts.data))
     for used in (host.seq_slot[:sequences], host.kv_len[:sequences], host.host_ids[:tokens]):
         value = zlib.crc32(used.data, value)
     return zlib.crc32(host.table_updates[: host.counts[abi.NUM_UPDATES]].data, value)
@@ -74,7 +72,7 @@ class SentBlocks:
     """Which blocks of which sequence the device's table of blocks has, by slot."""
 
     def __init__(self, slots: int) -> None:
-        self._sent: list[tuple[object, int]] = [(None, 0)] * slots
+        self._sent = [(0, 0)] * slots  # the ticket of its owner, and how many blocks
 
     def updates(self, plan: Plan) -> tuple[list[TableUpdate], list[Sequence]]:
         """(slot, index, block) of every block of a plan that the device does not know of yet, and the sequences that
@@ -85,7 +83,7 @@ class SentBlocks:
         for sequence in (*plan.grown, *(chunk.sequence for chunk in plan.prompts)):
             slot, blocks = sequence.slot, sequence.blocks
             ticket, known = self._sent[slot]
-            if ticket is not sequence.ticket:
+            if ticket != sequence.ticket:
                 known = 0
                 started.append(sequence)
             if known < len(blocks):

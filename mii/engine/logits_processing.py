@@ -44,8 +44,8 @@ class PenaltyRows:
     def __init__(self, vocab: Span, device: torch.device) -> None:
         self._vocab = vocab
         self.table = PenaltyTable.allocate(_FEWEST_PENALTIES, vocab.size, device)
-        self._owners: list[tuple[Sequence, object] | None] = [None] * (_FEWEST_PENALTIES - 1)
-        self._row_of: dict[object, int] = {}
+        self._owners: list[tuple[Sequence, int] | None] = [None] * (_FEWEST_PENALTIES - 1)
+        self._row_of: dict[int, int] = {}
 
     def row(self, sequence: Sequence) -> int:
         """The row of a sequence, made if it has none."""
@@ -77,9 +77,9 @@ class PenaltyRows:
                 self._owners[index] = None
 
 
-def holds_slot(sequence: Sequence, ticket: object) -> bool:
+def holds_slot(sequence: Sequence, ticket: int) -> bool:
     """Whether a sequence still has the slot that it was given with `ticket`."""
-    return sequence.slot >= 0 and sequence.ticket is ticket
+    return sequence.slot >= 0 and sequence.ticket == ticket
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ class LogitsProcessor:
         self._changed = torch.empty(self._at_once, self._vocab.size, device=device)
         self._workspace = sampler.workspace(self._at_once, torch.float32, device)
         self._penalties: PenaltyRows | None = None
-        self._key: list[tuple[int, object, bool]] = []
+        self._key: list[tuple[int, int, bool]] = []
         self._batches: list[_Batch] = []
 
     def draw(

@@ -23,7 +23,7 @@ from mii.engine.inputs import SentBlocks, TableUpdate, digest, fill_step
 from mii.engine.rotation import Rotation
 from mii.engine.sampling import Sampler
 from mii.engine.scoring import LaunchedScores
-from mii.engine.sequence import Sequence
+from mii.engine.slots import Column
 from mii.engine.timeline import Timeline
 from mii.modeling.arena import ActivationArena
 from mii.modeling.decoder import Decoder
@@ -55,29 +55,28 @@ class RunnerLimits:
 
 
 class LaunchedStep:
-    """A step on its way. `tokens()` waits for it and gives the sampled ids, one for each of `sequences`.
+    """A step on its way. `tokens()` waits for it and gives the sampled ids, one for each of `plan.sampled`.
 
     `scores` can be read then, where requests ask for log-probabilities.
     """
 
     def __init__(
         self,
-        sequences: list[Sequence],
+        plan: Plan,
         tokens: torch.Tensor,
         done: torch.cuda.Event | None,
         scores: LaunchedScores | None = None,
         group: Group | None = None,
     ) -> None:
-        self.sequences, self.scores = sequences, scores
+        self.plan, self.scores = plan, scores
         self._tokens, self._done, self._group = tokens, done, group
 
-    def tokens(self) -> list[int]:
+    def tokens(self) -> Column:
         if self._done is not None and self._group is not None:
             self._group.wait(self._done)
         elif self._done is not None:
             self._done.synchronize()
-        tokens: list[int] = self._tokens.numpy()[: len(self.sequences)].tolist()
-        return tokens
+        return self._tokens.numpy()[: len(self.plan.sampled)]
 
 
 class SampledTokens:
@@ -203,7 +202,7 @@ class Runner:
         copied = self.sampled.read_back(samples)
         if self.timeline is not None:
             self.timeline.launched()
-        return LaunchedStep(plan.sampled, *copied, scores, self.model.place.group)
+        return LaunchedStep(plan, *copied, scores, self.model.place.group)
 
     @torch.inference_mode()
     def rehearse(self, bucket: Bucket, draws: Draws | None = None, *, capture: bool = False) -> None:
@@ -237,7 +236,7 @@ class Runner:
         """Sends the plan to the device; the views that its step works on, and how many chunks sample."""
         samples = self._fill(plan)
         if self.agree is not None:
-            self.agree(digest(self.step.host()))
+            self.agree(digest(self.step.host(), plan))
         forward = self._forward(plan.num_tokens, plan.num_sequences, samples)
         if self.timeline is not None:
             self.timeline.launches(plan.num_tokens, plan.num_sequences)
@@ -279,13 +278,14 @@ class Runner:
         """Flags the sampled rows that may not end yet. A graph always reads the flags, so they are cleared too."""
         if not len(self._suppress_ids):
             return
-        flags = [length < each.min_length for each, length in zip(plan.decodes, plan.lengths, strict=True)]
-        flags += [chunk.start + chunk.size < chunk.sequence.min_length for chunk in plan.prompts if chunk.samples]
-        if True in flags:
+        last = [chunk.start + chunk.size < chunk.sequence.min_length for chunk in plan.prompts if chunk.samples]
+        held = [] if plan.held is None else plan.held.tolist()
+        before, self._any_suppressed = self._any_suppressed, True in held or True in last
+        if self._any_suppressed:
+            flags = [*(held or [False] * len(plan.decodes)), *last]
             self._suppress[: len(flags)].copy_(upload(flags, torch.int32, self.device))
-        elif self._any_suppressed:
+        elif before:
             self._suppress.zero_()
-        self._any_suppressed = True in flags
         self._suppressing = self._any_suppressed or self.graphs is not None
 
     def _forward(self, tokens: int, sequences: int, samples: int) -> Forward:
@@ -346,8 +346,8 @@ class Runner:
         updates = self._table_updates(plan)
         samples = fill_step(host, plan)
         if self.rotation.switch:
-            shifts = [self.rotation.switch if chunk.sequence.long else 0 for chunk in plan.chunks]
-            host.rope_shift[: len(shifts)] = shifts
+            sequences = (*plan.decodes, *(chunk.sequence for chunk in plan.prompts))
+            host.rope_shift[: len(sequences)] = [self.rotation.switch * sequence.long for sequence in sequences]
         fitting = min(len(updates), len(host.table_updates))
         if fitting:
             host.table_updates[:fitting] = updates[:fitting]

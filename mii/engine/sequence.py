@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from mii.batching.data_classes import EngineRequest, SamplingParams, TokenLogprob
 from mii.engine.kv_cache import chain_hash
+from mii.engine.slots import Slots
 
 
 class Sequence:
@@ -15,13 +16,18 @@ class Sequence:
       * `tokens`: ids that the host knows, the prompt and what was generated and read back;
       * `in_flight`: tokens sampled on the device and not read back yet (at most one while the host is one step ahead);
       * `computed`: tokens whose keys and values are in the cache, or will be once the launched steps have run.
+
+    While it decodes, all but its last token are computed, and its length is in a column of its slot
+    (`mii.engine.slots`), where a step makes all sequences longer at once.
     """
 
     __slots__ = (
+        "_computed",
         "_hashes",
+        "_in_flight",
+        "_slots",
         "blocks",
-        "computed",
-        "in_flight",
+        "decodes",
         "limit",
         "long",
         "min_length",
@@ -71,11 +77,12 @@ class Sequence:
             or request.logprobs is not None
             or self.prompt_scores is not None
         )
-        self.computed = 0
-        self.in_flight = 0
+        self._computed = self._in_flight = 0  # while it does not decode
+        self.decodes = False  # from the step on that computes all that exists of it
         self.registered = 0  # tokens whose full blocks the pool can find
+        self._slots: Slots | None = None
         self.slot = -1
-        self.ticket = object()  # a new one each time a slot and blocks are given to it
+        self.ticket = 0  # a new one each time a slot and blocks are given to it
         self.blocks: list[int] = []
         self.salt = salt
         self._hashes: list[bytes] = []
@@ -86,7 +93,17 @@ class Sequence:
     @property
     def length(self) -> int:
         """Tokens that exist: known to the host or still on the device."""
-        return len(self.tokens) + self.in_flight
+        if self.decodes and self._slots is not None:
+            return self._slots.length.item(self.slot)
+        return len(self.tokens) + self._in_flight
+
+    @property
+    def in_flight(self) -> int:
+        return self.length - len(self.tokens)
+
+    @property
+    def computed(self) -> int:
+        return self.length - 1 if self.decodes else self._computed
 
     @property
     def remaining(self) -> int:
@@ -131,10 +148,60 @@ class Sequence:
         scores, self.prompt_scores = self.prompt_scores, None
         return None if scores is None else [entry for entry in scores if entry is not None]
 
+    # -- in a slot ----------------------------------------------------------------------------------------------------
+
+    def open(self, slots: Slots) -> None:
+        """Takes a slot; nothing of it is computed yet."""
+        self._slots, (self.slot, self.ticket) = slots, slots.take()
+        slots.length[self.slot], slots.event[self.slot] = self.length, 0
+        slots.comment[self.slot] = 0 if self.special else self.limit
+        slots.may_end[self.slot] = min(self.min_length, self.limit)
+        if self.min_length > self.length:
+            slots.held.add(self.slot)
+
+    def close(self) -> None:
+        """Gives the slot back: nothing of it is computed any more; what the device has not told yet still comes."""
+        assert self._slots is not None
+        self._slots.give_back(self.slot)
+        in_flight = self.in_flight
+        self.restart()
+        self._in_flight = in_flight
+
+    def hold(self, blocks: list[int], block_size: int) -> None:
+        """Gets further blocks."""
+        self.blocks += blocks
+        if self.decodes:
+            self._foresee(block_size)
+
+    def compute(self, count: int) -> None:
+        """So many tokens more of those that exist are computed."""
+        self._computed += count
+
+    def decode(self, block_size: int) -> None:
+        """All of it is computed and its next token drawn: from now on it decodes."""
+        assert self._slots is not None
+        self._slots.length[self.slot] = self.length + 1
+        self.decodes = True
+        self._foresee(block_size)
+
+    def _foresee(self, block_size: int) -> None:
+        """Notes at which length it can not just go on: its blocks hold all but its last token."""
+        assert self._slots is not None
+        event = min(self.limit, len(self.blocks) * block_size + 1)
+        if self.switch and not self.long:
+            event = min(event, self.switch + 1)
+        self._slots.event[self.slot] = event
+
+    def receive(self, token: int) -> None:
+        """Takes in a token that was in flight."""
+        self.tokens.append(token)
+        if not self.decodes:
+            self._in_flight -= 1
+
     def restart(self) -> None:
         """Back to the state of a sequence that waits: nothing computed, nothing held; no known token is lost."""
-        self.computed = self.registered = self.in_flight = 0
-        self.slot, self.blocks = -1, []
+        self._computed = self._in_flight = self.registered = 0
+        self.decodes, self._slots, self.slot, self.blocks = False, None, -1, []
 
     def block_hashes(self, block_size: int, blocks: int) -> list[bytes]:
         """The chained hashes of the first `blocks` full blocks of known tokens, computed once each."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -225,7 +225,7 @@ class TextSession:
         self._ready.set()
         self.on_state(True)
 
-    def on_outputs(self, outputs: Sequence[TokenOutput]) -> None:
+    def on_outputs(self, outputs: Iterable[TokenOutput]) -> None:
         now, aborts, tokens = time.monotonic(), [], 0
         for output in outputs:
             event = self._text_of(output)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mii.batching.data_classes import EngineRequest, TokenOutput
+from mii.batching.data_classes import EngineRequest, StepOutput, TokenOutput
 from mii.engine.engine import Engine, EngineStats
 from mii.engine.timeline import Timeline
 from mii.errors import GenerationError, PipelineDestroyedError, RequestError
@@ -80,7 +80,7 @@ class FirstEngine(_Ranked):
         self.engine.abort(uid)
         self._commands.append(uid)
 
-    def step(self) -> list[TokenOutput]:
+    def step(self) -> StepOutput:
         """As `Engine.step`.
 
         Raises:
@@ -216,7 +216,7 @@ class OtherEngine(_Ranked):
         """Expects no more of a request; whether it ends, rank 0 says."""
         self._wanted.discard(uid)
 
-    def step(self) -> list[TokenOutput]:
+    def step(self) -> StepOutput:
         """Waits for tokens of the expected requests.
 
         Raises:
@@ -231,7 +231,7 @@ class OtherEngine(_Ranked):
         for output in outputs:
             if output.finish_reason is not None:
                 self._wanted.discard(output.uid)
-        return outputs
+        return StepOutput.of(outputs)
 
     def destroy(self) -> None:
         """Waits until rank 0 is done, and frees the engine."""

@@ -100,7 +100,7 @@ def test_a_long_prompt_is_cut_to_the_time_while_others_answer() -> None:
     assert [chunk.size for chunk in plan.prompts] in ([398], [399])  # 10 ms are 400 tokens, one of which decodes
     while scheduler.running[1].remaining > 1:
         for seq in plan.sampled:
-            scheduler.commit(seq, 1)
+            seq.receive(1)
         plan = scheduler.schedule()
         assert plan.num_tokens <= 400
 

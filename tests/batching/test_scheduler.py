@@ -58,7 +58,7 @@ class Device:
             seq = chunk.sequence
             if not chunk.samples or seq.uid in self.finished:
                 continue
-            self.scheduler.commit(seq, next_token(seq.uid, len(seq.tokens)))
+            seq.receive(next_token(seq.uid, len(seq.tokens)))
             if len(seq.tokens) >= seq.limit:
                 self.scheduler.remove(seq)
                 self.finished[seq.uid] = seq.tokens
@@ -163,7 +163,7 @@ def test_a_step_is_filled_with_decodes_first_and_then_chunks() -> None:
     scheduler = make(max_tokens=10)
     scheduler.add(sequence(0, [1] * 3, 5))
     assert planned(scheduler.schedule()) == [(0, 0, 3)]
-    scheduler.commit(scheduler.running[0], 1)
+    scheduler.running[0].receive(1)
     scheduler.add(sequence(1, [2] * 25, 5))
     assert planned(scheduler.schedule()) == [(0, 3, 1), (1, 0, 9)]
 
@@ -193,8 +193,8 @@ def test_the_newest_running_sequence_gives_way_and_comes_back_first() -> None:
     scheduler.add(new)
     scheduler.schedule()
     scheduler.add(sequence(2, [3], 1))
-    scheduler.commit(old, 5)
-    scheduler.commit(new, 6)
+    old.receive(5)
+    new.receive(6)
     plan = scheduler.schedule()
     assert planned(plan) == [(0, 8, 1)]
     assert plan.preempted == [new]

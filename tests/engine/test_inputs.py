@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from mii.batching.data_classes import EngineRequest
-from mii.batching.scheduler import Plan, Scheduler, SchedulerLimits
+from mii.batching.scheduler import Chunk, Plan, Scheduler, SchedulerLimits
 from mii.engine.inputs import SentBlocks, fill_step
 from mii.engine.kv_cache import BlockPool
 from mii.engine.sequence import Sequence
@@ -34,7 +34,7 @@ def check(plan: Plan) -> None:
         assert host.kv_len[row] == chunk.start + chunk.size
         assert host.q_start[row] == len(ids)
         known = chunk.sequence.tokens[chunk.start : chunk.start + chunk.size]
-        ids += known + [-1] * (chunk.size - len(known))
+        ids += [-1] if row < len(plan.decodes) else known  # -1: what the device sampled last
     assert host.q_start[len(plan.chunks)] == len(ids) == plan.num_tokens
     assert host.host_ids[: len(ids)].tolist() == ids
     sampling = [row for row, chunk in enumerate(plan.chunks) if chunk.samples]
@@ -53,7 +53,7 @@ def test_columns_say_what_the_chunks_say() -> None:
         pending.append(plan)
         if len(pending) > 1:  # tokens come one step late, so some rows feed what only the device knows
             for sequence in pending.pop(0).sampled:
-                made.commit(sequence, 1)
+                sequence.receive(1)
         if len(made.waiting) == 0 and len(made.running) < 5:
             break
 
@@ -62,7 +62,9 @@ def test_a_sequence_that_left_one_token_of_its_prompt_feeds_that_token() -> None
     made = scheduler([9], max_tokens=8)
     check(made.schedule())
     plan = made.schedule()
-    assert plan.fed == [8]
+    assert plan.prompts == [Chunk(made.running[0], 8, 1, True)]
+    check(plan)
+    plan = made.schedule()
     assert plan.decodes == made.running
     check(plan)
 
@@ -79,7 +81,7 @@ def test_every_block_is_sent_once_and_all_of_them_to_a_new_owner() -> None:
             seen[slot, index] = block
         for sequence in plan.sampled:
             assert [seen[sequence.slot, index] for index in range(len(sequence.blocks))] == sequence.blocks
-            made.commit(sequence, 1)
+            sequence.receive(1)
     sequence = made.running[0]
     made.remove(sequence)
     sequence.restart()
