@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mii.batching.base import AnswerParts, PipelineBase, stream_pieces
-from mii.batching.data_classes import Response, TokenOutput
+from mii.batching.data_classes import Response, StepOutput
 from mii.batching.driver import EngineDriver, Failure, Inbox
 from mii.batching.intake import PreparedRequest
 from mii.batching.tracker import RequestTracker, TextEvent
@@ -142,7 +142,11 @@ class MIIAsyncPipeline(PipelineBase):
         entry = _Entry(read[0], self._mailbox(), streams)
         prepared, request = entry.prepared, entry.prepared.request
         self._tracker.add(
-            request, prepared.stops, skip_special_tokens=prepared.skip_special_tokens, context=prepared.context
+            request,
+            prepared.stops,
+            skip_special_tokens=prepared.skip_special_tokens,
+            context=prepared.context,
+            whole=not streams,
         )
         self._entries[request.uid] = entry
         entry.mailbox.expect(request.uid)
@@ -212,23 +216,26 @@ class MIIAsyncPipeline(PipelineBase):
             self._end_all(failure)
             raise
 
-    def _dispatch(self, deliveries: list[TokenOutput | Failure]) -> None:
+    def _dispatch(self, deliveries: list[StepOutput | Failure]) -> None:
         ended = []
         for delivery in deliveries:
             if isinstance(delivery, Failure):
                 self._fail(delivery.uids, delivery.error)
                 continue
-            event = self._tracker.update(delivery)
-            entry = self._entries.get(event.uid) if event is not None else None
-            if event is None or entry is None:
-                continue
-            if event.finished:
-                self._entries.pop(event.uid, None)
-            if event.abort:
-                ended.append(event.uid)
-            entry.take(event)
+            for event in self._tracker.take(delivery):
+                if event.abort:
+                    ended.append(event.uid)
+                self._pass_on(event)
         if ended:
             self._driver.abort(ended)
+
+    def _pass_on(self, event: TextEvent) -> None:
+        entry = self._entries.get(event.uid)
+        if entry is None:
+            return
+        if event.finished:
+            self._entries.pop(event.uid, None)
+        entry.take(event)
 
     def _fail(self, uids: tuple[int, ...], error: Exception) -> None:
         for uid in uids:

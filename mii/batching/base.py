@@ -64,15 +64,15 @@ class PipelineBase:
 
 def stream_pieces(prepared: PreparedRequest, event: TextEvent) -> list[StreamedResponse]:
     """An event as it is streamed: the text of new tokens, then at the end an empty piece with the reason."""
-
-    def piece(text: str, reason: GenerationFinishReason, **logprobs: list[TokenLogprob] | None) -> StreamedResponse:
-        length, generated = prepared.prompt_length, event.generated_length
-        return StreamedResponse(text, length, generated, reason, prepared.index, **logprobs)
-
-    logprobs = {"logprobs": event.logprobs, "prompt_logprobs": event.prompt_logprobs}
-    new = [piece(event.text, GenerationFinishReason.NONE, **logprobs)] if event.new_tokens or event.text else []
-    last = [piece("", event.finish_reason)] if event.finish_reason is not GenerationFinishReason.NONE else []
-    return new + last
+    length, generated, none = prepared.prompt_length, event.generated_length, GenerationFinishReason.NONE
+    pieces = []
+    if event.new_tokens or event.text:
+        piece = StreamedResponse(event.text, length, generated, none, prepared.index)
+        piece.logprobs, piece.prompt_logprobs = event.logprobs, event.prompt_logprobs
+        pieces.append(piece)
+    if event.finish_reason is not none:
+        pieces.append(StreamedResponse("", length, generated, event.finish_reason, prepared.index))
+    return pieces
 
 
 class AnswerParts:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
-from mii.batching.data_classes import EngineRequest, TokenOutput
+from mii.batching.data_classes import EngineRequest, StepOutput
 from mii.batching.interrupts import InterruptsDeferred
 from mii.errors import GenerationError, PipelineDestroyedError
 
@@ -52,9 +52,9 @@ class Failure:
 class Inbox:
     """What the engine said to one caller, and the caller has not taken yet."""
 
-    deliveries: list[TokenOutput | Failure] = field(default_factory=list)
+    deliveries: list[StepOutput | Failure] = field(default_factory=list)
 
-    def take(self) -> list[TokenOutput | Failure]:
+    def take(self) -> list[StepOutput | Failure]:
         deliveries, self.deliveries = self.deliveries, []
         return deliveries
 
@@ -88,7 +88,7 @@ class EngineDriver:
             self._commands.append(partial(self._admit, list(requests), inbox))
             self._changed.notify_all()
 
-    def take(self, inbox: Inbox) -> list[TokenOutput | Failure]:
+    def take(self, inbox: Inbox) -> list[StepOutput | Failure]:
         """What the engine has to say to the owner of `inbox`, after one step more if it is nothing yet.
 
         Returns:
@@ -149,11 +149,11 @@ class EngineDriver:
             return True
 
     def _step(self) -> None:
-        outputs: list[TokenOutput] = []
+        output = StepOutput()
         try:
             self._run_commands()
             if self._engine.has_work:
-                outputs = self._engine.step()
+                output = self._engine.step()
             elif self._owners:
                 raise RuntimeError("it has nothing to do, and these requests have not ended")
         except BaseException as error:
@@ -161,7 +161,7 @@ class EngineDriver:
             if not isinstance(error, Exception):
                 raise
         finally:
-            self._end_turn(outputs)
+            self._end_turn(output)
 
     def _fail_all(self, cause: BaseException) -> None:
         """A step that fails may have lost tokens of any request, so all of them end."""
@@ -175,9 +175,9 @@ class EngineDriver:
                 inbox.deliveries.append(Failure(tuple(theirs), error))
             self._drop(list(self._owners))
 
-    def _end_turn(self, outputs: Sequence[TokenOutput] = ()) -> None:
+    def _end_turn(self, output: StepOutput | None = None) -> None:
         with self._changed:
-            for output in outputs:
+            if output is not None:
                 self._deliver(output)
             try:
                 self._run_commands()
@@ -185,12 +185,25 @@ class EngineDriver:
                 self._in_turn = False
                 self._changed.notify_all()
 
-    def _deliver(self, output: TokenOutput) -> None:
-        inbox = self._owners.get(output.uid)
-        if inbox is not None:  # else it was aborted while the step ran
-            inbox.deliveries.append(output)
-            if output.finish_reason is not None:
-                del self._owners[output.uid]
+    def _deliver(self, output: StepOutput) -> None:
+        """Gives each caller what is said of its requests. Nobody owns those that were aborted while the step ran."""
+        owners = list(map(self._owners.get, output.uids))
+        parts: dict[Inbox | None, StepOutput] = {}
+        if owners and owners.count(owners[0]) == len(owners):  # mostly one caller has them all
+            parts[owners[0]] = StepOutput(output.uids, output.token_ids, [])
+        else:
+            for owner, uid, token_id in zip(owners, output.uids, output.token_ids, strict=True):
+                part = parts.setdefault(owner, StepOutput([], [], []))
+                part.uids.append(uid)
+                part.token_ids.append(token_id)
+        for other in output.others:
+            owner = self._owners.get(other.uid)
+            parts.setdefault(owner, StepOutput([], [], [])).others.append(other)
+            if other.finish_reason is not None:
+                self._owners.pop(other.uid, None)
+        for owner, part in parts.items():
+            if owner is not None:
+                owner.deliveries.append(part)
 
     def _run_commands(self) -> None:
         while self._commands:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from typing import Any
+from typing import Any, NamedTuple
 
 from mii.batching.base import AnswerParts, PipelineBase, stream_pieces
 from mii.batching.data_classes import Response, StreamedResponse
@@ -18,7 +18,12 @@ from mii.progress import progress_bar
 # Calls with more prompts than this show a progress bar.
 HANDFUL = 4
 
-Events = list[tuple[PreparedRequest, TextEvent]]
+
+class Turn(NamedTuple):
+    """What one step gave a call: tokens, and what is told of them."""
+
+    tokens: int
+    events: list[TextEvent]
 
 
 class MIIPipeline(PipelineBase):
@@ -59,14 +64,14 @@ class MIIPipeline(PipelineBase):
         prepared = self._read(prompts, generate_kwargs)
         if not self._shown:
             return []
-        answers = _Answers(prepared)
-        with self._bar(len(prepared), progress, streaming_fn is not None) as bar, closing(self._run(prepared)) as steps:
-            for events in steps:
-                bar.update(answers.add(events))
+        answers, streams = _Answers(prepared), streaming_fn is not None
+        with self._bar(len(prepared), progress, streams) as bar, closing(self._run(prepared, not streams)) as turns:
+            for turn in turns:
+                bar.update(answers.add(turn))
                 if not bar.disable:
                     bar.set_postfix_str(answers.speed(), refresh=False)
                 if streaming_fn is not None:
-                    for piece in _pieces(events):
+                    for piece in answers.pieces(turn):
                         streaming_fn([piece])
         return answers.responses()
 
@@ -94,10 +99,11 @@ class MIIPipeline(PipelineBase):
         if not self._shown:
             return
         answers = _Answers(prepared)
-        with closing(self._run(prepared)) as steps:
-            for events in steps:
-                answers.add(events)
-                yield _pieces(events)
+        with closing(self._run(prepared)) as turns:
+            for turn in turns:
+                answers.add(turn)
+                if turn.events:
+                    yield answers.pieces(turn)
         answers.responses()
 
     @property
@@ -111,28 +117,35 @@ class MIIPipeline(PipelineBase):
             raise RequestError("stream=True is no option here; use pipe.stream(prompts), or give streaming_fn=")
         return self._intake.read(prompts, options)
 
-    def _run(self, prepared: list[PreparedRequest]) -> Generator[Events, None, None]:
-        """Steps the engine until all requests have ended. Closing it aborts those that have not."""
+    def _run(self, prepared: list[PreparedRequest], whole: bool = False) -> Generator[Turn, None, None]:
+        """Steps the engine until all requests have ended. Closing it aborts those that have not.
+
+        Args:
+            prepared: The requests.
+            whole: Whether texts are wanted when they are complete, and not as they come.
+        """
         tracker, inbox = RequestTracker(self._decoder), Inbox()
         by_uid = {each.request.uid: each for each in prepared}
         for each in prepared:
-            tracker.add(each.request, each.stops, skip_special_tokens=each.skip_special_tokens, context=each.context)
+            tracker.add(
+                each.request,
+                each.stops,
+                skip_special_tokens=each.skip_special_tokens,
+                context=each.context,
+                whole=whole,
+            )
         try:
             if prepared:
                 self._driver.submit([each.request for each in prepared], inbox)
             while len(tracker):
-                events: Events = []
                 for delivery in self._driver.take(inbox):
                     if isinstance(delivery, Failure):
                         raise _blame(delivery, by_uid)
-                    event = tracker.update(delivery)
-                    if event is not None:
-                        events.append((by_uid[event.uid], event))
-                ended = [event.uid for _, event in events if event.abort]
-                if ended:
-                    self._driver.abort(ended)
-                if events:
-                    yield events
+                    events = tracker.take(delivery)
+                    ended = [event.uid for event in events if event.abort]
+                    if ended:
+                        self._driver.abort(ended)
+                    yield Turn(len(delivery), events)
         finally:
             self._driver.abort(by_uid)
 
@@ -146,16 +159,21 @@ class _Answers:
     """The texts of a call in the making."""
 
     def __init__(self, prepared: list[PreparedRequest]) -> None:
-        self._parts = [AnswerParts(each) for each in prepared]
+        self._prepared = {each.request.uid: each for each in prepared}
+        self._parts = {each.request.uid: AnswerParts(each) for each in prepared}
         self._tokens = 0
         self._start = time.perf_counter()
 
-    def add(self, events: Events) -> int:
-        """Takes a step's events; how many answers ended with it."""
-        for prepared, event in events:
-            self._parts[prepared.index].add(event)
-            self._tokens += event.new_tokens
-        return sum(event.finished for _, event in events)
+    def add(self, turn: Turn) -> int:
+        """Takes in what a step gave; how many answers ended with it."""
+        self._tokens += turn.tokens
+        for event in turn.events:
+            self._parts[event.uid].add(event)
+        return sum(event.finished for event in turn.events)
+
+    def pieces(self, turn: Turn) -> list[StreamedResponse]:
+        """The same as it is streamed."""
+        return [piece for event in turn.events for piece in stream_pieces(self._prepared[event.uid], event)]
 
     def speed(self) -> str:
         return f"{self._tokens / (time.perf_counter() - self._start):.0f} tokens/s"
@@ -166,8 +184,8 @@ class _Answers:
         Raises:
             GenerationError: Some have none, because the engine gave up on them.
         """
-        results = [parts.response() for parts in self._parts]
-        last = [parts.last for parts in self._parts]
+        results = [parts.response() for parts in self._parts.values()]
+        last = [parts.last for parts in self._parts.values()]
         errors = {index: event.error for index, event in enumerate(last) if event is not None and event.error}
         if errors:
             index, reason = next(iter(errors.items()))
@@ -176,10 +194,6 @@ class _Answers:
             error.responses = results
             raise error
         return [result for result in results if result is not None]
-
-
-def _pieces(events: Events) -> list[StreamedResponse]:
-    return [piece for prepared, event in events for piece in stream_pieces(prepared, event)]
 
 
 def _blame(failure: Failure, by_uid: dict[int, PreparedRequest]) -> Exception:

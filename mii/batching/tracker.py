@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 import msgspec
 
-from mii.batching.data_classes import EngineRequest, GenerationFinishReason, TokenLogprob, TokenOutput
+from mii.batching.data_classes import EngineRequest, GenerationFinishReason, StepOutput, TokenLogprob, TokenOutput
 from mii.batching.generation.detokenizer import Detokenizer, TokenDecoder
 from mii.batching.generation.stops import StopMatcher, StopStrings
 
 
-class TextEvent(msgspec.Struct, frozen=True):
+class TextEvent(msgspec.Struct, frozen=True, gc=False):
     """What a request's new tokens come to.
 
     Args:
@@ -48,20 +48,21 @@ class TextEvent(msgspec.Struct, frozen=True):
 class _Answer:
     """One request's text in the making."""
 
-    __slots__ = ("detokenizer", "length", "min_new_tokens", "stop_ids", "stops")
+    __slots__ = ("detokenizer", "length", "min_new_tokens", "push", "stop_ids", "stops", "told", "untold", "whole")
 
-    def __init__(self, request: EngineRequest, stops: StopStrings, detokenizer: Detokenizer) -> None:
+    def __init__(self, request: EngineRequest, stops: StopStrings, detokenizer: Detokenizer, whole: bool) -> None:
         self.detokenizer = detokenizer
         self.stops = StopMatcher(stops)
         self.stop_ids = frozenset(request.stop_ids)
         self.min_new_tokens = request.min_new_tokens
+        self.whole = whole
         self.length = 0
+        self.told = 0  # tokens that events were about
+        self.untold: list[str] = []  # the text of those since
+        # The text of a token that was counted, as far as it can be no part of a stop string.
+        self.push = self._push if self.stops.looks else detokenizer.push
 
-    def push(self, token_id: int) -> str:
-        """Counts a token; its text, as far as it can be no part of a stop string."""
-        self.length += 1
-        if not self.stops.looks:
-            return self.detokenizer.push(token_id)
+    def _push(self, token_id: int) -> str:
         armed = self.length > self.min_new_tokens
         piece = self.detokenizer.push(token_id)
         text = self.stops.feed(piece, armed) if piece else ""
@@ -73,6 +74,20 @@ class _Answer:
         """What is left when no token follows."""
         text = self.stops.feed(self.detokenizer.flush(), self.length > self.min_new_tokens)
         return text + self.stops.flush()
+
+    def event(
+        self,
+        uid: int,
+        text: str,
+        reason: GenerationFinishReason = GenerationFinishReason.NONE,
+        error: str | None = None,
+        abort: bool = False,
+    ) -> TextEvent:
+        """Tells of all tokens that were not told of yet; `text`: what the last ones add to their text."""
+        if self.untold:
+            text, self.untold = "".join((*self.untold, text)), []
+        new, self.told = self.length - self.told, self.length
+        return TextEvent(uid, text, new, self.length, reason, error, abort)
 
 
 class RequestTracker:
@@ -107,6 +122,7 @@ class RequestTracker:
         *,
         skip_special_tokens: bool = False,
         context: Sequence[int] = (),
+        whole: bool = False,
     ) -> None:
         """Expects tokens of a request.
 
@@ -115,13 +131,33 @@ class RequestTracker:
             stops: Strings that end its text.
             skip_special_tokens: Whether special tokens are left out of the text.
             context: See `TokenDecoder.start`.
+            whole: Whether nobody wants its text before it ends: then there is one event of all tokens, where the engine
+                has no more to say of them.
         """
         detokenizer = self._decoder.start(skip_special_tokens=skip_special_tokens, context=context)
-        self._answers[request.uid] = _Answer(request, stops, detokenizer)
+        self._answers[request.uid] = _Answer(request, stops, detokenizer, whole)
 
     def discard(self, uid: int) -> None:
         """Forgets a request; one that is not there is fine."""
         self._answers.pop(uid, None)
+
+    def take(self, step: StepOutput) -> list[TextEvent]:
+        """The text of a step's tokens, of requests that have not ended and were added here."""
+        answers, events = self._answers, []
+        for uid, token_id in zip(step.uids, step.token_ids, strict=True):
+            answer = answers.get(uid)
+            if answer is None:
+                continue
+            answer.length += 1
+            text = answer.push(token_id)
+            if answer.stops.matched is not None:
+                events.append(answer.event(uid, text, GenerationFinishReason.STOP, abort=True))
+                self.discard(uid)
+            elif answer.whole:
+                answer.untold.append(text)
+            else:
+                events.append(answer.event(uid, text))
+        return events + [event for event in map(self.update, step.others) if event is not None]
 
     def update(self, output: TokenOutput) -> TextEvent | None:
         """The text of new tokens; None if the request has ended or was never added."""
@@ -159,33 +195,24 @@ class RequestTracker:
 
 
 def _event(answer: _Answer, output: TokenOutput) -> TextEvent:
-    before, text = answer.length, ""
-    shown = len(output.token_ids)
+    text, shown = "", len(output.token_ids)
     if output.finish_reason == "stop" and shown and output.token_ids[-1] in answer.stop_ids:
         shown -= 1  # the end-of-text token is counted and not shown
     for token_id in output.token_ids[:shown]:
+        answer.length += 1
         text += answer.push(token_id)
         if answer.stops.matched is not None:
-            return _ended_by_stop_string(answer, output, text, before)
+            return _ended_by_stop_string(answer, output, text)
     if output.finish_reason is None:
-        return TextEvent(output.uid, text, answer.length - before, answer.length)
+        return answer.event(output.uid, text)
     text += answer.end()
     if answer.stops.matched is not None:
-        return _ended_by_stop_string(answer, output, text, before)
+        return _ended_by_stop_string(answer, output, text)
     answer.length += len(output.token_ids) - shown
-    new, reason = answer.length - before, GenerationFinishReason.NONE
     if output.finish_reason == "error":
-        error = output.error or "the engine gave no reason"
-        return TextEvent(output.uid, text, new, answer.length, reason, error)
-    return TextEvent(output.uid, text, new, answer.length, GenerationFinishReason(output.finish_reason))
+        return answer.event(output.uid, text, error=output.error or "the engine gave no reason")
+    return answer.event(output.uid, text, GenerationFinishReason(output.finish_reason))
 
 
-def _ended_by_stop_string(answer: _Answer, output: TokenOutput, text: str, before: int) -> TextEvent:
-    return TextEvent(
-        output.uid,
-        text,
-        answer.length - before,
-        answer.length,
-        GenerationFinishReason.STOP,
-        abort=output.finish_reason is None,
-    )
+def _ended_by_stop_string(answer: _Answer, output: TokenOutput, text: str) -> TextEvent:
+    return answer.event(output.uid, text, GenerationFinishReason.STOP, abort=output.finish_reason is None)

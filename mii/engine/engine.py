@@ -248,11 +248,12 @@ class Engine(RaggedInterface):
     ) -> Iterator[TokenOutput]:
         """The tokens of those who lost their slots after the step was launched; the others of `late` have ended."""
         for index in np.flatnonzero(late).tolist():
-            sequence = sequences[index]
-            if sequence is self._sequences.get(sequence.uid):
-                token = tokens.item(index)
-                sequence.receive(token)
-                yield self._output(sequence, token, scores)
+            sequence = self._sequences.get(sequences[index].uid)
+            if sequence is None or sequence is not sequences[index]:
+                continue
+            token = tokens.item(index)
+            sequence.receive(token)
+            yield self._output(sequence, token, scores)
 
     def _output(self, sequence: Sequence, token: int, scores: dict[int, TokenLogprob]) -> TokenOutput:
         """What there is to say of a token that may end its request, or that comes with more; ends the request."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from mii.batching.data_classes import EngineRequest, TokenOutput
+from mii.batching.data_classes import EngineRequest, StepOutput, TokenOutput
 from mii.errors import PromptTooLongError
 
 END = 256
@@ -96,13 +96,13 @@ class FakeEngine:
         self.seen.append(request)
         self.requests[request.uid] = _Running(request, self.answers(request))
 
-    def step(self) -> list[TokenOutput]:
+    def step(self) -> StepOutput:
         assert self.has_work
         assert not self.destroyed
         self.on_step(len(self.batch_sizes))
         batch = list(self.requests.values())[: self.at_once]
         self.batch_sizes.append(len(batch))
-        return [self._advance(running) for running in batch]
+        return StepOutput.of(self._advance(running) for running in batch)
 
     def _advance(self, running: _Running) -> TokenOutput:
         request = running.request

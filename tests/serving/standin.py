@@ -20,7 +20,7 @@ import msgspec
 
 from mii.backend.engine_server import EngineServer
 from mii.backend.messages import EngineInfo
-from mii.batching.data_classes import EngineRequest, TokenOutput
+from mii.batching.data_classes import EngineRequest, StepOutput, TokenOutput
 from mii.errors import PromptTooLongError
 from mii.launch.loop import settle
 from mii.launch.process import Process
@@ -106,13 +106,13 @@ class StandIn:
             raise RuntimeError(f"request {request.uid} is here already")
         self._waiting[request.uid] = _Running(request, blocks)
 
-    def step(self) -> list[TokenOutput]:
+    def step(self) -> StepOutput:
         self._admit()
         poison = self.options.poison
         if poison is not None and any(poison in running.request.prompt_ids for running in self._running.values()):
             raise FloatingPointError("the numbers of a request are not finite")
         self._pause()
-        return [self._advance(running) for running in list(self._running.values())]
+        return StepOutput.of(self._advance(running) for running in list(self._running.values()))
 
     def abort(self, uid: int) -> None:
         self._waiting.pop(uid, None)
