@@ -14,6 +14,7 @@ from mii.batching.data_classes import (
     GenerationFinishReason,
     Response,
     SamplingParams,
+    StepOutput,
     StreamedResponse,
     TokenLogprob,
     TokenOutput,
@@ -75,10 +76,28 @@ def test_log_probabilities_are_no_part_of_a_response_s_text_or_equality() -> Non
         TokenOutput(7, [3], "stop"),
         TokenOutput(7, [3], logprobs=[TokenLogprob(3, -1.5, (TokenLogprob(4, -0.5),))], prompt_logprobs=[]),
         TokenOutput(7, [], "error", "no room"),
+        StepOutput([7, 9], [3, 4], [TokenOutput(8, [3], "stop")]),
+        StepOutput(),
     ],
 )
 def test_engine_messages_survive_msgpack(message: msgspec.Struct) -> None:
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=type(message)) == message
+
+
+def test_a_step_has_in_columns_what_is_a_token_alone_and_loses_nothing() -> None:
+    plain = [TokenOutput(7, [3]), TokenOutput(9, [0])]
+    others = [
+        TokenOutput(1, [3], "stop"),
+        TokenOutput(2, []),
+        TokenOutput(3, [4, 5]),
+        TokenOutput(4, [4], logprobs=[TokenLogprob(4, -1.0)]),
+        TokenOutput(5, [], "error", "no room"),
+    ]
+    step = StepOutput.of([others[0], *plain, *others[1:]])
+    assert (step.uids, step.token_ids, step.others) == ([7, 9], [3, 0], others)
+    assert list(step) == plain + others
+    assert len(step) == 7
+    assert not StepOutput()
 
 
 def test_what_is_not_asked_for_takes_no_room_in_a_message() -> None:

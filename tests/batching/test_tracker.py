@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from mii.batching.data_classes import EngineRequest, GenerationFinishReason, TokenLogprob, TokenOutput
+from mii.batching.data_classes import EngineRequest, GenerationFinishReason, StepOutput, TokenLogprob, TokenOutput
 from mii.batching.generation.detokenizer import TokenDecoder
 from mii.batching.generation.stops import StopStrings
 from mii.batching.tracker import RequestTracker, TextEvent
@@ -174,3 +174,44 @@ def test_the_token_that_ends_the_text_has_its_log_probability_too() -> None:
 
 def test_an_answer_whose_log_probabilities_nobody_wants_has_none() -> None:
     assert all(event.logprobs is event.prompt_logprobs is None for event in track(b"abc", []))
+
+
+def events_of(texts: dict[int, bytes], stops: list[str], whole: bool) -> dict[int, list[TextEvent]]:
+    """The events of answers that end by length, a token of each in a step; the shortest end first."""
+    tracker = RequestTracker(DECODER)
+    for uid in texts:
+        tracker.add(EngineRequest(uid, [0], 1000, stop_ids=(END,)), StopStrings(stops), whole=whole)
+    events: dict[int, list[TextEvent]] = {uid: [] for uid in texts}
+    for at in range(max(map(len, texts.values()))):
+        outputs = [
+            TokenOutput(uid, [text[at]], "length" if at == len(text) - 1 else None)
+            for uid, text in texts.items()
+            if at < len(text)
+        ]
+        for event in tracker.take(StepOutput.of(outputs)):
+            events[event.uid].append(event)
+    assert len(tracker) == 0
+    return events
+
+
+@given(st.dictionaries(st.integers(1, 9), st.text("aUse:\né", min_size=1, max_size=30), min_size=1, max_size=5))
+def test_an_answer_told_of_at_its_end_is_what_its_pieces_come_to(texts: dict[int, str]) -> None:
+    given = {uid: text.encode() for uid, text in texts.items()}
+    pieces, wholes = (events_of(given, ["User:", "ee"], whole) for whole in (False, True))
+    for uid, events in pieces.items():
+        (whole,) = wholes[uid]
+        last = events[-1]
+        assert whole.text == joined(events)
+        assert whole.new_tokens == whole.generated_length == sum(event.new_tokens for event in events)
+        assert (whole.generated_length, whole.finish_reason) == (last.generated_length, last.finish_reason)
+        assert whole.abort == last.abort
+        assert [event.generated_length for event in events] == [at + 1 for at in range(len(events))]
+
+
+def test_a_step_tells_nothing_of_requests_that_are_gone_or_of_others() -> None:
+    tracker = RequestTracker(DECODER)
+    tracker.add(EngineRequest(1, [0], 1000), StopStrings())
+    step = StepOutput([1, 2], [97, 98], [TokenOutput(3, [99], "stop")])
+    assert [(event.uid, event.text) for event in tracker.take(step)] == [(1, "a")]
+    tracker.discard(1)
+    assert tracker.take(step) == []
