@@ -3,17 +3,20 @@
     python benchmarks/run_host.py [--sequences 256 512] [--steps 400] [--profile] [--json FILE]
 
 The engine, its scheduler and its buffers are the real ones; what computes a step is left out and gives the same token
-each time. Two kinds of steps: all sequences decode ("decode"), and all but an eighth of them decode while the others
-come and go with prompts of 256 tokens ("mixed"). Processor time, so that other programs on the machine hardly count;
-a GPU hides all of it as long as it is less than the GPU's own time for a step.
+each time. Three kinds of steps: all sequences decode ("decode"), all but an eighth of them decode while the others
+come and go with prompts of 256 tokens ("mixed"), and all come and go with the lengths of the mix "chat" of `mii bench
+offline`. Processor time, so that other programs on the machine hardly count; a GPU hides all of it as long as it is
+less than the GPU's own time for a step.
 """
 
 from __future__ import annotations
 
 import argparse
 import cProfile
+import gc
 import itertools
 import pstats
+import random
 import sys
 import time
 from collections.abc import Callable
@@ -30,6 +33,7 @@ from mii.batching.scheduler import Plan
 from mii.benchmark.limits import describe_machine
 from mii.benchmark.random_checkpoint import RandomCheckpoint
 from mii.benchmark.report import versions, write_json
+from mii.benchmark.shapes import MIXES
 from mii.config import ModelConfig
 from mii.engine import Engine, build_engine
 from mii.engine.runner import LaunchedStep, Runner
@@ -48,6 +52,7 @@ SHAPE: dict[str, Any] = {
     "eos_token_id": 2,
 }
 PROMPT, SHORT_PROMPT, TOKEN = 256, 16, 7
+KINDS = ("decode", "mixed", "chat")
 
 
 def host_engine(sequences: int) -> Engine:
@@ -72,9 +77,9 @@ def _without_device(runner: Runner) -> Callable[[Plan], LaunchedStep]:
     tokens = torch.full((runner.limits.max_sequences,), TOKEN, dtype=torch.int32)
 
     def launch(plan: Plan) -> LaunchedStep:
-        samples = runner._fill(plan)
-        forward = runner._forward(plan.num_tokens, plan.num_sequences, samples)
-        forward.step.upload()
+        runner._fill(plan)
+        bucket = runner._bucket(plan.num_tokens, plan.num_sequences)  # as with graphs
+        runner._views(bucket, bucket[1]).step.upload()
         runner._send_suppressed(plan)
         return LaunchedStep(plan, tokens, None)
 
@@ -82,12 +87,22 @@ def _without_device(runner: Runner) -> Callable[[Plan], LaunchedStep]:
 
 
 class Load:
-    """Keeps an engine full: so many sequences that decode for ever, and so many that come and go."""
+    """Keeps an engine full: so many sequences that decode for ever, and so many that come and go.
 
-    def __init__(self, engine: Engine, steady: int, passing: int) -> None:
+    Args:
+        engine: What is kept full.
+        steady: Sequences that decode for ever.
+        passing: Others.
+        lengths: Draws the prompt and the answer of each of these.
+    """
+
+    def __init__(
+        self, engine: Engine, steady: int, passing: int, lengths: Callable[[random.Random], tuple[int, int]]
+    ) -> None:
         self.engine = engine
         self._uids = itertools.count()
-        self._ids = [place * 17 % 1000 + 10 for place in range(1024)]
+        self._random, self._lengths = random.Random(0), lengths
+        self._ids = [self._random.randrange(10, 1000) for _ in range(1 << 16)]
         self._passing: set[int] = set()
         for _ in range(steady):
             self._add(SHORT_PROMPT, 2000)
@@ -96,7 +111,7 @@ class Load:
 
     def _add(self, prompt: int, answer: int) -> int:
         uid = next(self._uids)
-        start = uid * 31 % 700
+        start = self._random.randrange(len(self._ids) - prompt)
         request = EngineRequest(
             uid=uid, prompt_ids=self._ids[start : start + prompt], max_new_tokens=answer, stop_ids=(2,)
         )
@@ -104,29 +119,39 @@ class Load:
         return uid
 
     def _start(self) -> None:
-        self._passing.add(self._add(PROMPT, 4))
+        self._passing.add(self._add(*self._lengths(self._random)))
 
     def step(self) -> None:
-        for output in self.engine.step():
+        for output in self.engine.step().others:
             if output.finish_reason is not None and output.uid in self._passing:
                 self._passing.remove(output.uid)
                 self._start()
 
 
+def load(engine: Engine, kind: str, sequences: int) -> Load:
+    """The engine's load, past its beginning."""
+    passing = {"decode": 0, "mixed": sequences // 8, "chat": sequences}[kind]
+    lengths = MIXES["chat"].lengths if kind == "chat" else lambda _: (PROMPT, 4)
+    made = Load(engine, sequences - passing, passing, lengths)
+    for _ in range(300 if kind == "chat" else 20):
+        made.step()
+    return made
+
+
 def measure(kind: str, sequences: int, steps: int, profile: bool) -> dict[str, Any]:
     engine = host_engine(sequences)
-    passing = sequences // 8 if kind == "mixed" else 0
-    load = Load(engine, sequences - passing, passing)
-    for _ in range(20):
-        load.step()
+    running = load(engine, kind, sequences)
+    gc.collect()
+    gc.freeze()  # as an engine's process does
     seconds = []
     profiler = cProfile.Profile()
     for _ in range(steps):
         begin = time.process_time()
-        profiler.runcall(load.step) if profile else load.step()
+        profiler.runcall(running.step) if profile else running.step()
         seconds.append(time.process_time() - begin)
     if profile:
         pstats.Stats(profiler).sort_stats("tottime").print_stats(14)
+    gc.unfreeze()
     engine.destroy()
     seconds.sort()
     return {
@@ -141,8 +166,8 @@ def measure(kind: str, sequences: int, steps: int, profile: bool) -> dict[str, A
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Measures what the host does in a step.")
-    parser.add_argument("--sequences", nargs="+", type=int, default=[64, 256, 512], metavar="N")
-    parser.add_argument("--kinds", nargs="+", choices=("decode", "mixed"), default=["decode", "mixed"])
+    parser.add_argument("--sequences", nargs="+", type=int, default=[1, 64, 256, 512], metavar="N")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--profile", action="store_true", help="say where the time goes (and take longer)")
     parser.add_argument("--json", type=Path, metavar="FILE")

@@ -86,16 +86,16 @@ class SampledTokens:
         self.on_device = torch.zeros(max_sequences, dtype=torch.int32, device=device)
         cuda = device.type == "cuda"
         self._on_host = [torch.zeros_like(self.on_device, device="cpu", pin_memory=True) for _ in range(2 * cuda)]
+        self._done = [torch.cuda.Event() for _ in self._on_host]
         self._turn = 0
 
-    def read_back(self, count: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        """Starts the copy of `count` ids to the host; the event tells when it is there."""
+    def read_back(self) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Starts the copy of all ids to the host; the event tells when it is there. Both serve again in two steps."""
         if not self._on_host:
             return self.on_device, None
         self._turn ^= 1
-        host = self._on_host[self._turn]
-        host[:count].copy_(self.on_device[:count], non_blocking=True)
-        done = torch.cuda.Event()
+        host, done = self._on_host[self._turn], self._done[self._turn]
+        host.copy_(self.on_device, non_blocking=True)
         done.record()
         return host, done
 
@@ -199,7 +199,7 @@ class Runner:
             scores = self._extras.follow(plan, forward, tokens)
             if self._extras.idle:
                 self._extras = None
-        copied = self.sampled.read_back(samples)
+        copied = self.sampled.read_back()
         if self.timeline is not None:
             self.timeline.launched()
         return LaunchedStep(plan, *copied, scores, self.model.place.group)
@@ -235,6 +235,8 @@ class Runner:
     def _begin(self, plan: Plan) -> tuple[Forward, int]:
         """Sends the plan to the device; the views that its step works on, and how many chunks sample."""
         samples = self._fill(plan)
+        if self.timeline is not None:
+            self.timeline.done("fill")
         if self.agree is not None:
             self.agree(digest(self.step.host(), plan))
         forward = self._forward(plan.num_tokens, plan.num_sequences, samples)

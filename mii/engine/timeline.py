@@ -6,8 +6,8 @@
     engine.record(None)
     timeline.write("steps.json")          # Perfetto and chrome://tracing draw it
 
-The host's step has four parts: it plans, fills the step's inputs and launches it, waits for the tokens of the step
-before, and sorts those. The device's time runs from a step's first copy to the copy of its tokens. Where it begins
+The host's step has five parts: it plans, fills the step's inputs, launches it, waits for the tokens of the step before,
+and sorts those. The device's time runs from a step's first copy to the copy of its tokens. Where it begins
 after the step before has ended, the device had nothing to do: a gap. On a CPU the launch is the step and there
 are no gaps.
 """
@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-PARTS = ("plan", "launch", "wait", "read")
+PARTS = ("plan", "fill", "launch", "wait", "read")
 
 
 @dataclass(slots=True)
@@ -135,7 +135,7 @@ class Timeline:
         """Medians over the steps, and the share of the device's time in which it had nothing to do."""
         rows = self.rows()
         found = {"steps": float(len(rows))}
-        for name in ("host_ms", "device_ms", "gap_ms"):
+        for name in ("host_ms", *(f"{part}_ms" for part in PARTS), "device_ms", "gap_ms"):
             values = [row[name] for row in rows if name in row]
             if values:
                 found[name] = median(values)

@@ -23,8 +23,9 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from mii.ops import abi, native
@@ -111,16 +112,30 @@ class SamplingTable:
             raise ValueError(
                 f"{len(slots)} slots were given with {len(chosen)} parameter sets; give one for each slot."
             )
-        floats = torch.tensor([[c.temperature, c.top_p, c.min_p] for c in chosen], dtype=torch.float32).view(-1, 3)
-        seeds = torch.tensor([_signed64(c.seed) for c in chosen], dtype=torch.int64).view(-1, 1).view(torch.int32)
-        top_k = torch.tensor([[min(c.top_k, 2**31 - 1)] for c in chosen], dtype=torch.int32).view(-1, 1)
-        values = torch.cat([seeds, floats.view(torch.int32), top_k], dim=1).long()
-        slot = torch.tensor(slots, dtype=torch.int64).view(-1, 1)
-        index = torch.cat([2 * slot, 2 * slot + 1, *(slot + field * self.slots for field in range(2, 6))], dim=1)
-        upload = torch.stack([index, values])
-        if self.storage.is_cuda:  # pinned, so that nobody waits for what the device still does
-            upload = upload.pin_memory().to(self.storage.device, non_blocking=True)
-        self.storage.index_copy_(0, upload[0].view(-1), upload[1].view(-1).int())
+        index = np.array(slots, np.int64).reshape(-1, 1) * _STRIDES + _FIELDS * self.slots + _HALVES
+        values = _packed(chosen)
+        if not self.storage.is_cuda:
+            self.storage.numpy()[index] = values
+            return
+        # Pinned, so that nobody waits for what the device still does.
+        packed = torch.from_numpy(np.concatenate([index.view(np.int32).ravel(), values.ravel()])).pin_memory()
+        sent = packed.to(self.storage.device, non_blocking=True)
+        self.storage.index_copy_(0, sent[: 2 * index.size].view(torch.int64), sent[2 * index.size :])
+
+
+# Where the six words of a slot lie in `SamplingTable.storage`: two of the seed, then one of each other column.
+_STRIDES, _FIELDS, _HALVES = np.array([[2, 2, 1, 1, 1, 1], [0, 0, 2, 3, 4, 5], [0, 1, 0, 0, 0, 0]])
+
+
+def _packed(choices: Sequence[SamplingChoice]) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """The six words of each."""
+    values = np.empty((len(choices), len(_STRIDES)), np.int32)
+    values[:, :2] = np.array([_signed64(each.seed) for each in choices], np.int64).reshape(-1, 1).view(np.int32)
+    with np.errstate(over="ignore"):  # infinite is as good as huge
+        floats = np.array([(each.temperature, each.top_p, each.min_p) for each in choices], np.float32)
+    values[:, 2:5] = floats.reshape(-1, 3).view(np.int32)
+    values[:, 5] = [min(each.top_k, 2**31 - 1) for each in choices]
+    return values
 
 
 def _signed64(seed: int) -> int:

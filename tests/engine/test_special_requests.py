@@ -310,8 +310,8 @@ def run_a_step_behind(engine: Engine) -> None:
     engine._overlapped = True
     read_back = engine.runner.sampled.read_back
 
-    def copied(count: int) -> Any:
-        ids, event = read_back(count)
+    def copied() -> Any:
+        ids, event = read_back()
         return ids.clone(), event
 
     engine.runner.sampled.read_back = copied  # type: ignore[method-assign]

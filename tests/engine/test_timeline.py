@@ -31,6 +31,7 @@ def test_every_step_is_recorded_with_its_parts(tiny_llama: Path, tmp_path: Path)
     assert len(bars) == len(PARTS) * recorded
     assert all(before["ts"] + before["dur"] <= after["ts"] + 1e-3 for before, after in itertools.pairwise(bars))
     assert report["summary"]["steps"] == recorded
+    assert {f"{name}_ms" for name in PARTS} < set(report["summary"])
     engine.destroy()
 
 
