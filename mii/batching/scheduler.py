@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -189,12 +190,11 @@ class Scheduler:
             rows = self._rows[: len(self.running)]
             lengths = self.slots.length.take(rows)
             ready = lengths < self.slots.event.take(rows)
-        plan.decodes = self.running.copy()
-        if np.count_nonzero(ready) < len(rows) or len(rows) > self.limits.max_tokens:
-            chosen = np.flatnonzero(ready)[: self.limits.max_tokens]
-            plan.decodes = [self.running[index] for index in chosen.tolist()]
-            rows, lengths = rows[chosen], lengths[chosen]
-        plan.slots, plan.lengths, plan.num_tokens = rows.copy(), lengths, len(rows)
+        if len(rows) > self.limits.max_tokens:
+            ready[np.flatnonzero(ready)[self.limits.max_tokens :]] = False
+        plan.decodes = list(compress(self.running, ready.tobytes()))
+        rows, lengths = rows[ready], lengths[ready]
+        plan.slots, plan.lengths, plan.num_tokens = rows, lengths, len(rows)
         self.slots.length[rows] = lengths + 1
         if self.slots.held:
             plan.held = lengths < self.slots.may_end.take(rows)

@@ -230,7 +230,7 @@ class Engine(RaggedInterface):
         there = slots.ticket.take(rows) == plan.tickets
         if np.count_nonzero(there) < len(rows):
             output.others += self._collect_late(plan.sampled, tokens, ~there, scores)
-            sequences, rows, tokens = list(compress(sequences, there.tolist())), rows[there], tokens[there]
+            sequences, rows, tokens = list(compress(sequences, there.tobytes())), rows[there], tokens[there]
             known = known[there]
         for sequence, token in zip(sequences, tokens.tolist(), strict=True):
             sequence.tokens.append(token)
@@ -239,7 +239,7 @@ class Engine(RaggedInterface):
             output.others += [
                 self._output(sequences[index], tokens.item(index), scores) for index in np.flatnonzero(more).tolist()
             ]
-            sequences, tokens = list(compress(sequences, (~more).tolist())), tokens[~more]
+            sequences, tokens = list(compress(sequences, (~more).tobytes())), tokens[~more]
         output.uids, output.token_ids = [sequence.uid for sequence in sequences], tokens.tolist()
         return output
 
