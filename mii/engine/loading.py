@@ -81,7 +81,7 @@ def build_engine(
     device = choose_device(config.device, config.local_device)
     dtype = choose_dtype(config.dtype, checkpoint.config, device)
     spec = find_family(checkpoint.config).read_spec(checkpoint.config)
-    limits = _limits(config, spec, device)
+    limits, ends = _limits(config, spec, device), stop_ids(checkpoint.config, checkpoint.generation_config)
     free = free_memory(device)
     _check_weights_fit(spec, device, dtype, free, group)
     try:
@@ -92,7 +92,6 @@ def build_engine(
                     model = load_model(ahead, device, dtype, progress=show)
             else:
                 model = load_model(checkpoint, device, dtype, progress=show, group=group)
-        ends = stop_ids(checkpoint.config, checkpoint.generation_config)
         with start.phase("buffers"):
             largest = spec if group is None else spec.sharded(0, group.size)
             runner = Runner(model, limits, ends, weights=count_weights(largest))
@@ -100,13 +99,16 @@ def build_engine(
             ranks.compare(checkpoint, _options(config, dtype, limits))
         _make_cache(config, runner, free, start, ranks)
         pace = _pace(config, runner, start)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
         gc.collect()
-        torch.cuda.empty_cache()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
         raise OutOfMemoryError(
-            f"The GPU ran out of memory while loading: {free / _GIB:.1f} GiB were free, "
-            f"{free_memory(device) / _GIB:.1f} GiB"
-            " are free again now. Lower memory_fraction or max_length, or take a smaller model."
+            f"{'The GPU' if device.type == 'cuda' else 'This machine'} ran out of memory while loading: "
+            f"{free / _GIB:.1f} GiB were free, {free_memory(device) / _GIB:.1f} GiB are free again now. Lower "
+            f"memory_fraction or max_length, which is {limits.max_length}, or take a smaller model."
         ) from error
     engine = Engine(
         runner,

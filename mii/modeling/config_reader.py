@@ -79,7 +79,8 @@ class ConfigReader:
         return value
 
     def choice(self, name: str, choices: Mapping[str, str], default: str) -> str:
-        value = self.config.get(name) or default
+        value = self.config.get(name)
+        value = default if value is None else value
         if not isinstance(value, str) or value not in choices:
             raise CheckpointError(f"config.json: '{name}' is {value!r}; supported are {', '.join(sorted(choices))}.")
         return choices[value]

@@ -157,11 +157,17 @@ def _extent(parameter: Parameter, target: Target) -> tuple[slice, ...] | None:
 
 
 def stop_ids(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> tuple[int, ...]:
-    """Every end-of-text id that the config or the generation config names, each once, in that order."""
+    """Every end-of-text id that the config or the generation config names, each once; a negative one means none.
+
+    Raises:
+        CheckpointError: One of them is no number.
+    """
     found: dict[int, None] = {}
-    for source in (generation_config, config):
+    for name, source in (("generation_config.json", generation_config), ("config.json", config)):
         ids = source.get("eos_token_id")
-        for token in ids if isinstance(ids, list | tuple) else [ids]:
-            if isinstance(token, int) and not isinstance(token, bool) and token >= 0:
+        for token in ids if isinstance(ids, list | tuple) else [-1 if ids is None else ids]:
+            if type(token) is not int:
+                raise CheckpointError(f"{name}: 'eos_token_id' must be null, a number or a list of them, not {ids!r}.")
+            if token >= 0:
                 found[token] = None
     return tuple(found)

@@ -23,13 +23,12 @@ from mii.modeling.spec import RopeSpec
 
 def read_rope(config: Mapping[str, Any], head_dim: int) -> RopeSpec:
     """Reads rotary settings in both forms that configs come in: `rope_theta` + `rope_scaling`, or `rope_parameters`."""
-    forms = ConfigReader(config)
-    scaling = dict(forms.fields("rope_parameters") or forms.fields("rope_scaling"))
-    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    scaling = _scaling(ConfigReader(config))
+    kind = scaling.get("rope_type", "default")
     kind = _OLD_NAMES.get(kind, kind) if isinstance(kind, str) else repr(kind)
     if kind not in _FREQUENCIES:
         raise CheckpointError(f"config.json: rope type {kind!r} is not known; supported are {', '.join(_FREQUENCIES)}.")
-    read = ConfigReader({**config, **{name: value for name, value in scaling.items() if value is not None}})
+    read = ConfigReader({**config, **scaling})
     theta = read.number("rope_theta", 10000.0)
     if theta <= 1:
         raise CheckpointError(f"config.json: 'rope_theta' must be a number above 1, and it is {theta:g}.")
@@ -41,6 +40,23 @@ def read_rope(config: Mapping[str, Any], head_dim: int) -> RopeSpec:
     rope = RopeSpec(theta=theta, rotary_dim=rotary_dim, kind=kind, scaling=scaling)
     _FREQUENCIES[kind](rope)  # what the kind needs and the config lacks is named now
     return rope
+
+
+def _scaling(config: ConfigReader) -> dict[str, Any]:
+    """What both forms say; a kind is called "rope_type" here, and left out where it is null."""
+    forms: dict[str, dict[str, Any]] = {}
+    for form in ("rope_parameters", "rope_scaling"):
+        given = {name: value for name, value in config.fields(form).items() if value is not None}
+        kind = given.pop("type", None)
+        forms[form] = given if kind is None else {"rope_type": kind, **given}
+    one, other = forms.values()
+    for name in one.keys() & other.keys():
+        if one[name] != other[name]:
+            raise CheckpointError(
+                f"config.json: '{name}' is {one[name]!r} in 'rope_parameters' and {other[name]!r} in 'rope_scaling', "
+                "but they mean the same; leave one of them out."
+            )
+    return one | other
 
 
 def _rotary_dim(partial: float, head_dim: int) -> int:

@@ -23,8 +23,9 @@ from mii.parallel.meeting import DisagreementError, agree
 # Whether it is asked for (True), refused (False), or left to MEASURED: the numbers of GPUs on which it was measured.
 ASKED_FOR = {"": None, "0": False}.get(os.environ.get("MII_PEER_REDUCE", ""), True)
 MEASURED = (2,)
-PATIENCE_SECONDS = 10.0
-"""How long a GPU waits for another one's numbers before it takes that rank for dead."""
+PATIENCE_SECONDS = 8.0
+"""How long a GPU waits for another one's numbers before it takes that rank for dead: a replica with a rank that hangs
+has 10 seconds to end."""
 MOST_RANKS = 8
 MOST_BYTES = 4 << 20
 """The largest sum; NCCL, which copies larger ones at full speed, does those above."""

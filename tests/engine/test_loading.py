@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,12 @@ def test_a_card_that_is_not_there_is_an_error_that_says_what_to_do(monkeypatch: 
     pretend_a_card(monkeypatch, count=2)
     with pytest.raises(UnsupportedDeviceError, match="GPU 2 was asked for and this machine has 2, numbered from 0"):
         choose_device("cuda", 2)
+
+
+def test_a_context_that_no_memory_holds_is_said_in_a_sentence(make_checkpoint: Callable[..., Path]) -> None:
+    folder = make_checkpoint(max_position_embeddings=10**15)
+    with pytest.raises(OutOfMemoryError, match=r"This machine ran out of memory.*max_length, which is 10{15}"):
+        load_engine(config(folder))
 
 
 def test_a_card_that_is_too_old_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

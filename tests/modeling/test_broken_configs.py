@@ -96,6 +96,24 @@ def test_quantised_weights_are_refused(value: Any) -> None:
         find_family({**config, "quantization_config": value})
 
 
+@pytest.mark.parametrize("value", ["", 0, False, [], {}])
+def test_an_activation_that_is_no_name_is_not_taken_for_a_missing_one(value: Any) -> None:
+    config = {**DEFAULTS, "architectures": ["LlamaForCausalLM"], "hidden_act": value}
+    with pytest.raises(CheckpointError, match=r"'hidden_act' is .*; supported are"):
+        find_family(config).read_spec(config)
+
+
+def test_both_forms_of_a_rotation_may_say_the_same_or_complete_each_other_but_not_contradict() -> None:
+    config = {**DEFAULTS, "architectures": ["LlamaForCausalLM"], "rope_parameters": {"rope_theta": 500.0}}
+    read = find_family(config).read_spec
+    rope = read({**config, "rope_scaling": {"type": "linear", "factor": 4.0, "rope_theta": 500.0}}).rope
+    assert rope is not None
+    assert (rope.theta, rope.kind, rope.scaling["factor"]) == (500.0, "linear", 4.0)
+    config["rope_parameters"] = {"rope_type": "default"}
+    with pytest.raises(CheckpointError, match="'rope_type' is 'default' in 'rope_parameters' and 'linear' in 'rope_"):
+        read({**config, "rope_scaling": {"type": "linear", "factor": 4.0}})
+
+
 def test_a_rotation_that_does_not_turn_is_refused() -> None:
     config = {**DEFAULTS, "architectures": ["LlamaForCausalLM"], "rope_theta": 1}
     with pytest.raises(CheckpointError, match="'rope_theta' must be a number above 1, and it is 1"):

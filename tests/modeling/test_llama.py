@@ -85,3 +85,12 @@ def test_every_end_of_text_id_of_both_configs_counts() -> None:
     assert stop_ids({"eos_token_id": 2}, {"eos_token_id": [5, 7, 2]}) == (5, 7, 2)
     assert stop_ids({"eos_token_id": [3, 4]}, {}) == (3, 4)
     assert stop_ids({}, {"eos_token_id": None}) == ()
+    assert stop_ids({"eos_token_id": -1}, {"eos_token_id": [-1, 4]}) == (4,)
+
+
+@pytest.mark.parametrize("ids", ["2", [2, "3"], True, 2.0, [None], [[2]]])
+def test_an_end_of_text_that_is_no_number_is_refused(ids: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"^generation_config.json: 'eos_token_id' must be null, a number or"):
+        stop_ids({"eos_token_id": 2}, {"eos_token_id": ids})
+    with pytest.raises(CheckpointError, match=r"^config.json: 'eos_token_id'"):
+        stop_ids({"eos_token_id": ids}, {})
