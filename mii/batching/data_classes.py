@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import msgspec
@@ -273,6 +274,4 @@ class StepOutput(msgspec.Struct, omit_defaults=True, gc=False):
         return len(self.uids) + len(self.others)
 
     def __iter__(self) -> Iterator[TokenOutput]:
-        for uid, token in zip(self.uids, self.token_ids, strict=True):
-            yield TokenOutput(uid, [token])
-        yield from self.others
+        return chain(map(TokenOutput, self.uids, map(list, zip(self.token_ids, strict=True))), self.others)
