@@ -60,6 +60,7 @@ def _cuda_cases() -> Iterator[Case]:
     yield _decode("64 x 2048, blocks of 16", Work(((1, 2048),) * 64, block=16))
     yield _decode("64 x 2048, heads of 64", Work(((1, 2048),) * 64, head_dim=64))
     yield _decode("64 x 2048, heads 16/8 of 256, softcap", Work(((1, 2048),) * 64, 16, 8, 256, softcap=50.0))
+    yield _decode("64 x 2048, heads 16/16 of 192", Work(((1, 2048),) * 64, 16, 16, 192))
     yield _decode("64 x 8192, window 1024", Work(((1, 8192),) * 64, window=1024))
     yield _decode("64 x 2048, heads 71/1 of 64", Work(((1, 2048),) * 64, 71, 1, 64))
     for seqs, length in ((1, 2048), (8, 2048), (2, 8192), (32, 512)):
@@ -68,6 +69,7 @@ def _cuda_cases() -> Iterator[Case]:
     yield _prompt("8 prompts of 2048, heads 32/32", Work(((2048, 2048),) * 8, kv_heads=32))
     yield _prompt("8 prompts of 2048, heads of 64", Work(((2048, 2048),) * 8, head_dim=64))
     yield _prompt("8 prompts of 2048, heads 16/8 of 256", Work(((2048, 2048),) * 8, 16, 8, 256))
+    yield _prompt("2 prompts of 2048, heads 16/16 of 192", Work(((2048, 2048),) * 2, 16, 16, 192))
     yield _prompt("8 prompts of 2048, softcap", Work(((2048, 2048),) * 8, softcap=50.0))
     yield _prompt("2 prompts of 8192, window 1024", Work(((8192, 8192),) * 2, window=1024))
     yield _prompt("chunk of 512 at 8192", Work(((512, 8192),)))

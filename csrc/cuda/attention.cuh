@@ -8,7 +8,7 @@ namespace mii {
 // Fills a.work on the device. `may_part`: launch_hopper goes before launch_tiled, for prompts that the list gives it.
 int32_t launch_plan(const MiiAttention& a, Bounds bounds, bool may_part, void* stream);
 
-// The tensor-core kernel, for D in 64, 80, 96, 128 and 256, in attention_d<D>.cu.
+// The tensor-core kernel, for D in 64, 80, 96, 128, 192 and 256, in attention_d<D>.cu.
 template <int D>
 int32_t launch_tiled(const AttentionParams& p, Bounds bounds, void* stream);
 // How many of its CTAs a multiprocessor of the current device holds; 0 if the device cannot run it.

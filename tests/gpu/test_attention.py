@@ -25,7 +25,7 @@ def test_kernel_equals_reference(lengths: str, variant: str, dtype: torch.dtype)
 
 @pytest.mark.parametrize("variant", ["plain", "everything"])
 @pytest.mark.parametrize("block_size", [16, 32, 64, 128])
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
 def test_every_head_size_and_block(head_dim: int, block_size: int, variant: str) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         shape = CARD.with_(head_dim=head_dim, block_size=block_size, dtype=dtype, **VARIANTS[variant])
@@ -63,7 +63,7 @@ def test_any_ratio_of_heads(lengths: str, heads: tuple[int, int]) -> None:
     ids=lambda lengths: f"{len(lengths)} from {lengths[0]}",
 )
 @pytest.mark.parametrize("window", [0, 333])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
 def test_long_and_many(head_dim: int, window: int, lengths: list[tuple[int, int]]) -> None:
     shape = CARD.with_(q_heads=8, kv_heads=2, head_dim=head_dim, block_size=64, window=window)
     case = make_case(lengths, shape)
@@ -152,7 +152,7 @@ def test_random_steps() -> None:
     for turn in range(30):
         group, kv_heads = random.choice([1, 2, 3, 4, 5, 8, 12]), random.choice([1, 2, 3, 8])
         shape = CARD.with_(
-            q_heads=group * kv_heads, kv_heads=kv_heads, head_dim=random.choice([64, 80, 96, 128, 256]),
+            q_heads=group * kv_heads, kv_heads=kv_heads, head_dim=random.choice([64, 80, 96, 128, 192, 256]),
             block_size=random.choice([16, 32, 64, 128]), window=random.choice([0, 0, 5, 100, 1000]),
             dtype=random.choice([torch.bfloat16, torch.float16]), alibi=random.random() < 0.2,
             softcap=random.choice([0.0, 0.0, 0.0, 2.0]),

@@ -145,6 +145,21 @@ def make_case(
     return Case(shape, lengths, batch, q, k_cache, v_cache, slopes, shape.head_dim**-0.5)
 
 
+def struct_of(case: Case, out: torch.Tensor) -> abi.MiiAttention:
+    """The arguments of a kernel that computes `out`, but for the work list and the scratch memory."""
+    shape, batch = case.shape, case.batch
+    return abi.MiiAttention(
+        out=out.data_ptr(), q=case.q.data_ptr(), k_cache=case.k_cache.data_ptr(), v_cache=case.v_cache.data_ptr(),
+        counts=batch.counts.data_ptr(), seq_slot=batch.seq_slot.data_ptr(), q_start=batch.q_start.data_ptr(),
+        kv_len=batch.kv_len.data_ptr(), block_table=batch.block_table.data_ptr(),
+        alibi_slopes=case.alibi_slopes.data_ptr() if case.alibi_slopes is not None else None,
+        max_seqs=batch.max_seqs, max_tokens=batch.max_tokens, max_blocks=batch.block_table.shape[1],
+        num_blocks=case.k_cache.shape[0], q_stride=case.q.stride(0), out_stride=out.stride(0), q_heads=shape.q_heads,
+        kv_heads=shape.kv_heads, head_dim=shape.head_dim, block_size=shape.block_size, window=shape.window,
+        scale=case.scale, softcap=shape.softcap, dtype=abi.DTYPE_CODES[shape.dtype],
+    )  # fmt: skip
+
+
 def edge_lengths(block_size: int) -> dict[str, list[tuple[int, int]]]:
     """Lengths around every border: decode, prompts, chunks of prompts, all of them in one step."""
     b = block_size

@@ -6,41 +6,23 @@ What this cannot show is whether the hardware reads descriptors and fragments as
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
-from mii.ops import abi
-from tests.ops.attention_cases import Case, Shape, make_case
+from tests.ops.attention_cases import Case, Shape, make_case, struct_of
+from tests.ops.device_library import device_library
 from tests.ops.test_attention import VARIANTS
 
-HERE = Path(__file__).resolve().parent
 ROWS, KEYS, ALONE = 128, 64, 16  # packed rows of an item, keys of its unit, packed rows that are no prompt
 SHAPE = Shape(q_heads=4, kv_heads=1, head_dim=128, block_size=64, dtype=torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    nvcc, compiler = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc"), shutil.which("g++")
-    headers = [path for path in _header_folders(nvcc) if (path / "cuda_bf16.h").exists()]
-    if compiler is None or not headers:
-        pytest.skip("no g++, or no headers of CUDA")
-    target = tmp_path_factory.mktemp("hopper") / "hopper.so"
-    includes = [f"-I{folder}" for folder in (HERE / "device", HERE.parents[1] / "csrc" / "include", headers[0])]
-    flags = ["-std=c++17", "-O1", "-w", "-Wno-psabi", "-shared", "-fPIC", *includes]
-    subprocess.run([compiler, *flags, HERE / "device" / "attention_hopper.cpp", "-o", target], check=True)
-    loaded = ctypes.CDLL(str(target))
+    loaded = device_library("attention_hopper", tmp_path_factory.mktemp("hopper"))
     loaded.hopper_on_host.restype = ctypes.c_char_p
     return loaded
-
-
-def _header_folders(nvcc: str | None) -> list[Path]:
-    """Beside nvcc, which may be a script that calls the one of a toolkit, and where toolkits are."""
-    beside = [Path(nvcc).resolve().parent.parent / "include"] if nvcc else []
-    return [*beside, *Path("/usr/local").glob("cuda*/include")]
 
 
 def items_of(case: Case, parts: int) -> torch.Tensor:
@@ -65,20 +47,11 @@ def items_of(case: Case, parts: int) -> torch.Tensor:
 
 def run(library: ctypes.CDLL, case: Case, *, parts: int = 1, ctas: int = 2) -> torch.Tensor:
     """The kernel's answer; rows of sequences that are no prompts keep what they held."""
-    shape, batch, out = case.shape, case.batch, case.new_out()
+    shape, out = case.shape, case.new_out()
     items = items_of(case, parts)
     counters = torch.zeros(32 + 8 * len(items) * shape.kv_heads, dtype=torch.int32)
     partial = torch.full((4 * len(items) * shape.kv_heads, ROWS * (shape.head_dim + 2)), torch.nan)
-    args = abi.MiiAttention(
-        out=out.data_ptr(), q=case.q.data_ptr(), k_cache=case.k_cache.data_ptr(), v_cache=case.v_cache.data_ptr(),
-        counts=batch.counts.data_ptr(), seq_slot=batch.seq_slot.data_ptr(), q_start=batch.q_start.data_ptr(),
-        kv_len=batch.kv_len.data_ptr(), block_table=batch.block_table.data_ptr(),
-        alibi_slopes=case.alibi_slopes.data_ptr() if case.alibi_slopes is not None else None,
-        max_seqs=batch.max_seqs, max_tokens=batch.max_tokens, max_blocks=batch.block_table.shape[1],
-        num_blocks=case.k_cache.shape[0], q_stride=case.q.stride(0), out_stride=out.stride(0), q_heads=shape.q_heads,
-        kv_heads=shape.kv_heads, head_dim=shape.head_dim, block_size=shape.block_size, window=shape.window,
-        scale=case.scale, softcap=shape.softcap, dtype=abi.DTYPE_CODES[shape.dtype],
-    )  # fmt: skip
+    args = struct_of(case, out)
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (items, counters, partial)]
     box_rows = min(64, shape.block_size)
     failure = library.hopper_on_host(ctypes.byref(args), pointers[0], len(items), *pointers[1:], box_rows, ctas)

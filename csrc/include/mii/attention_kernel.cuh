@@ -18,14 +18,8 @@ constexpr int attention_shared() {
   return (kDecode > kPrefill ? kDecode : kPrefill) + kNotesBytes;
 }
 
-template <typename T, int D, bool kExtras>
-__global__ void __launch_bounds__(kAttentionThreads, 2) attention_kernel(const __grid_constant__ AttentionParams p) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  constexpr int kBudget = kSmallBudget;
-#else
-  constexpr int kBudget = kLargeBudget;
-#endif
-  extern __shared__ __align__(128) unsigned char shared[];
+template <typename T, int D, bool kExtras, int kBudget>
+MII_DEVICE void attend(const AttentionParams& p, unsigned char* shared) {
   SharedNotes* notes = reinterpret_cast<SharedNotes*>(shared + attention_shared<D, kBudget>() - kNotesBytes);
   start_next();
   if (load_planned(p.work.header).items > 0) wait_for_previous();
@@ -41,6 +35,17 @@ __global__ void __launch_bounds__(kAttentionThreads, 2) attention_kernel(const _
     if (threadIdx.x == 0) Queue::next(p, notes);
   }
   wait_for_previous();  // of those who had nothing to do
+}
+
+template <typename T, int D, bool kExtras>
+__global__ void __launch_bounds__(kAttentionThreads, 2) attention_kernel(const __grid_constant__ AttentionParams p) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  constexpr int kBudget = kSmallBudget;
+#else
+  constexpr int kBudget = kLargeBudget;
+#endif
+  extern __shared__ __align__(128) unsigned char shared[];
+  attend<T, D, kExtras, kBudget>(p, shared);
 }
 
 }  // namespace mii

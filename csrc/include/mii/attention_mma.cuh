@@ -1,4 +1,4 @@
-// What the attention kernels are made of: tensor-core fragments, asynchronous copies, rows of a head in shared memory.
+// What the attention kernels are made of: tensor-core fragments and asynchronous copies.
 //
 // Fragments of mma.m16n8k16 (PTX ISA, "Matrix fragments for mma.m16n8k16"), lane l, pairs of neighbouring columns:
 //   A [16 x 16]: a[0] row l/4, column 2(l%4);  a[1] row + 8;  a[2] column + 8;  a[3] both
@@ -11,6 +11,8 @@
 #include "mii/common.cuh"
 
 #define MII_DEVICE __device__ __forceinline__
+
+#include "mii/head_rows.cuh"
 
 namespace mii {
 
@@ -88,28 +90,5 @@ MII_DEVICE uint32_t pack_pair(float low, float high) {
 // Maximum and sum over the four lanes that share a row of C.
 MII_DEVICE float quad_max(float value) { return warp_max<4>(value); }
 MII_DEVICE float quad_sum(float value) { return warp_sum<4>(value); }
-
-// Rows of one head (D elements of 2 bytes) in shared memory, laid out so that the eight rows of a matrix, at any
-// 16-byte chunk, lie in different banks: chunks are swizzled where a row is whole lines of 128 bytes, else an odd
-// number of chunks apart. Tiles start at multiples of 128 bytes and of 8 rows.
-template <int D>
-struct HeadRows {
-  static_assert(D % 16 == 0, "a head is whole steps of k = 16");
-  static constexpr bool kSwizzled = D % 64 == 0;
-  static constexpr int kChunks = D / 8;
-  static constexpr int kStride = 16 * (kSwizzled || kChunks % 2 == 1 ? kChunks : kChunks + 1);  // bytes
-
-  MII_DEVICE static uint32_t offset(int row, int chunk) {
-    return row * kStride + 16 * (kSwizzled ? chunk ^ (row & 7) : chunk);
-  }
-  // Where a lane points that supplies row `row` (below 16) and the left (0) or right (1) chunk of a 16-column step.
-  MII_DEVICE static uint32_t lane_offset(int row, int right) { return offset(row, right); }
-  // `address` (tile + lane_offset) moved to step `step` of 16 columns and on by `rows` (a multiple of 8) rows. The
-  // swizzle is an exclusive or, so the step's low bits can join after it.
-  MII_DEVICE static uint32_t at(uint32_t address, int step, int rows) {
-    if constexpr (!kSwizzled) return address + 32 * step + rows * kStride;
-    return (address ^ (32 * (step % 4))) + 128 * (step / 4) + rows * kStride;
-  }
-};
 
 }  // namespace mii

@@ -194,6 +194,10 @@ T __shfl_sync(unsigned, T value, int from) {
   return emulation::gather(value)[from % emulation::kWarp];
 }
 template <typename T>
+T __shfl_up_sync(unsigned, T value, int by) {
+  return emulation::gather(value)[std::max(emulation::lane() - by, 0)];
+}
+template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulation::gather(value)[emulation::lane() ^ mask];
 }
@@ -213,6 +217,11 @@ inline void __threadfence() {}
 inline int atomicAdd(int* address, int value) {
   const int before = *address;
   *address += value;
+  return before;
+}
+inline int atomicMax(int* address, int value) {
+  const int before = *address;
+  *address = std::max(before, value);
   return before;
 }
 template <typename T>

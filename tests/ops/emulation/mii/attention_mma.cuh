@@ -1,6 +1,7 @@
 // In place of csrc/include/mii/attention_mma.cuh and common.cuh: one element type, fragments and products in lockstep.
 #pragma once
 #include "card.h"
+#include "mii/head_rows.cuh"
 
 namespace mii {
 
@@ -156,14 +157,5 @@ Pack<T, N> make_pack(const float (&values)[N]) {
   for (int i = 0; i < N; ++i) pack.data[i] = from_float<T>(values[i]);
   return pack;
 }
-template <int D>
-struct HeadRows {
-  static_assert(D % 64 == 0);
-  static uint32_t offset(int row, int chunk) { return row * D * 2 + 16 * (chunk ^ (row & 7)); }
-  static uint32_t lane_offset(int row, int right) { return offset(row, right); }
-  static uint32_t at(uint32_t address, int step, int rows) {
-    return (address ^ (32 * (step % 4))) + 128 * (step / 4) + rows * D * 2;
-  }
-};
 
 }  // namespace mii

@@ -1,0 +1,53 @@
+"""The attention kernel of all cards and that of its work list, run on the host: their device code against the stand-ins
+of tests/ops/device.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import pytest
+import torch
+
+from tests.ops.attention_cases import Case, Shape, edge_lengths, make_case, struct_of
+from tests.ops.device_library import device_library
+from tests.ops.test_attention import VARIANTS
+
+SHAPE = Shape(q_heads=4, kv_heads=2, head_dim=192, block_size=16, dtype=torch.bfloat16)
+LENGTHS = edge_lengths(16)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    loaded = device_library("attention_tiled", tmp_path_factory.mktemp("tiled"))
+    loaded.attention_on_host.restype = ctypes.c_char_p
+    return loaded
+
+
+def check(library: ctypes.CDLL, case: Case, *, ctas: int = 6, large: bool = True) -> None:
+    out = case.new_out()
+    failure = library.attention_on_host(ctypes.byref(struct_of(case, out)), ctas, large)
+    assert failure is None, failure.decode()
+    case.check(out)
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_heads_of_192_of_every_length(library: ctypes.CDLL, lengths: str) -> None:
+    check(library, make_case(LENGTHS[lengths], SHAPE))
+
+
+@pytest.mark.parametrize("variant", ["window", "everything"])
+def test_heads_of_192_with_what_models_add_to_scores(library: ctypes.CDLL, variant: str) -> None:
+    check(library, make_case(LENGTHS["mixed"], SHAPE.with_(**VARIANTS[variant])))
+
+
+@pytest.mark.parametrize("large", [True, False], ids=["sm_90", "sm_80"])
+@pytest.mark.parametrize("head_dim", [80, 192])
+def test_head_sizes_blocks_and_dtypes(library: ctypes.CDLL, head_dim: int, large: bool) -> None:
+    shape = SHAPE.with_(head_dim=head_dim, block_size=64, dtype=torch.float16, q_heads=3, kv_heads=3)
+    check(library, make_case([(1, 150), (40, 90), (1, 65), (17, 17)], shape), ctas=4, large=large)
+
+
+@pytest.mark.parametrize("ctas", [1, 3, 16])
+def test_keys_that_ctas_share(library: ctypes.CDLL, ctas: int) -> None:
+    check(library, make_case([(1, 1500), (66, 700), (2, 300)], SHAPE.with_(kv_heads=1, q_heads=1)), ctas=ctas)
