@@ -67,13 +67,21 @@ def linear(
     )
     args = abi.MiiLinearStreamed(
         product,
-        native.pointer(following),
-        0 if following is None else following.numel() * following.element_size(),
+        *_ahead(following),
         FETCH_BYTES,
         activation is not None,
         abi.ACTIVATIONS.get(activation or "", 0),
     )
     return library.call(function, args, native.stream(x.device))
+
+
+def _ahead(following: torch.Tensor | None) -> tuple[int | None, int]:
+    """Where the following weight lies, and its bytes; nothing where it does not begin at whole 16 bytes, as a rank's
+    part of an embedding of odd width may not.
+    """
+    if following is None or following.data_ptr() % 16:
+        return None, 0
+    return following.data_ptr(), following.numel() * following.element_size()
 
 
 def _kernel(rows: int, features: int, activation: str | None, multiprocessors: int) -> str | None:

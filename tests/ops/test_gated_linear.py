@@ -70,3 +70,10 @@ def test_an_output_as_wide_as_the_product_is_refused() -> None:
     x, out = torch.zeros(2, 16), torch.zeros(2, 32)
     with pytest.raises(ValueError, match=r"out \(2, 32\).*\[rows, 16\]"):
         gated_linear(out, out, x, pack_linear(torch.zeros(32, 16)), "silu")
+
+
+def test_what_does_not_begin_at_whole_16_bytes_is_not_fetched_ahead() -> None:
+    table = torch.zeros(8, 36, dtype=torch.bfloat16)
+    assert linear_hopper._ahead(table) == (table.data_ptr(), 576)
+    assert linear_hopper._ahead(table[2:]) == (table.data_ptr() + 144, 432)
+    assert linear_hopper._ahead(table[1:]) == linear_hopper._ahead(None) == (None, 0)
