@@ -7,6 +7,7 @@ those before it, transformers would have chosen the same.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -65,6 +66,21 @@ def test_a_reused_prefix_changes_nothing(model: Model) -> None:
     for prompt, answer in zip(prompts, generate(model.engine, prompts, 16), strict=True):
         assert_greedy(model.oracle, prompt, answer)
     assert model.engine.stats().prefix_hit_tokens - before >= 48 + 32 + 48
+
+
+LAST = {variant.family: variant for variant in all_variants()}
+
+
+@pytest.mark.parametrize("variant", LAST.values(), ids=str)
+def test_answers_that_memory_interrupts_are_those_that_they_would_have_been(variant: Variant, tmp_path: Path) -> None:
+    oracle, engine = variant.oracle(variant.make(tmp_path)), small_engine(tmp_path, max_tokens=24, blocks=16)
+    first, *others = random_prompts(engine.vocab_size, [50, 21, 33, 90], seed=3)
+    prompts = [first, first[:40] + others[0], *others[1:]]
+    for prompt, answer in zip(prompts, generate(engine, prompts, 48), strict=True):
+        assert len(answer) == 48
+        assert_greedy(oracle, prompt, answer)
+    assert engine.stats().preemptions > 0
+    engine.destroy()
 
 
 def test_the_largest_error_that_is_allowed_is_small_against_what_logits_differ_by(model: Model) -> None:

@@ -13,6 +13,7 @@ VARIANTS = variants(
         "not renormalised": {**SIZES, "num_experts_per_tok": 4},
         "dense layers by number": {**SIZES, "mlp_only_layers": [1], "norm_topk_prob": True},
         "biases, tied": {**SIZES, "attention_bias": True, "tie_word_embeddings": True},
+        "60 experts, 7 each": {**SIZES, "num_experts": 60, "num_experts_per_tok": 7},
         "window": {**SIZES, "use_sliding_window": True, "sliding_window": 20},
         "stacked experts": {**SIZES, "stacked": True},
     },
