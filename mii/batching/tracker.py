@@ -70,6 +70,13 @@ class _Answer:
             return text + (self.stops.look_ahead(self.detokenizer.draft) or "")
         return text
 
+    def go_on(self, output: TokenOutput) -> TextEvent:
+        """As `_event`, of tokens that do not end the answer where no stop string is looked for: those of most steps."""
+        ids, push = output.token_ids, self.detokenizer.push
+        text = push(ids[0]) if len(ids) == 1 else "".join(map(push, ids))
+        self.length += len(ids)
+        return TextEvent(output.uid, text, len(ids), self.length)
+
     def end(self) -> str:
         """What is left when no token follows."""
         text = self.stops.feed(self.detokenizer.flush(), self.length > self.min_new_tokens)
@@ -164,8 +171,11 @@ class RequestTracker:
         answer = self._answers.get(output.uid)
         if answer is None:
             return None
+        scored = output.logprobs is not None or output.prompt_logprobs is not None
+        if output.finish_reason is None and not scored and not answer.stops.looks:
+            return answer.go_on(output)
         event = _event(answer, output)
-        if output.logprobs is not None or output.prompt_logprobs is not None:
+        if scored:
             event = self._with_logprobs(event, output)
         if event.finished:
             self.discard(output.uid)

@@ -62,6 +62,7 @@ class _Answer:
         "logprobs",
         "place",
         "prepared",
+        "prompt_length",
         "prompt_logprobs",
         "reason",
         "shown",
@@ -71,6 +72,7 @@ class _Answer:
 
     def __init__(self, prepared: PreparedRequest, place: int, now: float) -> None:
         self.prepared, self.place = prepared, place
+        self.prompt_length = prepared.prompt_length
         self.texts: list[str] = []
         self.logprobs: list[TokenLogprob] | None = None
         self.prompt_logprobs: list[TokenLogprob] | None = None
@@ -86,9 +88,10 @@ class _Answer:
         if event.text:
             self.texts.append(event.text)
         if event.new_tokens:
+            timing = self.timing
             self.length = event.generated_length
-            self.timing.first = self.timing.first or now
-            self.timing.last = now
+            timing.first = timing.first or now
+            timing.last = now
         if event.logprobs is not None:
             self.logprobs = self.logprobs or []
             self.logprobs.extend(event.logprobs)
@@ -102,9 +105,8 @@ class _Answer:
         logprobs, self.logprobs = self.logprobs, None
         prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None
         seconds = self.timing.last - self.timing.first
-        self.shown = self.length
-        prompt_length = self.prepared.prompt_length
-        return Piece(self.place, text, prompt_length, self.length, seconds, reason, error, logprobs, prompt_logprobs)
+        length = self.shown = self.length
+        return Piece(self.place, text, self.prompt_length, length, seconds, reason, error, logprobs, prompt_logprobs)
 
     def whole(self) -> Piece:
         """The answer in full, with the prompt's text where it is wanted."""
@@ -166,16 +168,17 @@ class Generation:
         """Takes in what is new of an answer. Returns whether that was its end."""
         answer = self._answers[event.uid]
         answer.push(event, now)
-        if answer.ended:
+        ended = answer.ended
+        if ended:
             self._open.discard(event.uid)
         if self._pacer is None and self._tell is None:
             if not self._open:
                 self._wake()
-        elif not answer.fresh and (event.new_tokens or event.text or answer.ended):
+        elif not answer.fresh and (event.new_tokens or event.text or ended):
             answer.fresh = True
             self._fresh.append(answer)
             self._ask()
-        return answer.ended
+        return ended
 
     def drop(self) -> None:
         """No more comes of what has not ended."""
@@ -221,6 +224,19 @@ class Generation:
     def ended(self) -> bool:
         """Whether everything was taken."""
         return not self._open and not self._fresh
+
+    def collect_running(self) -> Piece | None:
+        """What is new where that is the text of one answer, which goes on: most of what ever comes. None: it is more, or
+        nothing, and `collect` has it.
+        """
+        if len(self._fresh) != 1 or self._failure is not None:
+            return None
+        (answer,) = self._fresh
+        if answer.ended or answer.logprobs is not None or answer.prompt_logprobs is not None:
+            return None
+        self._fresh.clear()
+        answer.fresh = False
+        return answer.piece(_RUNS)
 
     def collect(self) -> tuple[list[Piece], list[Piece]]:
         """What is new now, as `take` has it; may be nothing.

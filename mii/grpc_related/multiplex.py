@@ -36,7 +36,8 @@ class Calls:
     Args:
         open: begins a call, and tells when there is something to write of it.
         close: ends one, whatever state it is in.
-        write: what is new of a call, given its number and when it began, as a part of a ServerMessage; may be nothing.
+        write: what is new of a call, given its number and for how many seconds it runs, as a part of a ServerMessage; may be
+            nothing.
         ended: told of each call's status, its name, and the error that it ended with.
     """
 
@@ -165,23 +166,26 @@ class Multiplexer:
     def _collect(self) -> bytes:
         """What is new, up to a size, in one message."""
         parts: list[bytes] = []
-        size = 0
-        while self._fresh and size < MESSAGE_BYTES:
-            number = next(iter(self._fresh))
-            del self._fresh[number]
+        size, now = 0, time.monotonic()
+        fresh, self._fresh = self._fresh, {}
+        for place, number in enumerate(fresh):
+            if size >= MESSAGE_BYTES:
+                self._fresh = {**dict.fromkeys(list(fresh)[place:]), **self._fresh}
+                break
             call = self._calls.get(number)
             if call is not None and call.generation is not None:
-                parts.append(self._reply(number, call, call.generation))
-                size += len(parts[-1])
+                reply = self._reply(number, call, call.generation, now)
+                parts.append(reply)
+                size += len(reply)
         if self._ends:
             ends, self._ends = self._ends, []
             parts.append(ServerMessage(ends=ends).SerializeToString())
         return b"".join(parts)
 
-    def _reply(self, number: int, call: _Call, generation: Generation) -> bytes:
+    def _reply(self, number: int, call: _Call, generation: Generation, now: float) -> bytes:
         """What is new of a call."""
         try:
-            reply = self._work.write(number, generation, call.started)
+            reply = self._work.write(number, generation, now - call.started)
             if len(reply) > _REPLY_BYTES:
                 raise RequestError(f"{len(reply)} bytes are too many for one message; ask for fewer log-probabilities")
         except Exception as error:

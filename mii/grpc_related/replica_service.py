@@ -74,7 +74,7 @@ class ReplicaService:
         async with self._call(request, context, streams=False) as generation:
             pieces = await generation.all()
             _check_any_complete(pieces)
-            _write(reply, pieces, started)
+            _write(reply, pieces, time.monotonic() - started)
         return reply
 
     async def GeneratorReplyStream(self, request: MultiStringRequest, context: Context) -> None:
@@ -91,7 +91,7 @@ class ReplicaService:
                 for part in (pieces, last):
                     if part:
                         reply = MultiGenerationReply()
-                        _write(reply, part, started)
+                        _write(reply, part, time.monotonic() - started)
                         await self._send(context, give_up, reply)
 
     async def Multiplex(self, messages: AsyncIterator[CallerMessage], context: Context) -> None:
@@ -234,28 +234,26 @@ def _check_any_complete(pieces: Iterable[Piece]) -> None:
         raise GenerationError(str(wrong[0]))
 
 
-def _new_bytes(call: int, generation: Generation, started: float) -> bytes:
+def _new_bytes(call: int, generation: Generation, seconds: float) -> bytes:
     """What is new of a call, as a part of a ServerMessage; may be nothing.
 
     Raises:
         Exception: how the call ends.
     """
+    piece = generation.collect_running()
+    if piece is not None:
+        generated, model_seconds = piece.generated_length, piece.model_seconds
+        return running_bytes(call, piece.text, generated, seconds, model_seconds, piece.index, piece.prompt_length)
     pieces, last = generation.collect()
-    if len(pieces) == 1 and not last:
-        (piece,) = pieces
-        if piece.logprobs is None and piece.prompt_logprobs is None:
-            seconds, lengths = time.monotonic() - started, (piece.index, piece.prompt_length)
-            return running_bytes(call, piece.text, piece.generated_length, seconds, piece.model_seconds, *lengths)
     if len(generation) == 1:
         _check_any_complete(last)
     reply = CallReply(call=call)
-    _write(reply, pieces, started)
-    _write(reply, last, started)
+    _write(reply, pieces, seconds)
+    _write(reply, last, seconds)
     return reply_bytes(reply) if reply.response else b""
 
 
-def _write(reply: Any, pieces: Iterable[Piece], started: float) -> None:
-    seconds = time.monotonic() - started
+def _write(reply: Any, pieces: Iterable[Piece], seconds: float) -> None:
     for piece in pieces:
         entry = reply.response.add(
             response=piece.text,

@@ -228,7 +228,10 @@ class TextSession:
     def on_outputs(self, outputs: Iterable[TokenOutput]) -> None:
         now, aborts, tokens = time.monotonic(), [], 0
         for output in outputs:
-            event = self._text_of(output)
+            try:
+                event = self._tracker.update(output)
+            except Exception as error:
+                event = self._without_text(output, error)
             if event is None:
                 continue
             tokens += event.new_tokens
@@ -257,15 +260,12 @@ class TextSession:
         self.on_state(False)
         self.fail_all(ServerUnavailableError(f"the engine that ran this request is lost: {reason}"))
 
-    def _text_of(self, output: TokenOutput) -> TextEvent | None:
-        """The text of new tokens; a tokenizer that fails at them ends this request alone."""
-        try:
-            return self._tracker.update(output)
-        except Exception as error:
-            logger.exception("the tokens %s of request %d have no text", output.token_ids, output.uid)
-            self._tracker.discard(output.uid)
-            reason = f"the tokenizer failed at the answer's tokens: {type(error).__name__}: {error}"
-            return TextEvent(output.uid, "", 0, 0, error=reason, abort=output.finish_reason is None)
+    def _without_text(self, output: TokenOutput, error: Exception) -> TextEvent:
+        """A tokenizer that fails at new tokens ends their request alone."""
+        logger.error("the tokens %s of request %d have no text", output.token_ids, output.uid, exc_info=error)
+        self._tracker.discard(output.uid)
+        reason = f"the tokenizer failed at the answer's tokens: {type(error).__name__}: {error}"
+        return TextEvent(output.uid, "", 0, 0, error=reason, abort=output.finish_reason is None)
 
     def fail_all(self, error: Exception) -> None:
         """Ends every call with an error, at once."""

@@ -27,6 +27,7 @@ _TEXT = _tag(SingleGenerationReply, "response", _BYTES)
 _GENERATED = _tag(SingleGenerationReply, "generated_tokens", _VARINT)
 _TIME, _MODEL_TIME = (_tag(SingleGenerationReply, field, _FLOAT)[0] for field in ("time_taken", "model_time_taken"))
 _times = struct.Struct("<BfBf").pack
+_FIXED_BYTES = len(_TEXT) + len(_GENERATED) + 10  # of a piece: what stands before numbers, and its times
 _SMALL = [bytes([number]) for number in range(128)]
 
 
@@ -43,11 +44,14 @@ def running_bytes(
         index: the prompt's place in the call.
         prompt: tokens of the prompt.
     """
-    raw = text.encode()
-    start = _TEXT + _number(len(raw)) + raw + _GENERATED + _number(generated)
-    piece = start + _times(_TIME, seconds, _MODEL_TIME, model_seconds) + _same(index, prompt)
-    reply = _CALL + _number(call) + _RESPONSE + _number(len(piece)) + piece
-    return _REPLIES + _number(len(reply)) + reply
+    head, same = _same(call, index, prompt)
+    raw, count = text.encode(), _number(generated)
+    text_size = _number(len(raw))
+    piece_size = len(text_size) + len(raw) + len(count) + len(same) + _FIXED_BYTES
+    size = _number(piece_size)
+    whole = _number(len(head) + len(size) + piece_size)
+    times = _times(_TIME, seconds, _MODEL_TIME, model_seconds)
+    return b"".join((_REPLIES, whole, head, size, _TEXT, text_size, raw, _GENERATED, count, times, same))
 
 
 def reply_bytes(reply: CallReply) -> bytes:
@@ -57,10 +61,10 @@ def reply_bytes(reply: CallReply) -> bytes:
 
 
 @lru_cache(4096)
-def _same(index: int, prompt: int) -> bytes:
-    """What all pieces of an answer that goes on have in common."""
+def _same(call: int, index: int, prompt: int) -> tuple[bytes, bytes]:
+    """What all pieces of an answer that goes on have in common: before the piece's size, and at its end."""
     raw: bytes = SingleGenerationReply(finish_reason="none", index=index, prompt_tokens=prompt).SerializeToString()
-    return raw
+    return _CALL + _number(call) + _RESPONSE, raw
 
 
 def _number(value: int) -> bytes:
@@ -68,5 +72,5 @@ def _number(value: int) -> bytes:
     if value < 128:
         return _SMALL[value]
     if value < 1 << 14:
-        return bytes((value & 127 | 128, value >> 7))
+        return (value & 127 | 128 | value >> 7 << 8).to_bytes(2, "little")
     return bytes((value & 127 | 128,)) + _number(value >> 7)
