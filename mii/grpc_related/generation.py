@@ -226,8 +226,8 @@ class Generation:
         return not self._open and not self._fresh
 
     def collect_running(self) -> Piece | None:
-        """What is new where that is the text of one answer, which goes on: most of what ever comes. None: it is more, or
-        nothing, and `collect` has it.
+        """What is new, where that is text of one answer, which goes on: most of what ever comes. None: it is something
+        else, and `collect` has it.
         """
         if len(self._fresh) != 1 or self._failure is not None:
             return None

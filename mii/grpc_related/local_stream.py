@@ -42,11 +42,18 @@ class _End(asyncio.Protocol):
     Args:
         answers: whether it sends empty messages back.
         on_open: told when it is connected.
+        take: offered each message in the moment in which it comes, unless others wait; those that it does not take, and
+            returns False for, wait for `read`.
     """
 
-    def __init__(self, answers: bool, on_open: Callable[[_End], object] = lambda end: None) -> None:
+    def __init__(
+        self,
+        answers: bool,
+        on_open: Callable[[_End], object] = lambda end: None,
+        take: Callable[[bytes], bool] = lambda message: False,
+    ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._answers, self._on_open = answers, on_open
+        self._answers, self._on_open, self._take = answers, on_open, take
         self._transport: asyncio.Transport | None = None
         self._received = bytearray()
         self._unread: deque[bytes] = deque()
@@ -125,7 +132,8 @@ class _End(asyncio.Protocol):
         self._received += data
         while (message := self._cut()) is not None:
             if message:
-                self._unread.append(message)
+                if self._unread or not self._take(message):
+                    self._unread.append(message)
             elif self._answers and not self.ended:
                 self.send(b"")
         if self._unread:
@@ -163,7 +171,14 @@ class LocalCall:
     def __init__(self, path: Path, silence_seconds: float) -> None:
         self._path, self._silence = path, silence_seconds
         self._timer: asyncio.TimerHandle | None = None
+        self._take: Callable[[bytes], bool] = lambda message: False
         self._opening = asyncio.ensure_future(self._open())
+
+    def listen(self, take: Callable[[bytes], bool]) -> None:
+        """Has each message offered to `take`, which must not wait, in the moment in which it comes. Those for which it
+        returns False, and what comes while one of them waits, are there to `read`. For the moment in which it is made.
+        """
+        self._take = take
 
     async def read(self) -> Any:
         """The next message; `grpc.aio.EOF` after the last.
@@ -193,7 +208,7 @@ class LocalCall:
 
     async def _open(self) -> _End:
         loop = asyncio.get_running_loop()
-        _, end = await loop.create_unix_connection(lambda: _End(answers=False), str(self._path))
+        _, end = await loop.create_unix_connection(lambda: _End(answers=False, take=self._take), str(self._path))
         self._timer = loop.call_later(self._silence / 3, self._look, end)
         return end
 

@@ -13,6 +13,7 @@ import grpc
 from mii.errors import RequestError
 from mii.grpc_related.generation import Generation
 from mii.grpc_related.options import MAX_MESSAGE_BYTES
+from mii.grpc_related.outlet import Outlet
 from mii.grpc_related.proto.modelresponse_pb2 import (
     CallEnd,
     CallerMessage,
@@ -36,8 +37,8 @@ class Calls:
     Args:
         open: begins a call, and tells when there is something to write of it.
         close: ends one, whatever state it is in.
-        write: what is new of a call, given its number and for how many seconds it runs, as a part of a ServerMessage; may be
-            nothing.
+        write: what is new of a call, as a part of a ServerMessage, given its number and how many seconds it has run; may
+            be nothing.
         ended: told of each call's status, its name, and the error that it ended with.
     """
 
@@ -66,13 +67,13 @@ class Multiplexer:
     """
 
     def __init__(self, calls: Calls, send: Callable[[bytes], Awaitable[None]]) -> None:
-        self._work, self._send = calls, send
+        self._work = calls
         self._calls: dict[int, _Call] = {}
         self._fresh: dict[int, None] = {}
         self._ends: list[CallEnd] = []
-        self._something = asyncio.Event()
         self._closing = False
         self._failure: Exception | None = None
+        self._outlet = Outlet(self._collect, send, self._is_over)
 
     async def serve(self, messages: AsyncIterator[CallerMessage]) -> None:
         """Until the caller has ended its side or `finish` was called, and every call has ended.
@@ -82,13 +83,7 @@ class Multiplexer:
         """
         reading = asyncio.ensure_future(self._read(messages))
         try:
-            while self._failure is None and (not self._closing or self._calls or self._ends):
-                await self._something.wait()
-                self._something.clear()
-                while self._failure is None and (self._fresh or self._ends):
-                    message = self._collect()
-                    if message:
-                        await self._send(message)
+            await self._outlet.run()
         finally:
             reading.cancel()
             self._cancel_all()
@@ -98,13 +93,16 @@ class Multiplexer:
     def finish(self) -> None:
         """Ends the stream once no call is left in it."""
         self._closing = True
-        self._something.set()
+        self._outlet.wake()
 
     def fail(self, error: Exception) -> None:
         """Ends every call at once, and the stream once the message that is being written is out."""
         self._failure = error
         self._cancel_all()
-        self._something.set()
+        self._outlet.wake()
+
+    def _is_over(self) -> bool:
+        return self._failure is not None or (self._closing and not self._calls and not self._ends)
 
     def _cancel_all(self) -> None:
         for number in list(self._calls):
@@ -140,7 +138,7 @@ class Multiplexer:
     def _tell(self, number: int) -> None:
         """There is something to collect of a call."""
         if not self._fresh:
-            self._something.set()
+            self._outlet.wake()
         self._fresh[number] = None
 
     def _cancel(self, number: int) -> None:
@@ -160,11 +158,13 @@ class Multiplexer:
             self._work.close(call.generation)
         code, details, metadata = (grpc.StatusCode.OK, "", ()) if error is None else status_of(error)
         self._ends.append(end_of(number, code, details, metadata))
-        self._something.set()
+        self._outlet.wake()
         self._work.ended(code, call.name, error)
 
     def _collect(self) -> bytes:
         """What is new, up to a size, in one message."""
+        if self._failure is not None:
+            return b""
         parts: list[bytes] = []
         size, now = 0, time.monotonic()
         fresh, self._fresh = self._fresh, {}

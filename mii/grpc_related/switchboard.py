@@ -16,6 +16,7 @@ import grpc
 from mii.errors import RequestError, ServerUnavailableError
 from mii.grpc_related.dispatch import Dispatcher, Shard
 from mii.grpc_related.links import Link
+from mii.grpc_related.outlet import Outlet
 from mii.grpc_related.proto.modelresponse_pb2 import CallerMessage, CallStart, ServerMessage
 from mii.grpc_related.statuses import Status
 from mii.grpc_related.trunk import MESSAGE_BYTES, Trunk, end_of
@@ -41,24 +42,21 @@ class Switchboard:
         status: Callable[[Exception], Status],
         ended: Callable[[grpc.StatusCode], object],
     ) -> None:
-        self._dispatcher, self._send, self._status, self._ended = dispatcher, send, status, ended
+        self._dispatcher, self._status, self._ended = dispatcher, status, ended
         self._calls: dict[int, asyncio.Task[None]] = {}
         self._shards: dict[int, Shard] = {}
         self._trunks: WeakKeyDictionary[Link, Trunk] = WeakKeyDictionary()  # replicas may come and go
         self._outbox: deque[bytes] = deque()
-        self._something, self._room = asyncio.Event(), asyncio.Event()
+        self._room = asyncio.Event()
         self._room.set()
         self._closing = False
+        self._outlet = Outlet(self._take, send, lambda: self._closing and not self._calls and not self._outbox)
 
     async def serve(self, messages: AsyncIterator[CallerMessage]) -> None:
         """Until the caller has ended its side or `finish` was called, and every call has ended."""
         reading = asyncio.ensure_future(self._read(messages))
         try:
-            while not self._closing or self._calls or self._outbox:
-                await self._something.wait()
-                self._something.clear()
-                while self._outbox:
-                    await self._send(self._take())
+            await self._outlet.run()
         finally:
             reading.cancel()
             # A caller that is gone makes a write fail, and then gRPC cancels this too, which is here already.
@@ -67,7 +65,7 @@ class Switchboard:
     def finish(self) -> None:
         """Ends the stream once no call is left in it."""
         self._closing = True
-        self._something.set()
+        self._outlet.wake()
 
     def fail_all(self, error: Exception) -> None:
         """Ends every call with an error."""
@@ -93,6 +91,7 @@ class Switchboard:
                     if task is not None:
                         task.cancel()
                         self._ended(grpc.StatusCode.CANCELLED)
+                        self._outlet.wake()
         finally:
             self.finish()
 
@@ -115,12 +114,11 @@ class Switchboard:
     async def _run(self, start: CallStart, link: Link) -> None:
         trunk = self._trunks.get(link)
         if trunk is None:
-            trunk = self._trunks[link] = Trunk(link.multiplex, self._deliver)
+            trunk = self._trunks[link] = Trunk(link.multiplex, self._deliver, self._room)
         await trunk.run(start)
 
-    async def _deliver(self, raw: bytes, message: ServerMessage) -> None:
-        """Passes on what a replica says, once nothing waits here: in the replica, what waits is merged."""
-        await self._room.wait()
+    def _deliver(self, raw: bytes, message: ServerMessage) -> None:
+        """Passes on what a replica says. It comes when nothing waits here: in the replica, what waits is merged."""
         for reply in message.replies:
             shard = self._shards.get(reply.call)
             if shard is not None:
@@ -140,7 +138,7 @@ class Switchboard:
     def _put(self, raw: bytes) -> None:
         self._outbox.append(raw)
         self._room.clear()
-        self._something.set()
+        self._outlet.wake()
 
     def _take(self) -> bytes:
         """What is to be said, up to a size, as one message: messages one after the other are their sum."""

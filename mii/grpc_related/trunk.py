@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -27,7 +27,7 @@ __all__ = ["MESSAGE_BYTES", "Bundle", "Trunk", "end_of", "ended_call", "error_of
 
 MESSAGE_BYTES = 4 << 20
 """A message of many calls grows no further than by one more call from here on."""
-Deliver = Callable[[bytes, ServerMessage], Awaitable[None]]
+Deliver = Callable[[bytes, ServerMessage], object]
 
 
 class Trunk:
@@ -35,11 +35,12 @@ class Trunk:
 
     Args:
         method: `Multiplex` of a server, with bytes both ways.
-        deliver: takes in each message; the next one is read when it is done.
+        deliver: takes in each message, and must not wait.
+        room: set while messages may come; what comes at other times waits in the connection. None: they always may.
     """
 
-    def __init__(self, method: Any, deliver: Deliver) -> None:
-        self._method, self._deliver = method, deliver
+    def __init__(self, method: Any, deliver: Deliver, room: asyncio.Event | None = None) -> None:
+        self._method, self._deliver, self._room = method, deliver, room
         self._stream: _Stream | None = None
 
     async def run(self, start: CallStart) -> None:
@@ -49,7 +50,7 @@ class Trunk:
             grpc.aio.AioRpcError: it has not; or the stream is lost.
         """
         if self._stream is None or self._stream.lost:
-            self._stream = _Stream(self._method(), self._deliver)
+            self._stream = _Stream(self._method(), self._deliver, self._room)
         await self._stream.run(start)
 
     async def close(self) -> None:
@@ -93,7 +94,7 @@ class Bundle:
         """Ends every call that still runs."""
         await self._trunk.close()
 
-    async def _deliver(self, raw: bytes, message: ServerMessage) -> None:
+    def _deliver(self, raw: bytes, message: ServerMessage) -> None:
         fresh: dict[int, Sequence[SingleGenerationReply]] = {}
         for reply in message.replies:
             # A server that could not send for a while says several things of a call in one message.
@@ -105,13 +106,16 @@ class Bundle:
 
 
 class _Stream:
-    def __init__(self, call: Any, deliver: Deliver) -> None:
-        self._call, self._deliver = call, deliver
+    def __init__(self, call: Any, deliver: Deliver, room: asyncio.Event | None) -> None:
+        self._call, self._deliver, self._room = call, deliver, room
+        self._behind = False
         self._ends: dict[int, asyncio.Future[CallEnd]] = {}
         self._starts: deque[CallStart] = deque()
         self._cancels: list[int] = []
         self._something = asyncio.Event()
         self.lost = False
+        if hasattr(call, "listen"):  # a socket, where a message can be taken in the moment in which it comes
+            call.listen(self._take_now)
         self._tasks = [asyncio.ensure_future(self._read()), asyncio.ensure_future(self._write())]
 
     async def run(self, start: CallStart) -> None:
@@ -139,17 +143,31 @@ class _Stream:
         failure = _lost("the server has ended the stream")
         try:
             while (raw := await self._call.read()) is not grpc.aio.EOF:
-                message = ServerMessage.FromString(raw)
-                await self._deliver(raw, message)
-                for end in message.ends:
-                    ended = self._ends.get(end.call)
-                    if ended is not None and not ended.done():
-                        ended.set_result(end)
+                if self._room is not None:
+                    self._behind = True
+                    await self._room.wait()
+                    self._behind = False
+                self._take_in(raw)
         except grpc.aio.AioRpcError as error:
             # Where a write finds the connection lost before this does, gRPC calls that an internal error.
             failure = _lost("the connection is lost") if error.code() is grpc.StatusCode.INTERNAL else error
         finally:
             self._lose(failure)
+
+    def _take_now(self, raw: bytes) -> bool:
+        """Takes in a message, unless it has to wait for room or for one that does."""
+        if self._behind or not (self._room is None or self._room.is_set()):
+            return False
+        self._take_in(raw)
+        return True
+
+    def _take_in(self, raw: bytes) -> None:
+        message = ServerMessage.FromString(raw)
+        self._deliver(raw, message)
+        for end in message.ends:
+            ended = self._ends.get(end.call)
+            if ended is not None and not ended.done():
+                ended.set_result(end)
 
     async def _write(self) -> None:
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from mii.entrypoints.http.errors import CLIENT_GONE, ApiError
+from mii.grpc_related.outlet import Rest, begin
 
 __all__ = ["BODY_SEND", "DONE", "ClientGoneError", "EventSource", "EventStream", "on_client_gone", "while_connected"]
 
@@ -130,7 +131,7 @@ class _Pump:
 
     def __init__(self, source: EventSource, send: Send) -> None:
         self._source, self._send = source, send
-        self._waiting: _Rest | None = None
+        self._waiting: Rest | None = None
         self._failure: Exception | None = None
         self._turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -166,44 +167,11 @@ class _Pump:
         try:
             events = self._source.take()
             if events:
-                self._waiting = _begin(self._send({"type": "http.response.body", "body": events, "more_body": True}))
+                self._waiting = begin(self._send({"type": "http.response.body", "body": events, "more_body": True}))
         except Exception as error:
             self._failure = error
         if self._failure is not None or self._waiting is not None or self._source.over:
             self._turn.set_result(None)
-
-
-class _Rest:
-    """What is left of something awaitable that has begun and waits for a future.
-
-    Args:
-        steps: of the awaitable.
-        future: that it waits for.
-    """
-
-    def __init__(self, steps: Generator[Any, Any, None], future: Any) -> None:
-        self._steps, self._future = steps, future
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        try:
-            yield self._future
-        except BaseException:
-            self._steps.close()
-            raise
-        yield from self._steps
-
-    def close(self) -> None:
-        """Gives it up."""
-        self._steps.close()
-
-
-def _begin(work: Awaitable[None]) -> _Rest | None:
-    """Runs until it waits for something. Returns the rest of it; None: there is none."""
-    steps = work.__await__()
-    try:
-        return _Rest(steps, next(steps))
-    except StopIteration:
-        return None
 
 
 async def _hung_up(receive: Receive) -> None:
