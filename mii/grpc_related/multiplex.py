@@ -37,8 +37,8 @@ class Calls:
     Args:
         open: begins a call, and tells when there is something to write of it.
         close: ends one, whatever state it is in.
-        write: what is new of a call, as a part of a ServerMessage, given its number and how many seconds it has run; may
-            be nothing.
+        write: what is new of a call, as a part of a ServerMessage that may be empty, given its number and for how many
+            seconds it has run.
         ended: told of each call's status, its name, and the error that it ended with.
     """
 

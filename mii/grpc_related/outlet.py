@@ -1,8 +1,8 @@
 """Messages that go out in the moment in which there is something to say, with no task to wake in between.
 
 A task that sleeps until there is something costs a turn of the event loop, and more in a process that was idle, where
-nothing of it is in the processor's cache. So sending begins in a plain callback, and a task goes on with it where it has
-to wait for room.
+nothing of it is in the processor's cache. So sending begins in a plain callback; a task goes on with it where it has to
+wait for room.
 """
 
 from __future__ import annotations

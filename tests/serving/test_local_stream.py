@@ -64,6 +64,34 @@ def test_messages_of_any_size_come_whole_and_in_order(tmp_path: Path, size: int)
     in_loop(main())
 
 
+def test_messages_are_offered_as_they_come_and_those_not_taken_are_read_in_order(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path, silence=10) as (_, call):
+            offered: list[bytes] = []
+            sent = [message(number) for number in range(1, 7)]
+
+            def take(came: bytes) -> bool:
+                offered.append(came)
+                return came not in sent[2:5]
+
+            call.listen(take)
+            for each in sent[:2]:
+                await call.write(each)
+            await _until(lambda: offered == sent[:2])
+            for each in sent[2:5]:
+                await call.write(each)
+            assert [await call.read() for _ in range(3)] == sent[2:5]
+            await call.write(sent[5])
+            await _until(lambda: offered[:3] == sent[:3] and offered[-1] == sent[5])
+
+    in_loop(main())
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    while not condition():  # `in_loop` ends what takes too long
+        await asyncio.sleep(0.001)
+
+
 async def _write_all(call: LocalCall, messages: list[bytes]) -> None:
     for each in messages:
         await call.write(each)

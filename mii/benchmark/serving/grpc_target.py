@@ -5,6 +5,7 @@ Below the stubs and the client of mii, so that a message costs as little as gRPC
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterable
 from typing import Any
@@ -66,8 +67,8 @@ class GrpcTarget:
         once = Attempts(self._spec.timeout, lambda: "nothing is tried again", self._spec.address)
         try:
             async with BundledCall(self._bundle, [payload], once) as call:
-                while pieces := await call.take():
-                    _note(pieces, trace)
+                _note(await call.take(), trace)
+                await _Listener(call, trace).done
         except MIIError as error:
             raise Failed(type(error).__name__, str(error)) from None
 
@@ -77,6 +78,32 @@ class GrpcTarget:
                 _note(reply.response, trace)
         finally:
             call.cancel()
+
+
+class _Listener:
+    """Notes what comes of a call in the moment in which its message is read, with no task to wake in between.
+
+    Args:
+        call: of which something has come.
+        trace: where it is noted.
+    """
+
+    def __init__(self, call: BundledCall, trace: Trace) -> None:
+        self._call, self._trace = call, trace
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """When all has come; fails as the call does."""
+        call.listen(self._advance)
+
+    def _advance(self) -> None:
+        if self.done.done():
+            return
+        try:
+            _note(self._call.take_now(), self._trace)
+        except Exception as error:
+            self.done.set_exception(error)
+            return
+        if self._call.over:
+            self.done.set_result(None)
 
 
 def _note(pieces: Iterable[SingleGenerationReply], trace: Trace) -> None:

@@ -89,7 +89,7 @@ class _RequestIds:
                 MutableHeaders(scope=message)[_NAME] = name
             await send(message)
 
-        scope[BODY_SEND] = send
+        scope.setdefault(BODY_SEND, send)
         await self._app(scope, receive, send_named)
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from mii.entrypoints.http.streaming import BODY_SEND
 from mii.errors import PortTakenError
 
 __all__ = ["STALL_SECONDS", "HttpServer", "TlsFiles", "listen", "tls_from_environment"]
@@ -50,7 +51,7 @@ class HttpServer:
         self._sockets = list(sockets)
         files: dict[str, Any] = {} if tls is None else {"ssl_certfile": tls.certificate, "ssl_keyfile": tls.key}
         config = uvicorn.Config(
-            app,
+            _with_short_way(app),
             access_log=False,
             log_config=None,
             lifespan="on",
@@ -77,6 +78,16 @@ class HttpServer:
         """Takes no new connections and ends. Called again, it does not wait for what runs."""
         self._server.force_exit = self._server.should_exit
         self._server.should_exit = True
+
+
+def _with_short_way(app: ASGIApp) -> ASGIApp:
+    """The same, with the server's own `send` where bodies look for it: what lies around the app only needs heads."""
+
+    async def call(scope: Scope, receive: Receive, send: Send) -> None:
+        scope[BODY_SEND] = send
+        await app(scope, receive, send)
+
+    return call
 
 
 class _Server(uvicorn.Server):
