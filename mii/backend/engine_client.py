@@ -19,6 +19,7 @@ from typing import Protocol
 import msgspec
 import zmq
 
+from mii.backend.arrivals import has_come
 from mii.backend.messages import (
     Abort,
     Add,
@@ -67,9 +68,10 @@ class _Connection:
         for option in (zmq.RECONNECT_IVL, zmq.RECONNECT_IVL_MAX):
             self._socket.setsockopt(option, _RECONNECT_MS)
         self._monitor = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._closed = has_come(self._monitor)  # its descriptor says nothing before somebody has looked
         self._descriptors = [socket.fileno() for socket in (self._socket, self._monitor)]
-        for descriptor in self._descriptors:
-            self._loop.add_reader(descriptor, self._read)
+        for descriptor, react in zip(self._descriptors, (self._read, self._note_end), strict=True):
+            self._loop.add_reader(descriptor, react)
         self._socket.connect(address)
 
     def send(self, message: bytes) -> None:
@@ -91,22 +93,21 @@ class _Connection:
     def _read(self) -> None:
         if self.ended.done():
             return
-        closed = self._is_closed()  # asked first: what came before the end is still to be read
         for _ in range(_MESSAGES_A_TURN):
-            try:
-                message = self._socket.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                if closed:
+            if not has_come(self._socket):
+                if self._closed:
                     self.ended.set_result("the engine process has ended")
                 return
-            reason = self._take(message)
+            reason = self._take(self._socket.recv(zmq.NOBLOCK))
             if reason is not None:
                 self.ended.set_result(reason)
                 return
         self._loop.call_soon(self._read)
 
-    def _is_closed(self) -> bool:
-        return bool(int(self._monitor.getsockopt(zmq.EVENTS)) & zmq.POLLIN)
+    def _note_end(self) -> None:
+        """The socket has closed, perhaps. What came before that is still to be read."""
+        self._closed = self._closed or has_come(self._monitor)
+        self._read()
 
 
 class EngineListener(Protocol):

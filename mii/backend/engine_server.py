@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import msgspec
 import zmq
 
+from mii.backend.arrivals import has_come
 from mii.backend.messages import (
     Abort,
     Add,
@@ -115,10 +116,9 @@ class EngineServer:
         if not self._engine.has_work:
             self._poller.poll()
         for _ in range(_MESSAGES_A_STEP):
-            try:
-                front, *parts = self._socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+            if not has_come(self._socket):
                 return
+            front, *parts = self._socket.recv_multipart(zmq.NOBLOCK)
             if len(parts) == 1:
                 self._take(front, parts[0])
             else:
