@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mii.grpc_related.proto.modelresponse_pb2 import CallReply, ServerMessage, SingleGenerationReply
@@ -29,6 +29,7 @@ def test_a_running_piece_reads_as_it_was_written(
     assert ServerMessage.FromString(raw) == ServerMessage(replies=[CallReply(call=call, response=[piece])])
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # on a machine that does other things too
 @given(st.lists(st.tuples(st.integers(0, 2**40), st.text(max_size=20_000)), max_size=4))
 def test_replies_one_after_the_other_are_one_message(replies: list[tuple[int, str]]) -> None:
     made = [CallReply(call=call, response=[SingleGenerationReply(response=text)]) for call, text in replies]
