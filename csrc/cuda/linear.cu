@@ -1,6 +1,5 @@
 // Launcher of the matrix product for few rows. More rows, and formats it does not take, belong to cuBLASLt.
-#include "launch.cuh"
-#include "mii/abi/linear.h"
+#include "linear_checks.cuh"
 #include "mii/linear_stream.cuh"
 #include "shared_memory.cuh"
 
@@ -49,22 +48,14 @@ extern "C" int32_t mii_linear_streamed(const MiiLinearStreamed* a, void* stream)
   using namespace mii;
   const MiiLinear& p = a->product;
   if (p.rows == 0 || p.out_features == 0) return MII_OK;
-  MII_REQUIRE(card().major == 9, MII_UNSUPPORTED, "mii_linear_streamed: for compute capability 9.0 only");
-  MII_REQUIRE(p.dtype == MII_BF16 || p.dtype == MII_F16, MII_UNSUPPORTED, "mii_linear_streamed: 16-bit formats only");
-  MII_REQUIRE(p.rows <= kStreamTokens && p.workspace, MII_UNSUPPORTED,
+  if (const int32_t status = check_linear("mii_linear_streamed", *a, 16); status != MII_OK) return status;
+  MII_REQUIRE(p.rows <= kStreamTokens && p.workspace && aligned(p.workspace, 16), MII_UNSUPPORTED,
               "mii_linear_streamed: up to %d rows, with a workspace", kStreamTokens);
-  const bool steps = p.in_features % 16 == 0 && p.x_stride % 8 == 0 && p.in_features > 0;
-  MII_REQUIRE(steps && aligned(p.x, 16) && aligned(p.weight, 16) && aligned(p.workspace, 16), MII_UNSUPPORTED,
-              "mii_linear_streamed: rows of x and weight must be whole steps of 16, and aligned to 16 bytes");
   const bool counted = p.out_features <= int64_t(kStreamTileRows) * kWorkCounters;
   MII_REQUIRE(counted && p.in_features < (int64_t(1) << 24), MII_UNSUPPORTED,
               "mii_linear_streamed: a weight of %lld x %lld is too large", static_cast<long long>(p.out_features),
               static_cast<long long>(p.in_features));
-  MII_REQUIRE(!a->gated || p.out_features % 2 == 0, MII_INVALID,
-              "mii_linear_streamed: %lld gated features are not pairs", static_cast<long long>(p.out_features));
   MII_REQUIRE(!a->gated || a->activation != MII_SOFTCAP, MII_UNSUPPORTED, "mii_linear_streamed: a gate has no soft cap");
-  MII_REQUIRE(a->next == nullptr || aligned(a->next, 16), MII_INVALID,
-              "mii_linear_streamed: what comes next must be aligned to 16 bytes");
   return p.dtype == MII_BF16 ? linear<__nv_bfloat16>(*a, stream) : linear<__half>(*a, stream);
 }
 

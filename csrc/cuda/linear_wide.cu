@@ -1,6 +1,5 @@
 // Launcher of the matrix product by warpgroup products.
-#include "launch.cuh"
-#include "mii/abi/linear.h"
+#include "linear_checks.cuh"
 #include "mii/linear_wide.cuh"
 #include "shared_memory.cuh"
 #include "tensor_map.cuh"
@@ -70,27 +69,10 @@ int32_t linear(const MiiLinearStreamed& a, bool shared, void* stream) {
   return choose_tile<T, true>(args, a, stream);
 }
 
-int32_t check_wide(const MiiLinearStreamed& a) {
-  const MiiLinear& p = a.product;
-  MII_REQUIRE(card().major == 9 && card().minor == 0, MII_UNSUPPORTED, "mii_linear_wide: for compute capability 9.0 only");
-  MII_REQUIRE(p.dtype == MII_BF16 || p.dtype == MII_F16, MII_UNSUPPORTED, "mii_linear_wide: 16-bit formats only");
-  const bool boxes = p.in_features % 8 == 0 && p.x_stride % 8 == 0 && p.in_features > 0;
-  MII_REQUIRE(boxes && aligned(p.x, 16) && aligned(p.weight, 16), MII_UNSUPPORTED,
-              "mii_linear_wide: rows of x and weight must be whole chunks of 16 bytes, and aligned to them");
-  MII_REQUIRE(p.rows < (int64_t(1) << 30) && p.out_features < (int64_t(1) << 30) && p.in_features < (int64_t(1) << 30),
-              MII_UNSUPPORTED, "mii_linear_wide: %lld rows by a weight of %lld x %lld are too many",
-              static_cast<long long>(p.rows), static_cast<long long>(p.out_features), static_cast<long long>(p.in_features));
-  MII_REQUIRE(!a.gated || p.out_features % 2 == 0, MII_INVALID, "mii_linear_wide: %lld gated features are not pairs",
-              static_cast<long long>(p.out_features));
-  MII_REQUIRE(a.next == nullptr || aligned(a.next, 16), MII_INVALID,
-              "mii_linear_wide: what comes next must be aligned to 16 bytes");
-  return MII_OK;
-}
-
 int32_t wide(const MiiLinearStreamed& a, bool shared, void* stream) {
   const MiiLinear& p = a.product;
   if (p.rows == 0 || p.out_features == 0) return MII_OK;
-  if (const int32_t status = check_wide(a); status != MII_OK) return status;
+  if (const int32_t status = check_linear("mii_linear_wide", a, 8); status != MII_OK) return status;
   return p.dtype == MII_BF16 ? linear<__nv_bfloat16>(a, shared, stream) : linear<__half>(a, shared, stream);
 }
 
