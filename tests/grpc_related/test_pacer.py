@@ -28,7 +28,7 @@ def test_many_wait_their_turn() -> None:
         start = time.monotonic()
         for number in range(600):
             pacer.ask(lambda number=number: called.append(number))
-        assert len(called) <= 25
+        assert len(called) <= 21 + 2000 * (time.monotonic() - start)
         while len(called) < 600:
             await asyncio.sleep(0.005)
         return called, time.monotonic() - start
@@ -39,17 +39,19 @@ def test_many_wait_their_turn() -> None:
 
 
 def test_a_pause_gives_no_more_than_the_burst_back() -> None:
-    async def run() -> int:
+    async def run() -> tuple[int, float]:
         pacer = Pacer(rate=100, burst=10)
         for _ in range(10):
             pacer.ask(lambda: None)
         await asyncio.sleep(0.3)
         called: list[int] = []
+        start = time.monotonic()
         for number in range(50):
             pacer.ask(lambda number=number: called.append(number))
-        return len(called)
+        return len(called), time.monotonic() - start
 
-    assert asyncio.run(run()) <= 12
+    called, seconds = asyncio.run(run())
+    assert called <= 11 + 100 * seconds
 
 
 def test_who_asks_from_within_a_call_comes_after_those_who_wait() -> None:

@@ -38,7 +38,8 @@ def test_a_rank_takes_the_store_of_the_first_rank_that_lives(tmp_path: Path, lef
     assert not found
     mine = deployed._announce_store(note, 2, "127.0.0.1")
     mine.set("said", "by the first")
-    thread.join(20)
+    thread.join(60)
+    assert found, "the store of the first rank was not found"
     store, host = found[0]
     assert host == "127.0.0.1"
     assert store.get("said") == b"by the first"

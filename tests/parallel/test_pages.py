@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import threading
@@ -21,6 +20,7 @@ from mii.parallel.pages import SharedPages
 from tests.ops.kernel_checks import DTYPES
 from tests.parallel.crew import Crew, with_pages
 from tests.parallel.threads import on_ranks
+from tests.serving.deployments import shared_memory, wait_until, without_owner
 
 COUNTS = (1, 15, 16, 17, 576, 8191, 8192, 8193, 65536, 200_001)  # below and above what is shared, and what is one piece
 
@@ -100,21 +100,21 @@ def alone(memory: SharedPages) -> tuple[str, float, float]:
 @pytest.mark.parametrize(
     ("number", "said", "seconds"),
     [
-        (signal.SIGKILL, "rank 1 of 3 has ended", 1.0),
-        (signal.SIGSTOP, "rank 1 of 3 has not come to add up for 1.5 seconds", 4.0),
+        (signal.SIGKILL, "rank 1 of 3 has ended", 10.0),
+        (signal.SIGSTOP, "rank 1 of 3 has not come to add up for 1.5 seconds", 10.0),
     ],
 )
 def test_a_rank_that_dies_or_hangs_is_named_and_not_waited_for_again(number: int, said: str, seconds: float) -> None:
     crew = Crew(3, with_pages, patience=30.0 if number == signal.SIGKILL else 1.5)
     crew.run(small_sums, 5)
     crew.signal(1, number)
-    answers = crew.run(alone, ranks=(0, 2), seconds=20)
+    answers = crew.run(alone, ranks=(0, 2), seconds=60)
     crew.signal(1, signal.SIGKILL)
     crew.close()
     for first, waited, again in answers:
         assert said in first
         assert waited < seconds
-        assert again < 0.5
+        assert again < 1.4  # less than any patience
 
 
 def maps(memory: SharedPages) -> str:
@@ -122,13 +122,13 @@ def maps(memory: SharedPages) -> str:
 
 
 def test_nothing_is_left_where_ranks_are_killed() -> None:
-    before = set(os.listdir("/dev/shm"))
+    before = shared_memory()
     crew = Crew(2, with_pages)
     mapped = [text for text in crew.run(maps) if "/memfd:mii-ranks (deleted)" in text]
     assert len(mapped) == 2
     for rank in range(2):
         crew.signal(rank, signal.SIGKILL)
-    assert set(os.listdir("/dev/shm")) <= before
+    wait_until(lambda: not without_owner(shared_memory() - before), seen=lambda: shared_memory() - before)
 
 
 def summed(group: Group) -> tuple[bool, list[float], list[list[float]]]:
@@ -176,7 +176,7 @@ def test_threads_that_wait_let_others_run() -> None:
 
     def late(group: Group) -> None:
         if group.rank == 1:
-            assert ran.wait(10)
+            assert ran.wait(60)
         elif group.rank == 0:
             threading.Timer(0.2, ran.set).start()
         group.all_reduce(torch.ones(4))

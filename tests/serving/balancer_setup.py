@@ -16,7 +16,7 @@ from mii.grpc_related.convert import pack_request
 from mii.grpc_related.options import CHANNEL_OPTIONS
 from mii.grpc_related.proto.modelresponse_pb2_grpc import ModelResponseStub
 from mii.grpc_related.statuses import KIND
-from tests.serving.deployments import wait_until
+from tests.serving.deployments import PATIENCE_SECONDS, wait_until
 from tests.serving.scripted import Balancer, Scripted, balancing, echo, ends_with, scripted
 
 __all__ = ["LOST", "METHODS", "QUEUE", "Held", "Setup", "alone", "both", "two_replicas"]
@@ -35,7 +35,7 @@ class Setup:
         self.stub = ModelResponseStub(self.channel)
 
     def ask(
-        self, prompts: list[Any], method: str = "GeneratorReply", timeout: float = 20.0, **options: Any
+        self, prompts: list[Any], method: str = "GeneratorReply", timeout: float = PATIENCE_SECONDS, **options: Any
     ) -> list[str]:
         """The texts of a call's answers."""
         request = pack_request(prompts, options)
@@ -50,7 +50,7 @@ class Setup:
                 texts[answer.index] += answer.error or answer.response
         return texts
 
-    def error(self, prompts: list[Any], method: str = "GeneratorReply", timeout: float = 20.0) -> Any:
+    def error(self, prompts: list[Any], method: str = "GeneratorReply", timeout: float = PATIENCE_SECONDS) -> Any:
         """How a call fails."""
         with pytest.raises(grpc.RpcError) as caught:
             self.ask(prompts, method, timeout)
@@ -101,7 +101,7 @@ class Held:
 
     def __call__(self, request: Any, context: Any, call: int) -> Iterator[Any]:
         context.add_callback(self.go.set)  # when the call is over
-        assert self.go.wait(20)
+        assert self.go.wait(PATIENCE_SECONDS)
         yield from echo(request, context, call)
 
 

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -36,6 +36,20 @@ def processes_of(folder: Path) -> dict[int, str]:
         if str(folder) in command and int(process.name) != os.getpid():
             found[int(process.name)] = command
     return found
+
+
+def shared_memory() -> set[str]:
+    """What lies there."""
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+def without_owner(names: set[str]) -> set[str]:
+    """Of some shared memory, what no process that lives has mapped."""
+    mapped = ""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):
+            mapped += maps.read_text()
+    return {name for name in names if f"/dev/shm/{name}" not in mapped}
 
 
 def wait_until(
@@ -68,7 +82,7 @@ def nothing_left(cache: Path, temporary: Path) -> Iterator[None]:
             os.kill(pid, 9)
     kept = [str(path) for path in temporary.rglob("*")]
     assert kept == [], kept
-    wait_until(lambda: set(zombies()) <= before)
+    wait_until(lambda: set(zombies()) <= before, seen=lambda: f"zombies: {set(zombies()) - before}")
 
 
 def zombies() -> list[int]:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -40,6 +39,7 @@ from mii.grpc_related.proto.modelresponse_pb2_grpc import ModelResponseServicer,
 from mii.grpc_related.statuses import NO_RETRY, status_of
 from mii.grpc_related.trunk import end_of
 from mii.launch.loop import run
+from tests.serving.deployments import PATIENCE_SECONDS, wait_until
 
 __all__ = ["FakeBackend", "HttpFixture", "answer_of", "serving"]
 
@@ -295,7 +295,7 @@ class HttpFixture:
 
     def __init__(self, url: str, fake: FakeBackend) -> None:
         self.url, self.fake = url, fake
-        self.http = httpx.Client(base_url=url, timeout=20)
+        self.http = httpx.Client(base_url=url, timeout=PATIENCE_SECONDS)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -304,10 +304,7 @@ class HttpFixture:
 
     def wait_cancelled(self, count: int = 1) -> None:
         """Until so many calls have been cancelled at the backend."""
-        deadline = time.monotonic() + 10
-        while self.fake.cancelled < count:
-            assert time.monotonic() < deadline, "the call goes on"
-            time.sleep(0.01)
+        wait_until(lambda: self.fake.cancelled >= count, seen=lambda: (self.fake.cancelled, count))
 
 
 @contextlib.contextmanager
@@ -334,15 +331,13 @@ def serving(
     port = sockets[0].getsockname()[1]
     thread = threading.Thread(target=run, args=(main(),), daemon=True)
     thread.start()
-    deadline = time.monotonic() + 20
-    while not servers or not servers[0].started:
-        assert thread.is_alive() and time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: not thread.is_alive() or (bool(servers) and servers[0].started))
+    assert thread.is_alive()
     fixture = HttpFixture(f"{'https' if tls else 'http'}://127.0.0.1:{port}", fake)
     try:
         yield fixture
     finally:
         fixture.http.close()
         servers[0].stop()
-        thread.join(20)
+        thread.join(PATIENCE_SECONDS)
         assert not thread.is_alive()

@@ -39,7 +39,7 @@ def stage(name: str) -> str:
 
 def status_of(url: str) -> int:
     try:
-        return httpx.get(url, timeout=10).status_code
+        return httpx.get(url, timeout=30).status_code
     except httpx.TransportError:
         return 0
 
@@ -48,7 +48,7 @@ def serves(port: int) -> bool:
     """As the probe of a pod asks."""
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         try:
-            reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=5)
+            reply = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=30)
         except grpc.RpcError:
             return False
         return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
@@ -79,10 +79,10 @@ def test_replicas_and_load_balancer_that_are_started_apart_find_each_other_and_s
         with pytest.raises(DeploymentError, match="its replicas are run by others, or it is one of those"):
             client.scale(2)
         replicas[0].send_signal(signal.SIGTERM)
-        assert replicas[0].wait(30) == 0
+        assert replicas[0].wait(60) == 0
         assert [str(answer) for answer in client.generate(["DeepSpeed is"] * 4, **OPTIONS)] == [expected] * 4
         replicas[1].send_signal(signal.SIGTERM)
-        assert replicas[1].wait(30) == 0
+        assert replicas[1].wait(60) == 0
         wait_until(lambda: status_of(f"http://127.0.0.1:{http}/health") == 503)
         assert status_of(f"http://127.0.0.1:{http}/livez") == 200
         replicas[0] = start(*model, "--name", f"replica-{ports[0]}", "--port", str(ports[0]))
@@ -90,7 +90,7 @@ def test_replicas_and_load_balancer_that_are_started_apart_find_each_other_and_s
         assert [str(answer) for answer in client.generate(["DeepSpeed is"] * 4, **OPTIONS)] == [expected] * 4
     for process in (front, replicas[0]):
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
     assert processes_of(cache) == {}
 
 

@@ -51,7 +51,7 @@ def test_it_stays_in_the_foreground_and_drains_when_it_is_told_to_end(cache: Pat
     command = serve(drain=0.3)
     read_until(command, "Ctrl-C ends it")
     command.send_signal(number)
-    _, errors = command.communicate(timeout=20)
+    _, errors = command.communicate(timeout=60)
     assert command.returncode == 0, errors
     assert "running requests have 10 s to finish; Ctrl-C again ends them now" in errors
     assert processes_of(cache) == {}
@@ -64,7 +64,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_drain(cache: Path) -> None:
     read_until(command, "Ctrl-C again")
     wait_until(lambda: "drains" in deployment_folder("demo").log("balancer").read_text())
     command.send_signal(signal.SIGINT)
-    command.communicate(timeout=20)
+    command.communicate(timeout=60)
     assert command.returncode == 0
 
 
@@ -76,7 +76,7 @@ def test_it_tells_what_happens_and_ends_with_the_deployment(cache: Path) -> None
     assert "balancer was killed by SIGKILL; starting it again" in command.stderr.readline()
     assert command.stderr.readline() == "balancer is back\n"
     assert main(["stop", "demo"]) == 0
-    assert command.wait(timeout=20) == 0
+    assert command.wait(timeout=60) == 0
     command.stderr.close()
 
 
@@ -84,7 +84,7 @@ def test_a_foreground_that_is_killed_takes_the_deployment_along(cache: Path) -> 
     command = serve("--no-progress")
     read_until(command, "Ctrl-C ends it")
     command.kill()
-    command.communicate(timeout=20)
+    command.communicate(timeout=60)
     wait_until(lambda: not processes_of(cache))
 
 

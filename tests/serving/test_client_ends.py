@@ -87,7 +87,7 @@ def test_ctrl_c_ends_a_call_here_and_in_the_engine(cluster: Cluster, client: MII
     interrupt_soon()
     with pytest.raises(KeyboardInterrupt):
         client.generate("one", max_new_tokens=LONG)
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10  # of a hundred seconds and more
     cluster.wait_idle()
     interrupt_soon()
     with pytest.raises(KeyboardInterrupt):
@@ -209,8 +209,8 @@ def test_a_cancelled_task_ends_its_call(cluster: Cluster, client: MIIClient) -> 
 
 
 def test_time_that_is_over_ends_a_call_everywhere(cluster: Cluster, client: MIIClient) -> None:
-    with pytest.raises(RequestTimeoutError, match=r"not complete within timeout=0\.3 s") as caught:
-        client.generate("one", max_new_tokens=LONG, timeout=0.3)
+    with pytest.raises(RequestTimeoutError, match=r"not complete within timeout=1 s") as caught:
+        client.generate("one", max_new_tokens=LONG, timeout=1)
     assert isinstance(caught.value, TimeoutError)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
     cluster.wait_idle()
@@ -273,7 +273,7 @@ def test_errors_of_the_server_are_also_grpcs(client: MIIClient) -> None:
 
 
 def test_it_says_how_it_is(client: MIIClient) -> None:
-    client.wait_ready(5)
+    client.wait_ready(60)
     health = client.health()
     assert health == asyncio.run(client.health_async())
     assert health["ready"] and not health["reason"]
@@ -303,9 +303,9 @@ def settled_files() -> int:
     gc.collect()
     seen = [open_files()]
     while len(seen) < 6 or len(set(seen[-6:])) > 1:
+        assert len(seen) < 600, seen
         time.sleep(0.1)
         seen.append(open_files())
-        assert len(seen) < 200
     return seen[-1]
 
 
@@ -315,7 +315,7 @@ def test_the_last_client_that_closes_takes_the_connection_along(shared: Cluster)
     with MIIClient(shared.config) as client:
         assert client.generate("one", max_new_tokens=2)
         assert open_files() > before
-    wait_until(lambda: open_files() <= before)
+    wait_until(lambda: open_files() <= before, seen=open_files)
     shared.client = MIIClient(shared.config)
 
 

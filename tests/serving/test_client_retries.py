@@ -26,6 +26,7 @@ from mii.errors import (
 )
 from mii.grpc_related.proto.modelresponse_pb2 import MultiGenerationReply, SingleGenerationReply
 from mii.grpc_related.statuses import KIND, NO_RETRY, RETRY_AFTER
+from tests.serving.deployments import free_port
 from tests.serving.scripted import Scripted, ends_with, scripted
 
 
@@ -128,25 +129,23 @@ def test_the_time_holds_for_all_attempts_together(
     started = time.monotonic()
     with pytest.raises((RequestTimeoutError, ServerUnavailableError)):
         client.generate("one", timeout=0.5)
-    assert time.monotonic() - started < 0.7
+    assert time.monotonic() - started < 5  # of the twenty that a hundred pauses take
     assert servicer.calls <= 3
 
 
 def test_a_server_that_comes_up_in_the_meantime_answers(cache: Path) -> None:
-    with scripted(Scripted()) as port:
-        pass
+    port = free_port(1)
     client = client_of(port)
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(client.generate, "one")
         time.sleep(0.5)
         with scripted(Scripted(), port):
-            assert answer.result(10)
+            assert answer.result(60)
     client.close()
 
 
 def test_nobody_there_is_told_soon_where_the_registry_knows(cache: Path) -> None:
-    with scripted(Scripted()) as port:
-        pass
+    port = free_port(1)
     config = MIIConfig(model_config={"model_name_or_path": "m"}, port_number=port)
     file = save_deployment(config)
     started = time.monotonic()
@@ -157,18 +156,18 @@ def test_nobody_there_is_told_soon_where_the_registry_knows(cache: Path) -> None
         client.generate("one")
     with MIIClient(config) as client, pytest.raises(ServerUnavailableError, match="has ended"):
         client.wait_ready()
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 5  # of the ten that the pauses of two calls take
     file.unlink()
 
 
 def test_it_waits_until_the_server_is_ready(client: MIIClient, servicer: Scripted) -> None:
     due = time.monotonic() + 0.4
     servicer.ready = lambda: time.monotonic() >= due
-    client.wait_ready(10)
+    client.wait_ready(60)
     assert time.monotonic() >= due
     servicer.ready = lambda: False
-    with pytest.raises(RequestTimeoutError, match=r"was not ready within 0\.3 s: it is loading"):
-        client.wait_ready(0.3)
+    with pytest.raises(RequestTimeoutError, match=r"was not ready within 1 s: it is loading"):
+        client.wait_ready(1)
 
 
 def test_answers_that_failed_leave_the_others(client: MIIClient, servicer: Scripted) -> None:

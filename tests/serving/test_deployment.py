@@ -300,7 +300,7 @@ def test_whoever_starts_it_and_is_ended_leaves_nothing(cache: Path, number: sign
     script = subprocess.Popen([sys.executable, "-c", textwrap.dedent(SCRIPT)], stderr=subprocess.PIPE)
     wait_until(lambda: bool(pid_of(deployment_folder("demo"), "replica-0-engine")))
     script.send_signal(number)
-    _, errors = script.communicate(timeout=20)
+    _, errors = script.communicate(timeout=60)
     assert script.returncode == -number, errors
     assert (b"KeyboardInterrupt" in errors) == (number == signal.SIGINT)
     wait_until(lambda: not processes_of(cache))

@@ -197,13 +197,13 @@ def test_long_bodies_are_refused_whether_or_not_they_say_how_long_they_are(gatew
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_hangs_up_ends_its_call(gateway: HttpFixture, stream: bool) -> None:
-    before = gateway.fake.cancelled
+    calls, before = len(gateway.fake.calls), gateway.fake.cancelled
     body = json.dumps({"prompts": "!slow", "stream": stream}).encode()
     head = b"POST /mii/a%%20b/c HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     address = httpx.URL(gateway.url)
     with socket.create_connection((address.host, address.port or 0)) as connection:
         connection.sendall(head % len(body) + body)
-        time.sleep(0.2)
+        wait_until(lambda: len(gateway.fake.calls) > calls)
         assert gateway.fake.cancelled == before
         if stream:
             assert connection.recv(12) == b"HTTP/1.1 200"

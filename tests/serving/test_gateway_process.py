@@ -40,7 +40,7 @@ def url(cluster: Cluster) -> str:
 
 def ask(cluster: Cluster, prompt: str, **options: Any) -> httpx.Response:
     body = {"prompts": prompt, "max_new_tokens": 5, **options}
-    return httpx.post(f"{url(cluster)}/mii/{NAME}", json=body, timeout=20)
+    return httpx.post(f"{url(cluster)}/mii/{NAME}", json=body, timeout=60)
 
 
 def copies(pid: int) -> list[int]:
@@ -103,7 +103,7 @@ def test_a_copy_that_is_killed_brings_all_of_them_back(cluster: Cluster) -> None
 def test_streams_may_end_when_it_is_told_to_stop(cluster: Cluster) -> None:
     first = cluster.role(GATEWAY).pid
     body = {"prompts": "drain", "max_new_tokens": 500, "stream": True}
-    with httpx.stream("POST", f"{url(cluster)}/mii/{NAME}", json=body, timeout=20) as response:
+    with httpx.stream("POST", f"{url(cluster)}/mii/{NAME}", json=body, timeout=60) as response:
         lines = response.iter_lines()
         next(lines)
         os.kill(first, signal.SIGTERM)

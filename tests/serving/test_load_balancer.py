@@ -222,11 +222,11 @@ def test_a_replica_that_is_taken_away_ends_what_it_has_and_gets_no_more(setup: S
     def slow(request: Any, context: Any, call: int) -> Iterator[Any]:
         for reply in echo(request, context, call):
             yield reply
-            assert call > 1 or go_on.wait(20)
+            assert call > 1 or go_on.wait(60)
 
     for replica in setup.replicas:
         replica.script = slow
-    streams = [setup.stub.GeneratorReplyStream(pack_request([text], {}), timeout=20) for text in "ab"]
+    streams = [setup.stub.GeneratorReplyStream(pack_request([text], {}), timeout=60) for text in "ab"]
     for stream in streams:
         next(stream)
     assert setup.calls == [1, 1]

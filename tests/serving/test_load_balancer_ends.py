@@ -18,7 +18,7 @@ from mii.grpc_related.options import SERVICE_NAME, TOKEN
 from mii.grpc_related.proto.modelresponse_pb2 import MultiStringRequest
 from mii.grpc_related.statuses import RETRY_AFTER
 from tests.serving.balancer_setup import LOST, METHODS, QUEUE, Held, Setup, alone, both, two_replicas
-from tests.serving.deployments import wait_until
+from tests.serving.deployments import PATIENCE_SECONDS, wait_until
 from tests.serving.scripted import ends_with
 
 
@@ -66,8 +66,8 @@ def test_what_the_caller_did_wrong_in_one_part_ends_the_whole_call(setup: Setup,
     setup.replicas[0].script, setup.replicas[1].script = held, refuse_soon
     started = time.monotonic()
     assert setup.error(["a", "b", "c", "d"], method).code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert time.monotonic() - started < 5
-    assert held.go.wait(5)  # the other part is cancelled
+    assert time.monotonic() - started < 20  # of the minute that the other part would have waited
+    assert held.go.wait(PATIENCE_SECONDS)  # the other part is cancelled
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -94,7 +94,7 @@ def test_a_caller_who_goes_away_ends_the_call_at_the_replicas(setup: Setup, meth
     wait_until(lambda: sum(setup.calls) == min(2, len(prompts)))
     call.cancel()
     for replica, script in zip(setup.replicas, held, strict=True):
-        assert not replica.calls or script.go.wait(5)
+        assert not replica.calls or script.go.wait(PATIENCE_SECONDS)
     wait_until(lambda: setup.stats()["balancer"]["calls"].get("CANCELLED") == 1)
 
 
@@ -102,8 +102,8 @@ def test_a_caller_who_goes_away_ends_the_call_at_the_replicas(setup: Setup, meth
 def test_a_deadline_ends_the_call_at_the_replica(setup: Setup, method: str) -> None:
     held = Held()
     both(setup, held)
-    assert setup.error(["x"], method, timeout=0.3).code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert held.go.wait(5)
+    assert setup.error(["x"], method, timeout=1.0).code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert held.go.wait(PATIENCE_SECONDS)
     (context,) = [context for replica in setup.replicas for context in replica.contexts]
     wait_until(lambda: not context.is_active())
 
@@ -204,12 +204,13 @@ def test_it_drains() -> None:
     with alone(held) as setup, ThreadPoolExecutor(2) as pool:
         answer = pool.submit(setup.ask, ["x"])
         wait_until(lambda: setup.calls == [1])
-        stopped = pool.submit(setup.balancer.stop, 10.0)
-        time.sleep(0.2)
+        stopped = pool.submit(setup.balancer.stop, 60.0)
+        wait_until(lambda: setup.balancer.server._draining)
+        time.sleep(0.2)  # from then on it stops to listen
         assert setup.error(["y"]).code() is grpc.StatusCode.UNAVAILABLE
         held.go.set()
         assert answer.result() == ["x"]
-        stopped.result(5)
+        stopped.result(30)
 
 
 @pytest.mark.parametrize("method", METHODS)

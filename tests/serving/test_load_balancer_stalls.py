@@ -77,7 +77,7 @@ class Cable:
 
 
 def test_a_replica_that_stands_still_is_given_up_and_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    quick = {"grpc.keepalive_time_ms": 300, "grpc.keepalive_timeout_ms": 300, "grpc.http2.ping_timeout_ms": 300}
+    quick = {"grpc.keepalive_time_ms": 500, "grpc.keepalive_timeout_ms": 1500, "grpc.http2.ping_timeout_ms": 1500}
     monkeypatch.setattr(links, "_OPTIONS", links._OPTIONS | quick)
     replicas = [Scripted(), Scripted()]
     patient = [("grpc.http2.min_ping_interval_without_data_ms", 10)]
@@ -122,7 +122,7 @@ def test_callers_who_do_not_read_are_given_up_and_told_so_when_they_read_on() ->
         for stream in streams:
             next(stream)
         for _ in streams:
-            assert over.acquire(timeout=20)
+            assert over.acquire(timeout=60)
         wait_until(lambda: counts()["outstanding"] == 0)
         for stream in streams:
             with pytest.raises(grpc.RpcError) as caught:
@@ -186,9 +186,9 @@ def test_readers_who_do_not_read_hold_up_nobody_and_make_nothing_grow(cluster: C
         streams = open_streams(READERS)
         started = time.monotonic()
         assert client.generate("two", max_new_tokens=10)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 10  # those who do not read never go on
         counts = lambda: [replica["engine"]["running"] for replica in client.stats()["replicas"]]  # noqa: E731
-        wait_until(lambda: counts() == [0, 0], 30)  # the engines are done, and nobody has read
+        wait_until(lambda: counts() == [0, 0], 120, seen=counts)  # the engines are done, and nobody has read
         assert resident(pid) - before < 32 << 20
         for stream in streams:
             rest = list(stream)

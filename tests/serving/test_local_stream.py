@@ -18,7 +18,7 @@ from mii.grpc_related.options import MAX_MESSAGE_BYTES
 from mii.grpc_related.proto.modelresponse_pb2 import CallerMessage, CallStart
 from tests.serving.calls import in_loop
 
-SILENCE_SECONDS = 0.3
+SILENCE_SECONDS = 0.8
 
 
 def message(number: int, size: int = 0) -> bytes:
@@ -48,7 +48,7 @@ async def serving(
 
 async def code_of(work: Awaitable[Any]) -> grpc.StatusCode:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await asyncio.wait_for(work, 5)
+        await asyncio.wait_for(work, 30)
     return caught.value.code()
 
 
@@ -133,7 +133,7 @@ def test_a_server_that_says_nothing_at_all_is_given_up(tmp_path: Path) -> None:
             frozen.listen()
             call = LocalCall(tmp_path / "x.sock", SILENCE_SECONDS)
             began = asyncio.get_running_loop().time()
-            assert await asyncio.wait_for(call.read(), 5) is grpc.aio.EOF
+            assert await asyncio.wait_for(call.read(), 30) is grpc.aio.EOF
             assert asyncio.get_running_loop().time() - began >= SILENCE_SECONDS
 
     in_loop(main())
@@ -143,7 +143,7 @@ def test_a_server_that_has_nothing_to_say_is_not_given_up(tmp_path: Path) -> Non
     async def main() -> None:
         async with serving(tmp_path) as (_, call):
             with pytest.raises(asyncio.TimeoutError):
-                await asyncio.wait_for(call.read(), 3 * SILENCE_SECONDS)
+                await asyncio.wait_for(call.read(), 2 * SILENCE_SECONDS)
             await call.write(message(1))
             assert await call.read() == message(1)
 
@@ -162,7 +162,7 @@ def test_whoever_writes_waits_for_a_reader_that_takes_nothing(tmp_path: Path) ->
     async def main() -> None:
         async with serving(tmp_path, talk) as (_, call):
             await call.read()
-            await asyncio.sleep(4 * SILENCE_SECONDS)  # who does not read does not take the server for dead
+            await asyncio.sleep(2 * SILENCE_SECONDS)  # who does not read does not take the server for dead
             assert written < 1000
             rest = [await call.read() for _ in range(1999)]
             assert rest[-1] == message(2000, 300) and written == 2000
@@ -176,7 +176,7 @@ def test_a_caller_that_goes_away_ends_the_stream(tmp_path: Path) -> None:
             await call.write(message(1))
             await call.read()
             call.cancel()
-            await asyncio.wait_for(server.wait_ended(), 5)
+            await asyncio.wait_for(server.wait_ended(), 30)
 
     in_loop(main())
 
@@ -187,7 +187,7 @@ def test_bytes_that_are_no_message_end_the_stream_and_nothing_else(tmp_path: Pat
         async with serving(tmp_path) as (_, call):
             reader, writer = await asyncio.open_unix_connection(str(tmp_path / "x.sock"))
             writer.write(noise)
-            assert await asyncio.wait_for(reader.read(), 5) == b""
+            assert await asyncio.wait_for(reader.read(), 30) == b""
             writer.close()
             await call.write(message(1))
             assert await call.read() == message(1)

@@ -39,7 +39,7 @@ def messages(read_end: int, count: int | None = None) -> list[Message]:
     """What it says, to its end or until there are `count`."""
     received = b""
     while count is None or received.count(b"\n") < count:
-        assert select.select([read_end], [], [], 20)[0], "nothing came"
+        assert select.select([read_end], [], [], 60)[0], "nothing came"
         chunk = os.read(read_end, 65536)
         if not chunk:
             break
@@ -49,7 +49,7 @@ def messages(read_end: int, count: int | None = None) -> list[Message]:
 
 def end(process: subprocess.Popen[bytes], read_end: int) -> bytes:
     """Waits for it; returns what it wrote to its log."""
-    _, log = process.communicate(timeout=20)
+    _, log = process.communicate(timeout=60)
     os.close(read_end)
     return log
 
@@ -200,7 +200,7 @@ def test_a_lock_that_its_holder_removed_is_made_anew_by_whoever_waited(tmp_path:
         waiting.stdout.readline()
         time.sleep(0.1)
         assert waiting.poll() is None
-    waiting.communicate(timeout=20)
+    waiting.communicate(timeout=60)
     assert waiting.returncode == 0
 
 

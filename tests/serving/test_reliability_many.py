@@ -10,10 +10,10 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 from urllib.request import ProxyHandler, Request, build_opener
 
@@ -27,7 +27,7 @@ from mii.errors import DeploymentNotFoundError
 from mii.launch.state import read_state
 from tests.serving.clusters import running_cluster
 from tests.serving.crowd import http_options, stand_in_text
-from tests.serving.deployments import processes_of, wait_until
+from tests.serving.deployments import processes_of, shared_memory, wait_until, without_owner
 from tests.serving.standin import Options
 
 STARTS = int(os.environ.get("MII_TEST_STARTS", "3"))
@@ -83,19 +83,16 @@ def ports_of(name: str) -> list[int]:
     return [port for process in state.processes for port in process.ports.values()] if state else []
 
 
-def held() -> dict[str, Any]:
-    """What this process and the machine hold that a deployment might leave behind."""
-    return {
-        "threads": sorted(thread.name for thread in threading.enumerate()),
-        "descriptors": len(list(Path("/proc/self/fd").iterdir())),
-        "shared memory": sorted(path.name for path in Path("/dev/shm").glob("*mii*")),
-    }
+def held() -> Counter[str]:
+    """What this process has that a deployment might leave behind."""
+    threads = Counter(f"thread {thread.name}" for thread in threading.enumerate())
+    return threads + Counter(descriptors=len(list(Path("/proc/self/fd").iterdir())))
 
 
 def test_starting_and_stopping_again_and_again_leaves_nothing(
     tiny_llama: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before: dict[str, Any] = {}
+    before, memory = Counter[str](), shared_memory()
     for turn in range(STARTS + 1):
         if turn == 1:  # the first turn makes what a process makes once
             before = held()
@@ -110,7 +107,8 @@ def test_starting_and_stopping_again_and_again_leaves_nothing(
             with socket.socket() as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(("127.0.0.1", port))
-    wait_until(lambda: held() == before)
+    wait_until(lambda: held() <= before, seen=lambda: held() - before)
+    wait_until(lambda: not without_owner(shared_memory() - memory), seen=lambda: shared_memory() - memory)
 
 
 # As the client of DeepSpeed-MII's own benchmark: processes with threads that each make a client for every request.

@@ -71,7 +71,7 @@ def noises(rng: random.Random) -> Iterator[list[bytes]]:
 def connect(address: tuple[str, int] | str) -> socket.socket:
     family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
     peer = socket.socket(family)
-    peer.settimeout(5)
+    peer.settimeout(30)
     peer.connect(address)
     return peer
 
@@ -121,15 +121,18 @@ def test_noise_at_every_port_harms_nobody(cluster: Cluster) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(120)
             assert not thread.is_alive(), "a port took a connection, and then nothing of what was said"
         heard = len(clients.outcomes)
-        wait_until(lambda: len(clients.outcomes) > heard + 16)
+        wait_until(lambda: len(clients.outcomes) > heard + 16, seen=lambda: clients.outcomes[heard:])
         for peer in silent:
             peer.close()
     assert [outcome for outcome in clients.outcomes if not outcome.good] == []
     assert pids(cluster) == before, "a process was started again"
-    wait_until(lambda: all(now <= held[role] for role, now in descriptors(cluster).items()), 30.0)
+    wait_until(
+        lambda: all(now <= held[role] for role, now in descriptors(cluster).items()),
+        seen=lambda: (held, descriptors(cluster)),
+    )
     cluster.wait_idle()
 
 

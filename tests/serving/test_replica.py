@@ -208,20 +208,25 @@ def test_a_deadline_ends_the_call_here_and_in_the_engine(replica: Replica, strea
 
     error = in_loop(run())
     assert error is not None and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    replica.wait_idle(2.0)
+    replica.wait_idle()
 
 
-def test_a_cancelled_call_frees_its_blocks_within_two_steps(replica: Replica) -> None:
+def test_a_cancelled_call_frees_all_its_blocks_at_once(replica: Replica) -> None:
     async def run() -> None:
         async with connected(replica.address) as stub:
             call = stub.GeneratorReplyStream(pack_request(["hi"] * 3, {"max_new_tokens": 50_000}))
             await call.read()
             call.cancel()
-            await asyncio.sleep(0.1)  # the cancellation travels
 
     in_loop(run())
-    engine = replica.stats()["engine"]  # answered between two steps
-    assert (engine["running"], engine["waiting"], engine["free_blocks"]) == (0, 0, engine["num_blocks"])
+    seen: list[dict[str, Any]] = []  # each is said between two steps
+
+    def ended() -> bool:
+        seen.append(replica.stats()["engine"])
+        return (seen[-1]["running"], seen[-1]["waiting"]) == (0, 0)
+
+    wait_until(ended, seen=lambda: seen[-1])
+    assert all((engine["running"] == 0) == (engine["free_blocks"] == engine["num_blocks"]) for engine in seen), seen
 
 
 def test_a_reader_that_is_slow_gets_few_large_pieces_and_holds_nobody_up(
@@ -248,6 +253,7 @@ def test_a_reader_that_is_slow_gets_few_large_pieces_and_holds_nobody_up(
     assert streamed.messages < count / 2
 
 
+# It keeps its calls: gRPC cancels one that nobody has any more.
 VANISHING = """
 import asyncio, sys
 from mii.grpc_related.convert import pack_request
@@ -256,10 +262,11 @@ from tests.serving.calls import connected
 async def one(stub, number):
     call = stub.GeneratorReplyStream(pack_request([f"client {number}"], {"max_new_tokens": 50_000}))
     await call.read()
+    return call
 
 async def main():
     async with connected(sys.argv[1]) as stub:
-        await asyncio.gather(*[one(stub, number) for number in range(int(sys.argv[2]))])
+        calls = await asyncio.gather(*[one(stub, number) for number in range(int(sys.argv[2]))])
         print("reading", flush=True)
         await asyncio.sleep(60)
 
@@ -287,9 +294,12 @@ def test_clients_that_vanish_leave_nothing(smollm2: Path, tmp_path: Path) -> Non
         for _ in range(2):
             vanish(replica, 200)
         replica.wait_idle()
+        held = ("threads", "descriptors")
+        wait_until(
+            lambda: all(footprint(replica)[name] <= before[name] for name in held),
+            seen=lambda: (before, footprint(replica)),
+        )
         after = footprint(replica)
-        assert after["threads"] <= before["threads"]
-        assert after["descriptors"] <= before["descriptors"]
         # 400 streams more; a kilobyte each would show
         assert after["kilobytes"] - before["kilobytes"] < 8192, (before, after)
 
@@ -309,21 +319,23 @@ def test_a_large_prompt_does_not_hold_up_others(replica: Replica) -> None:
     """A prompt of a million characters is tokenised while another stream goes on."""
     large = "The quick brown fox jumps over the lazy dog. " * 25_000
 
-    async def run() -> float:
+    async def run() -> tuple[float, float]:
         async with connected(replica.address) as stub, connected(replica.address) as other:
             call = stub.GeneratorReplyStream(pack_request(["hi"], {"max_new_tokens": 50_000}))
             await call.read()
             asking = asyncio.create_task(ask(other, [large], max_new_tokens=1))
-            longest, last = 0.0, time.monotonic()
+            began = last = time.monotonic()
+            longest = 0.0
             while not asking.done():
                 await call.read()
                 longest, last = max(longest, time.monotonic() - last), time.monotonic()
             call.cancel()
             (reply,) = await asking
             assert reply.prompt_tokens > 200_000
-            return longest
+            return longest, last - began
 
-    assert in_loop(run()) < 1.0  # encoding it takes about as long; where it held the loop up, nothing would come
+    longest, whole = in_loop(run())
+    assert longest < max(1.0, whole / 2)  # encoding is most of the whole; where it held the loop up, nothing would come
 
 
 def test_no_torch_in_the_front(replica: Replica) -> None:
@@ -334,7 +346,7 @@ def test_no_torch_in_the_front(replica: Replica) -> None:
 def test_health_and_reflection(replica: Replica) -> None:
     health = health_pb2_grpc.HealthStub(replica.channel)
     for name in ("", SERVICE_NAME):
-        reply = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=5)
+        reply = health.Check(health_pb2.HealthCheckRequest(service=name), timeout=30)
         assert reply.status == health_pb2.HealthCheckResponse.SERVING
     services = ProtoReflectionDescriptorDatabase(replica.channel).get_services()
     assert set(services) == {SERVICE_NAME, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}

@@ -109,10 +109,10 @@ def test_an_abort_frees_what_a_request_holds_before_the_next_step(replica: Repli
             client.add([request(1, 5000), request(2, 5000)])
             await listener.wait_for(TokenOutput, 4)
             client.abort([1, 77])
-            stats = await client.ask(5.0)
+            stats = await client.ask(30.0)
             assert (stats.running, client.outstanding) == (1, 1)
             client.abort([2])
-            stats = await client.ask(5.0)
+            stats = await client.ask(30.0)
             assert (stats.running, stats.free_blocks) == (0, stats.num_blocks)
 
     in_loop(run())
@@ -124,7 +124,7 @@ def test_a_long_step_is_not_an_illness(replica: Replica) -> None:
         async with connected(replica) as (client, listener):
             await listener.wait_for(EngineInfo)
             client.add([request(1, 100)])
-            await asyncio.sleep(0.2)
+            await listener.wait_for(TokenOutput)  # and the next step has begun
             with pytest.raises(TimeoutError):
                 await client.ask(0.1)
             assert await client.check(0.1) == ""
@@ -136,11 +136,11 @@ def test_an_idle_engine_that_does_not_answer_is_ill(replica: Replica) -> None:
     async def run() -> None:
         async with connected(replica) as (client, listener):
             await listener.wait_for(EngineInfo)
-            assert await client.check(5.0) == ""
+            assert await client.check(30.0) == ""
             replica.engine.signal(signal.SIGSTOP)
             assert "did not answer" in await client.check(0.2)
             replica.engine.signal(signal.SIGCONT)
-            assert await client.check(5.0) == ""
+            assert await client.check(30.0) == ""
 
     in_loop(run())
 
@@ -182,7 +182,7 @@ def test_a_front_that_goes_takes_its_requests_with_it(replica: Replica) -> None:
             await listener.wait_for(TokenOutput, 20)
         async with connected(replica) as (client, listener):
             await listener.wait_for(EngineInfo)
-            stats = await client.ask(5.0)
+            stats = await client.ask(30.0)
             assert (stats.running, stats.waiting, stats.free_blocks) == (0, 0, stats.num_blocks)
             client.add([request(3, 2)])
             assert [output.uid for output in await listener.wait_for(TokenOutput, 2)] == [3, 3]

@@ -48,7 +48,7 @@ async def ends_of_calls(replica: Replica, calls: int, harm: Callable[[], object]
 
 def serves(replica: Replica) -> bool:
     stub = health_pb2_grpc.HealthStub(replica.channel)
-    reply = stub.Check(health_pb2.HealthCheckRequest(service=""), timeout=5)
+    reply = stub.Check(health_pb2.HealthCheckRequest(service=""), timeout=30)
     return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
 
 
@@ -59,7 +59,7 @@ def test_a_killed_engine_ends_every_call_at_once_and_its_successor_serves(smollm
             ends, seconds = kill
             assert [end.code() for end in ends] == [UNAVAILABLE] * 60
             assert all("the engine process has ended" in end.details() for end in ends)
-            assert seconds < 5.0
+            assert seconds < 10.0
             health = replica.health()
             assert not health.ready and "has ended" in health.reason and not serves(replica)
 
@@ -85,7 +85,7 @@ def test_a_hung_engine_counts_as_dead_and_is_ended(smollm2: Path, tmp_path: Path
         ends, seconds = in_loop(ends_of_calls(replica, 10, lambda: replica.engine.signal(signal.SIGSTOP)))
         assert [end.code() for end in ends] == [UNAVAILABLE] * 10
         assert "said nothing for" in ends[0].details()
-        assert 0.9 < seconds < 8.0
+        assert 0.9 < seconds < 10.0
         replica.wait_ended(replica.engine)
         assert "SIGKILL" in replica.engine.state.last_end
 
@@ -123,11 +123,11 @@ def test_an_engine_that_fails_says_why(smollm2: Path, tmp_path: Path) -> None:
 def test_a_killed_front_takes_its_requests_out_of_the_engine(smollm2: Path, tmp_path: Path) -> None:
     with running_replica(tmp_path / "d", smollm2, options=options()) as replica:
         ends, seconds = in_loop(ends_of_calls(replica, 20, lambda: replica.front.signal(signal.SIGKILL)))
-        assert [end.code() for end in ends] == [UNAVAILABLE] * 20 and seconds < 5.0
+        assert [end.code() for end in ends] == [UNAVAILABLE] * 20 and seconds < 10.0
         replica.wait_ended(replica.front)
         replica.front.start()
         replica.wait_ready()
-        replica.wait_idle(2.0)
+        replica.wait_idle()
         assert replica.engine.state.restarts == 0
 
 
@@ -178,7 +178,7 @@ def test_a_call_that_outlasts_the_drain_is_told_so(smollm2: Path, tmp_path: Path
     with running_replica(tmp_path / "d", smollm2, options=options(), drain_seconds=0.5) as replica:
         ends, seconds = in_loop(ends_of_calls(replica, 4, lambda: replica.front.signal(signal.SIGTERM)))
         assert [(end.code(), "shutting down" in end.details()) for end in ends] == [(UNAVAILABLE, True)] * 4
-        assert 0.4 < seconds < 5.0
+        assert 0.4 < seconds < 10.0
         replica.wait_ended(replica.front)
         assert replica.front.state.last_end == "ended with exit code 0"
 

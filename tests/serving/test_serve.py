@@ -92,9 +92,9 @@ def test_ctrl_c_while_the_model_loads_leaves_nothing(tiny_llama: Path, cache: Pa
         assert process.poll() is None
     started = time.monotonic()
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT and "KeyboardInterrupt" in errors
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 10
     assert processes_of(cache) == {}
 
 

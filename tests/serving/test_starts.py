@@ -6,29 +6,14 @@ MII_STARTS says how often: 50 is what was asked for once, a few will do each tim
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from pathlib import Path
 
 import mii
 from mii.backend.ports import is_free, ports_of
-from tests.serving.deployments import free_port, processes_of, wait_until
+from tests.serving.deployments import free_port, processes_of, shared_memory, wait_until, without_owner
 
 STARTS = int(os.environ.get("MII_STARTS", "2"))
 NAME = "again"
-
-
-def shared_memory() -> set[str]:
-    """What lies there."""
-    return {path.name for path in Path("/dev/shm").iterdir()}
-
-
-def without_owner(names: set[str]) -> set[str]:
-    """Of some shared memory, what no process that lives has mapped."""
-    mapped = ""
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with suppress(OSError):
-            mapped += maps.read_text()
-    return {name for name in names if f"/dev/shm/{name}" not in mapped}
 
 
 def open_files() -> int:
@@ -48,5 +33,5 @@ def test_nothing_stays_of_deployments_that_have_ended(tiny_llama: Path, cache: P
         assert [port for port in ports if not is_free(port)] == []
         assert [path for path in cache.rglob("*") if not path.is_dir()] == []
         files.append(open_files())
-    assert files[-1] <= files[0] + 2
-    wait_until(lambda: not without_owner(shared_memory() - before))
+    wait_until(lambda: open_files() <= files[0] + 2, seen=lambda: (files, open_files()))
+    wait_until(lambda: not without_owner(shared_memory() - before), seen=lambda: shared_memory() - before)
