@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from mii.logging import logger
 from tests.checkpoints import write_checkpoint
@@ -31,6 +32,10 @@ LONGEST = (
     *("modeling/test_families.py", "parallel/test_script.py", "serving", "parallel", "ops/test_emulated_card.py"),
     *("test_examples.py", "test_cli.py", "modeling", "ops", "benchmark"),
 )
+
+# How long an example takes says how much else the machine has to do.
+settings.register_profile("mii", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("mii")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

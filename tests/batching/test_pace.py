@@ -67,7 +67,7 @@ class Watch(Device):
         return self.pace.costs.decode(len(plan.decodes), sum(plan.lengths))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     COSTS,
     st.floats(1e-3, 0.2),

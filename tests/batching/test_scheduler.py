@@ -107,7 +107,7 @@ def workloads(draw: st.DrawFn) -> tuple[SchedulerLimits, BlockPool, list[Sequenc
     return limits, BlockPool(blocks, size, draw(st.booleans())), sequences, draw(st.sampled_from([0, 1]))
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(workloads())
 def test_everything_finishes_with_its_own_tokens_under_any_pressure(
     workload: tuple[SchedulerLimits, BlockPool, list[Sequence], int],
@@ -128,7 +128,7 @@ def test_everything_finishes_with_its_own_tokens_under_any_pressure(
     assert scheduler.free_slots == limits.max_slots
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(workloads())
 def test_the_same_requests_give_the_same_plans(
     workload: tuple[SchedulerLimits, BlockPool, list[Sequence], int],

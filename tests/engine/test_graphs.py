@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mii.engine import capture
@@ -25,7 +25,6 @@ from tests.oracle import generate, random_prompts, small_engine
 SIZES = st.tuples(st.integers(1, 1024), st.integers(1, 8192)).filter(lambda pair: pair[0] <= pair[1])
 
 
-@settings(deadline=None)
 @given(SIZES, st.data())
 def test_every_step_has_a_bucket(sizes: tuple[int, int], data: st.DataObject) -> None:
     max_sequences, max_tokens = sizes

@@ -107,7 +107,7 @@ def engines(tiny_llama: Path) -> list[Engine]:
 
 
 @given(requests=st.lists(a_request, min_size=1, max_size=6), every=st.integers(0, 2), tight=st.booleans())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 def test_greedy_tokens_of_any_mix_follow_the_oracle(
     engines: list[Engine], oracle: Oracle, requests: list[dict[str, Any]], every: int, tight: bool
 ) -> None:

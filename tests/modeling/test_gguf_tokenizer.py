@@ -291,7 +291,7 @@ def best_score_first(text: str, metadata: dict[str, Any]) -> list[int]:
     return [number for part in encoded for number in part]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.text(alphabet="abc dé", max_size=24))
 def test_sentence_piece_joins_the_best_neighbours_first(text: str) -> None:
     metadata = sentence_piece(add_space_prefix=False)

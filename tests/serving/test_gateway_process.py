@@ -30,6 +30,7 @@ GATEWAY = "gateway"
 @pytest.fixture(scope="module")
 def cluster(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     options = {"options": Options(step_seconds=0.002), "replicas": 1, "restful_processes": 2, **http_options()}
+    options["drain_seconds"] = 120  # nothing may take so long but a wait for what is not there
     with shared_cluster(tmp_path_factory, tiny_llama, **options) as running:
         yield running
 

@@ -90,8 +90,8 @@ def test_a_replica_of_two_ranks_on_the_other_host_answers_as_one_process_and_com
     assert [address.partition(":")[0] for address, _ in served] == [THERE]
     ranks = [pid for pid, command in processes_of(cache).items() if command.endswith("replica-0-engine-1.py ")]
     os.kill(max(ranks), signal.SIGKILL)
-    wait_until(lambda: restarts_of("replica-0-engine-1") == 1 and restarts_of("replica-0-engine") == 1)
-    wait_until(lambda: {process.stage for process in processes()} == {"ready"}, 90)
+    wait_until(lambda: restarts_of("replica-0-engine-1") == 1 and restarts_of("replica-0-engine") == 1, seen=processes)
+    wait_until(lambda: {process.stage for process in processes()} == {"ready"}, 90, seen=processes)
     assert json.loads(hosts.run("-c", ASK).stdout)[0] == answers
     assert hosts.run("-m", "mii", "stop", NAME).returncode == 0
 
@@ -113,8 +113,8 @@ def test_a_replica_divided_over_both_hosts_answers_as_one_process_and_survives_t
     ranks = [pid for pid, command in processes_of(cache).items() if command.endswith(f"{there}.py ")]
     assert set(ranks) & set(hosts.running[1])
     os.kill(max(ranks), signal.SIGKILL)
-    wait_until(lambda: all(restarts_of(role) == 1 for role in roles), 10)
-    wait_until(lambda: {process.stage for process in processes()} == {"ready"}, 120)
+    wait_until(lambda: all(restarts_of(role) == 1 for role in roles), 10, seen=processes)
+    wait_until(lambda: {process.stage for process in processes()} == {"ready"}, 120, seen=processes)
     assert json.loads(hosts.run("-c", ASK).stdout)[0] == answers
     assert hosts.run("-m", "mii", "stop", NAME).returncode == 0
 
@@ -129,11 +129,11 @@ def test_a_replica_whose_hosts_lose_each_other_ends_within_ten_seconds_and_comes
     asking = hosts.start("-c", ASK_ALWAYS)
     assert asking.stdout is not None and asking.stdout.readline()
     hosts.cable("down")
-    wait_until(lambda: restarts_of("replica-0-engine") == 1, 10)
+    wait_until(lambda: restarts_of("replica-0-engine") == 1, 10, seen=processes)
     hosts.cable("up")
     asking.kill()
     asking.communicate()
-    wait_until(lambda: {process.stage for process in processes()} == {"ready"}, 120)
+    wait_until(lambda: {process.stage for process in processes()} == {"ready"}, 120, seen=processes)
     assert json.loads(hosts.run("-c", ASK).stdout)[0] == answers
     assert hosts.run("-m", "mii", "stop", NAME).returncode == 0
 
