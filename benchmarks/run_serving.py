@@ -6,9 +6,11 @@
     python benchmarks/run_serving.py --deployment-cores 0,1 --generator-cores 2-5    # two for the deployment alone
 
 A token's added time is from the moment when the stand-in engine (tests/serving/standin.py) emitted it until the load
-generator (mii bench serve) had it. The engine has `streams` answers under way at all times: a few more clients than
-that ask, whose requests wait in its queue, so that it never lacks one while a client sends its next request. Rates and
-times are those between the moment when the first client's answers have all begun and that when the last request left.
+generator (mii bench serve) had it: over HTTP when its event loop read the bytes, over gRPC when it read the message; in
+the rows "rpc" when the task that waits for the stream had it. The engine has `streams` answers under way at all times:
+a few more clients than that ask, whose requests wait in its queue, so that it never lacks one while a client sends its
+next request. Rates and times are those between the moment when the first client's answers have all begun and that when
+the last request left.
 In the rows "grpc" streams share an RPC, as those of `MIIClient.astream` in one event loop do; in "rpc" each is a
 `GeneratorReplyStream` of its own, which is what other programs use.
 
