@@ -21,9 +21,9 @@ def run(name: str, folder: Path, *headers: Path) -> str:
     emulated = (*headers, HERE / "emulation")  # come before the kernels' own
     folders = [f"-I{folder}" for folder in (*emulated, ROOT / "csrc" / "include")]
     source = str(HERE / "emulation" / f"{name}.cpp")
-    subprocess.run(
-        [compiler, "-std=c++17", "-O1", "-w", "-pthread", *folders, source, "-o", str(program)], check=True, timeout=120
-    )
+    # threads jump from stack to stack, which hardened libraries forbid
+    flags = ["-std=c++17", "-O1", "-U_FORTIFY_SOURCE", "-w", "-pthread", *folders]
+    subprocess.run([compiler, *flags, source, "-o", str(program)], check=True, timeout=120)
     result = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stdout
     return result.stdout

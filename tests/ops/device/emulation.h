@@ -5,6 +5,7 @@
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <setjmp.h>
 #include <ucontext.h>
 #include <vector_functions.h>
 
@@ -62,20 +63,22 @@ struct Warp {
   uint32_t values[2][kWarp];  // of this turn and of the one before
 };
 
+// Fibers give way by a jump: swapcontext would ask the system for the mask of signals each time.
 struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
+  ucontext_t beginning;
+  jmp_buf place;
   Index thread;
-  bool done = false;
+  bool begun = false, done = false;
 };
 
 struct Cta {
   std::vector<Fiber> fibers;
+  std::vector<std::unique_ptr<char[]>> stacks;  // kept from run to run
   std::vector<Warp> warps;
   Meeting barriers[16];
   Index block, grid, size;
   std::function<void()> body;
-  ucontext_t caller;
+  jmp_buf caller;
   int running = 0, idle = 0;
   const char* failure = nullptr;
 };
@@ -89,7 +92,13 @@ inline Fiber& self() { return cta().fibers[cta().running]; }
 // Ends the run.
 [[noreturn]] inline void fail(const char* why) {
   cta().failure = why;
-  setcontext(&cta().caller);
+  _longjmp(cta().caller, 1);
+}
+
+[[noreturn]] inline void enter(Fiber& fiber) {
+  if (fiber.begun) _longjmp(fiber.place, 1);
+  fiber.begun = true;
+  setcontext(&fiber.beginning);
   std::abort();
 }
 
@@ -101,10 +110,10 @@ inline void resume_another() {
     if (c.fibers[next].done) continue;
     if (next == from) return;
     c.running = next;
-    swapcontext(&c.fibers[from].context, &c.fibers[next].context);
+    if (!_setjmp(c.fibers[from].place)) enter(c.fibers[next]);
     return;
   }
-  setcontext(&c.caller);  // that was the last
+  _longjmp(c.caller, 1);  // that was the last
 }
 
 inline void progress() { cta().idle = 0; }
@@ -121,7 +130,7 @@ inline void dawdle() {
   }
 }
 
-inline void enter() {
+inline void work() {
   cta().body();
   progress();
   self().done = true;
@@ -145,17 +154,17 @@ inline const char* run(unsigned block, unsigned grid, int threads, unsigned seed
   std::vector<unsigned> order(threads);
   for (int i = 0; i < threads; ++i) order[i] = i;
   std::shuffle(order.begin(), order.end(), std::mt19937(seed));
+  while (static_cast<int>(c.stacks.size()) < threads) c.stacks.emplace_back(new char[kStack]);
   for (int i = 0; i < threads; ++i) {
     Fiber& fiber = c.fibers[i];
     fiber.thread.x = order[i];
-    fiber.stack = std::make_unique<char[]>(kStack);
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = kStack;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, enter, 0);
+    getcontext(&fiber.beginning);
+    fiber.beginning.uc_stack.ss_sp = c.stacks[i].get();
+    fiber.beginning.uc_stack.ss_size = kStack;
+    fiber.beginning.uc_link = nullptr;
+    makecontext(&fiber.beginning, work, 0);
   }
-  swapcontext(&c.caller, &c.fibers[0].context);
+  if (!_setjmp(c.caller)) enter(c.fibers[0]);
   return c.failure;
 }
 

@@ -5,6 +5,7 @@
 // another; those that do run in threads of the host, each of which has a card's state of its own. What a kernel must not do
 // ends the program with a sentence.
 #pragma once
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -16,6 +17,7 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <memory>
 #include <numeric>
 #include <random>
 #include <utility>
@@ -54,18 +56,31 @@ inline thread_local Index block, grid;
 inline int patience = 100000;  // rounds through all threads in which none ends
 
 // ---- threads ------------------------------------------------------------------------------------------------------
+// A turn begins and ends by a jump: swapcontext would ask the system for the mask of signals each time.
 struct Thread {
-  ucontext_t context;
-  std::vector<char> stack = std::vector<char>(1 << 16);
-  bool done = false, waited = false;  // waited: for the kernel before this one
+  ucontext_t beginning;
+  jmp_buf place;
+  bool begun = false, done = false, waited = false;  // waited: for the kernel before this one
   int registers = 0;
 };
+constexpr int kStackBytes = 1 << 16;
 inline thread_local std::vector<Thread> threads;
+inline thread_local std::vector<std::unique_ptr<char[]>> stacks;  // kept from CTA to CTA
 inline thread_local int current;
-inline thread_local ucontext_t scheduler;
+inline thread_local jmp_buf scheduler;
 inline thread_local std::function<void()> body;
 
-inline void yield() { swapcontext(&threads[current].context, &scheduler); }
+inline void yield() {
+  if (!_setjmp(threads[current].place)) _longjmp(scheduler, 1);
+}
+// Lets a thread run until it yields or ends.
+__attribute__((noinline)) inline void resume(int thread) {
+  current = thread;
+  if (_setjmp(scheduler)) return;
+  if (threads[thread].begun) _longjmp(threads[thread].place, 1);
+  threads[thread].begun = true;
+  setcontext(&threads[thread].beginning);
+}
 inline int warp() { return current / 32; }
 inline int lane() { return current % 32; }
 inline void must_have_waited() {
@@ -169,13 +184,14 @@ inline void prepare(int count, std::function<void()> kernel) {
   for (Meeting& meeting : warps) meeting = {};
   for (Meeting& meeting : named) meeting = {};
   threads = std::vector<Thread>(count);
-  for (Thread& thread : threads) {
+  while (static_cast<int>(stacks.size()) < count) stacks.emplace_back(new char[kStackBytes]);
+  for (int i = 0; i < count; ++i) {
+    Thread& thread = threads[i];
     thread.registers = kRegisters / count / 8 * 8;
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.data();
-    thread.context.uc_stack.ss_size = thread.stack.size();
-    thread.context.uc_link = &scheduler;
-    makecontext(&thread.context, [] { body(), threads[current].done = true; }, 0);
+    getcontext(&thread.beginning);
+    thread.beginning.uc_stack.ss_sp = stacks[i].get();
+    thread.beginning.uc_stack.ss_size = kStackBytes;
+    makecontext(&thread.beginning, [] { body(), threads[current].done = true, _longjmp(scheduler, 1); }, 0);
   }
 }
 
@@ -188,8 +204,7 @@ inline void run_cta(int count, std::function<void()> kernel) {
     std::shuffle(order.begin(), order.end(), chance);
     for (const int thread : order) {
       if (threads[thread].done) continue;
-      current = thread;
-      swapcontext(&scheduler, &threads[thread].context);
+      resume(thread);
       if (!threads[thread].done) continue;
       if (!threads[thread].waited) refuse("a thread ended without waiting for the kernel before");
       --left, idle = 0;
