@@ -11,6 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OMP_NUM_THREADS", str(min(4, len(os.sched_getaffinity(0)))))
 
+import gc
 import importlib.util
 import signal
 from collections.abc import Callable, Iterator
@@ -50,6 +51,8 @@ def pytest_configure(config: pytest.Config) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     workers = config.getoption("numprocesses", None) or 1  # of pytest -n, which start after this and share the threads
     os.environ["OMP_NUM_THREADS"] = str(max(1, int(os.environ["OMP_NUM_THREADS"]) // workers))
+    if not config.getoption("numprocesses", None):  # a process that tests, and does not only hand tests out
+        gc.disable()  # collections of garbage would find none in what is imported and collected
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -83,6 +86,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if reason:
         for item in wanted:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    """What there is before the first test stays, and each collection of garbage need not look through it again."""
+    gc.freeze()
+    gc.enable()
 
 
 def _turn(item: pytest.Item) -> int:
