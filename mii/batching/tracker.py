@@ -70,12 +70,19 @@ class _Answer:
             return text + (self.stops.look_ahead(self.detokenizer.draft) or "")
         return text
 
-    def go_on(self, output: TokenOutput) -> TextEvent:
+    def go_on(self, output: TokenOutput) -> TextEvent | None:
         """As `_event`, of tokens that do not end the answer where no stop string is looked for: those of most steps."""
         ids, push = output.token_ids, self.detokenizer.push
         text = push(ids[0]) if len(ids) == 1 else "".join(map(push, ids))
         self.length += len(ids)
-        return TextEvent(output.uid, text, len(ids), self.length)
+        return self.more(output.uid, text)
+
+    def more(self, uid: int, text: str) -> TextEvent | None:
+        """Tells of text that does not end the answer, or keeps it for the end."""
+        if not self.whole:
+            return self.event(uid, text)
+        self.untold.append(text)
+        return None
 
     def end(self) -> str:
         """What is left when no token follows."""
@@ -160,14 +167,12 @@ class RequestTracker:
             if answer.stops.matched is not None:
                 events.append(answer.event(uid, text, GenerationFinishReason.STOP, abort=True))
                 self.discard(uid)
-            elif answer.whole:
-                answer.untold.append(text)
-            else:
-                events.append(answer.event(uid, text))
+            elif (event := answer.more(uid, text)) is not None:
+                events.append(event)
         return events + [event for event in map(self.update, step.others) if event is not None]
 
     def update(self, output: TokenOutput) -> TextEvent | None:
-        """The text of new tokens; None if the request has ended or was never added."""
+        """The text of new tokens; None if it is kept, or the request has ended or was never added."""
         answer = self._answers.get(output.uid)
         if answer is None:
             return None

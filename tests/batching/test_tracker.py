@@ -215,3 +215,18 @@ def test_a_step_tells_nothing_of_requests_that_are_gone_or_of_others() -> None:
     assert [(event.uid, event.text) for event in tracker.take(step)] == [(1, "a")]
     tracker.discard(1)
     assert tracker.take(step) == []
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_tokens_of_which_there_is_more_to_say_and_others_come_in_their_order(whole: bool) -> None:
+    tracker = RequestTracker(DECODER)
+    tracker.add(EngineRequest(1, [0], 1000, stop_ids=(END,)), StopStrings([]), whole=whole)
+    text = b"now one, now the other"
+    events: list[TextEvent] = []
+    for at, token in enumerate(text[:-1]):
+        columns = StepOutput([1], [token], []) if at % 3 else StepOutput([], [], [TokenOutput(1, [token])])
+        events += tracker.take(columns)
+    events += tracker.take(StepOutput([], [], [TokenOutput(1, [text[-1]], "length")]))
+    assert joined(events) == text.decode()
+    assert len(events) == (1 if whole else len(text))
+    assert sum(event.new_tokens for event in events) == events[-1].generated_length == len(text)
