@@ -126,4 +126,5 @@ def shared_cluster(factory: pytest.TempPathFactory, model: Path, **options: Any)
         monkeypatch.setattr(tempfile, "tempdir", None)  # it is looked up anew
         monkeypatch.setenv("TMPDIR", temporary)
         with nothing_left(cache, Path(temporary)), running_cluster(monkeypatch, model, **options) as cluster:
+            cluster.wait_idle()  # a load balancer answers before the last replica does
             yield cluster

@@ -1,6 +1,6 @@
 """Deployments side by side, one after the other, and with many programs at once: each is itself, none leaves a trace.
 
-MII_TEST_STARTS says how often a deployment is started and stopped (3 unless set).
+MII_TEST_STARTS says how often a deployment is started and stopped (2 unless set).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.serving.crowd import http_options, stand_in_text
 from tests.serving.deployments import processes_of, shared_memory, wait_until, without_owner
 from tests.serving.standin import Options
 
-STARTS = int(os.environ.get("MII_TEST_STARTS", "3"))
+STARTS = int(os.environ.get("MII_TEST_STARTS", "2"))
 NAMES = ("a name, with/slashes & spaces", "a name, with/slashes")
 OPTIONS = {"do_sample": False, "max_new_tokens": 12}
 
