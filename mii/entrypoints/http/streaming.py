@@ -125,19 +125,15 @@ class EventStream(Response):
 
 
 class _Pump:
-    """Sends events with no task to wake in between. Those of all streams of a step are made first, then sent one right
-    after the other, so that a client that reads many of them is woken once. While a client has no room, a task waits
-    for it, and what comes meanwhile goes out together.
+    """Sends events in the moment in which they come, with no task to wake in between. While the client has no room, a
+    task waits for it, and what comes meanwhile goes out together.
     """
 
     def __init__(self, source: EventSource, send: Send) -> None:
         self._source, self._send = source, send
-        self._events = b""
-        self._due = False
         self._waiting: Rest | None = None
         self._failure: Exception | None = None
-        self._loop = asyncio.get_running_loop()
-        self._turn: asyncio.Future[None] = self._loop.create_future()
+        self._turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> None:
         """Until all was sent.
@@ -151,11 +147,10 @@ class _Pump:
                 waiting, self._waiting = self._waiting, None
                 assert waiting is not None
                 await waiting
-                self._turn = self._loop.create_future()
+                self._turn = asyncio.get_running_loop().create_future()
                 self._advance()
         finally:
             self._source.listen(None)
-            self._turn.cancel()
             if self._waiting is not None:
                 self._waiting.close()
 
@@ -170,23 +165,11 @@ class _Pump:
         if self._turn.done():
             return
         try:
-            self._events += self._source.take()
-        except Exception as error:
-            self._failure = error
-        if not self._due:
-            self._due = True
-            self._loop.call_soon(self._write)
-
-    def _write(self) -> None:
-        self._due = False
-        if self._turn.done():
-            return
-        events, self._events = self._events, b""
-        try:
+            events = self._source.take()
             if events:
                 self._waiting = begin(self._send({"type": "http.response.body", "body": events, "more_body": True}))
         except Exception as error:
-            self._failure = self._failure or error
+            self._failure = error
         if self._failure is not None or self._waiting is not None or self._source.over:
             self._turn.set_result(None)
 
