@@ -305,7 +305,7 @@ class Scheduler:
         return min(count, max(least, plan.time.fitting(start)))
 
     def _plan(self, plan: Plan, sequence: Sequence, count: int) -> None:
-        """The same for a sequence of the queue, whose next token is drawn when nothing is left to compute."""
+        """Plans the next tokens of a sequence of the queue, which decodes from then on if they reach its end."""
         if self._compute(plan, sequence, count):
             sequence.decode(self.pool.block_size)
 

@@ -55,7 +55,8 @@ class RunnerLimits:
 
 
 class LaunchedStep:
-    """A step on its way. `tokens()` waits for it and gives the sampled ids, one for each of `plan.sampled`.
+    """A step on its way. `tokens()` waits for it and gives the sampled ids, one for each of `plan.sampled`: a view of
+    memory that the step after the next one writes.
 
     `scores` can be read then, where requests ask for log-probabilities.
     """
