@@ -125,7 +125,7 @@ class _Chain:
             random(rows, INTERMEDIATE),
         )
         self.gain, self.table = random(HIDDEN), torch.randn(1024, HEAD_DIM, device=device)
-        self.cache = random(2, 1, KV_HEADS, BLOCK, HEAD_DIM)
+        self.cache = random(2, -(-rows // BLOCK), KV_HEADS, BLOCK, HEAD_DIM)
         self.rows = torch.arange(rows, dtype=torch.int32, device=device)
 
     def products(self, weights: list[LinearWeight], following: LinearWeight) -> None:
