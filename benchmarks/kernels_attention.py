@@ -53,8 +53,11 @@ def run(device: torch.device) -> list[dict[str, Any]]:
 
 
 def _cuda_cases() -> Iterator[Case]:
-    for seqs, context in ((64, 2048), (16, 8192), (256, 1024), (1, 8192), (64, 256), (256, 128), (1, 512)):
+    for seqs, context in ((64, 2048), (16, 8192), (256, 1024), (1, 8192)):
         yield _decode(f"{seqs} x {context}", Work(((1, context),) * seqs))
+    for seqs, context in ((1, 512), (64, 256), (256, 128), (256, 200), (512, 200), (768, 330)):
+        yield _decode(f"{seqs} x {context}", Work(((1, context),) * seqs))
+    yield _decode("512 x 200, heads 64/8", Work(((1, 200),) * 512, q_heads=64))
     yield _decode("64 x 2048, heads 32/32", Work(((1, 2048),) * 64, kv_heads=32))
     yield _decode("64 x 2048, heads 64/8", Work(((1, 2048),) * 64, q_heads=64))
     yield _decode("64 x 2048, blocks of 16", Work(((1, 2048),) * 64, block=16))

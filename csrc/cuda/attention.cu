@@ -8,10 +8,6 @@
 namespace mii {
 namespace {
 
-// Heads of 192 elements, DeepSeek's, on tensor cores. Right in the emulation of a card; until one has measured them the
-// generic kernel serves.
-constexpr bool kHeadsOf192 = false;
-
 // Calls body with the head size as a compile-time constant; `otherwise` where no tensor-core kernel has it.
 template <typename Result, typename Body>
 Result dispatch_head(int head_dim, Result otherwise, Body&& body) {
@@ -25,8 +21,7 @@ Result dispatch_head(int head_dim, Result otherwise, Body&& body) {
     case 128:
       return body(std::integral_constant<int, 128>());
     case 192:
-      if constexpr (kHeadsOf192) return body(std::integral_constant<int, 192>());
-      return otherwise;
+      return body(std::integral_constant<int, 192>());
     case 256:
       return body(std::integral_constant<int, 256>());
     default:

@@ -51,3 +51,18 @@ def test_head_sizes_blocks_and_dtypes(library: ctypes.CDLL, head_dim: int, large
 @pytest.mark.parametrize("ctas", [1, 3, 16])
 def test_keys_that_ctas_share(library: ctypes.CDLL, ctas: int) -> None:
     check(library, make_case([(1, 1500), (66, 700), (2, 300)], SHAPE.with_(kv_heads=1, q_heads=1)), ctas=ctas)
+
+
+@pytest.mark.parametrize("ctas", [1, 3, 16])
+@pytest.mark.parametrize(("head_dim", "q_heads", "q_len"), [(128, 8, 1), (80, 8, 1), (128, 16, 1), (128, 8, 3)])
+def test_short_jobs_one_after_the_other(
+    library: ctypes.CDLL, head_dim: int, q_heads: int, q_len: int, ctas: int
+) -> None:
+    """Jobs shorter than the ring of keys and longer ones."""
+    lengths = [(min(q_len, length), length) for length in (1, 63, 64, 65, 130, 2, 300, 192, 193, 700, 5, 40, 257, 128)]
+    check(library, make_case(lengths, SHAPE.with_(head_dim=head_dim, q_heads=q_heads, block_size=64)), ctas=ctas)
+
+
+def test_jobs_of_few_and_of_many_rows_take_turns(library: ctypes.CDLL) -> None:
+    lengths = [(1 + number % 4, 50 + 37 * number) for number in range(16)]
+    check(library, make_case(lengths, SHAPE.with_(head_dim=128, q_heads=8, window=90)), ctas=2)

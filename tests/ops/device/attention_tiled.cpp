@@ -18,7 +18,8 @@ Body body_of(const MiiAttention& a, bool large) {
 }
 template <typename T>
 Body body_of(const MiiAttention& a, bool large) {
-  return a.head_dim == 80 ? body_of<T, 80>(a, large) : body_of<T, 192>(a, large);
+  if (a.head_dim == 192) return body_of<T, 192>(a, large);
+  return a.head_dim == 80 ? body_of<T, 80>(a, large) : body_of<T, 128>(a, large);
 }
 
 struct alignas(128) Line {
