@@ -15,6 +15,7 @@ from mii.errors import (
     LauncherError,
     UnknownArgument,
 )
+from mii.imports import importing
 from mii.validation import suggest
 
 if TYPE_CHECKING:
@@ -185,6 +186,8 @@ def client(model_or_deployment_name: str) -> MIIClient:
 def _load(config: ModelConfig, all_rank_output: bool = False) -> tuple[TokenEngine, MIITokenizerWrapper]:
     """All of a model, or this process's part of it."""
     _check_processes(config)
+    with importing():
+        import mii.engine.loading  # noqa: F401  and with it torch
     if config.tensor_parallel == 1:
         return _read_model(config)
     from mii.parallel.engines import OtherEngine

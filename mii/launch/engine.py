@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from mii.backend.engine_server import EngineServer
 from mii.backend.messages import EngineInfo
-from mii.launch.loop import importing, settle
+from mii.imports import importing
+from mii.launch.loop import leave, settle
 from mii.launch.process import Process
 from mii.progress import report_progress_to
 
@@ -78,3 +79,4 @@ def describe(engine: Engine | FirstEngine) -> EngineInfo:
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -6,7 +6,8 @@ torch.
 
 from __future__ import annotations
 
-from mii.launch.loop import importing, run, settle
+from mii.imports import importing
+from mii.launch.loop import run, settle
 from mii.launch.process import Process
 
 

@@ -16,8 +16,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+from mii.imports import importing
 from mii.launch.copies import Copies
-from mii.launch.loop import importing, run
+from mii.launch.loop import run
 from mii.launch.process import Process
 
 if TYPE_CHECKING:

@@ -6,8 +6,9 @@ import asyncio
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
+from mii.imports import importing
 from mii.launch.addresses import end, follow_addresses
-from mii.launch.loop import importing, run, settle
+from mii.launch.loop import run, settle
 from mii.launch.process import Process
 
 if TYPE_CHECKING:

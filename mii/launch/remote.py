@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import os
-import runpy
 import shlex
 import shutil
 import signal
@@ -152,7 +152,7 @@ def run_there(folder: str, role: str, run: str, sign: str, environment: dict[str
     sys.argv = [sys.argv[0], folder, role]
     module = "mii.launch.front" if role.endswith("-front") else "mii.launch.engine"
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        importlib.import_module(module).main()
     finally:
         _clear(Path(run), role)
 

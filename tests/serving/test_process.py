@@ -213,7 +213,8 @@ def test_a_process_says_that_it_only_waits_for_others(tmp_path: Path) -> None:
 def test_what_was_made_before_a_process_settled_is_not_looked_at_any_more(tmp_path: Path) -> None:
     body = """
         import gc
-        from mii.launch.loop import importing, settle
+        from mii.imports import importing
+        from mii.launch.loop import settle
         with importing():
             assert not gc.isenabled()
             import mii.config
@@ -223,3 +224,20 @@ def test_what_was_made_before_a_process_settled_is_not_looked_at_any_more(tmp_pa
     """
     process, pipe = run(tmp_path, body)
     assert messages(pipe) == [] and end(process, pipe) == b"" and process.returncode == 0
+
+
+@pytest.mark.parametrize(("body", "code"), [("leave()", 0), ("raise SystemExit(3)", 3)])
+def test_a_process_that_leaves_does_what_is_asked_of_it_at_its_end_and_nothing_else(body: str, code: int) -> None:
+    script = f"""
+import atexit
+from mii.launch.loop import leave
+class Kept:
+    def __del__(self): print("taken apart", flush=True)
+kept = Kept()
+atexit.register(print, "asked for")
+print("worked")
+{body}
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    taken = ["taken apart"] if code else []
+    assert (done.returncode, done.stdout.splitlines(), done.stderr) == (code, ["worked", "asked for", *taken], "")
