@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -68,9 +69,11 @@ def test_two_ranks_are_started_measured_and_ended(tmp_path: Path) -> None:
     assert not multiprocessing.active_children()
 
 
-def test_what_keeps_a_rank_from_its_part_is_said_once(tiny_llama: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(PlacementError, match="3 attention heads"):
-        offline.run(parse("--shape", str(tiny_llama), "--tensor-parallel", "4"))
+def test_what_keeps_a_rank_from_its_part_is_said_once(
+    make_checkpoint: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(PlacementError, match="1 attention heads"):
+        offline.run(parse("--shape", str(make_checkpoint(num_attention_heads=1)), "--tensor-parallel", "2"))
     assert not multiprocessing.active_children()
     assert "Traceback" not in capfd.readouterr().err
 

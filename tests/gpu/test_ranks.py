@@ -29,7 +29,7 @@ def test_ranks_on_gpus_say_what_one_gpu_says(
     folder = make_checkpoint(**OPTIONS)
     monkeypatch.setenv("MII_PEER_REDUCE", peers)
     monkeypatch.setenv("MII_CAPTURE_RANKS", capture)
-    done = launch([*TORCHRUN, str(size)], tmp_path, folder, device="cuda")
+    done = launch([*TORCHRUN, str(size)], tmp_path, folder, {"device": "cuda"})
     assert done.returncode == 0, done.stderr
     assert "NCCL adds up" not in done.stderr
-    assert by_rank(done.stdout)[0]["said"] == expected(folder, "cuda")
+    assert by_rank(done.stdout)[0][0]["said"] == expected(folder, "cuda")

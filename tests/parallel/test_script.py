@@ -21,29 +21,36 @@ import json, os, sys
 import mii
 
 folder, options, calls = sys.argv[-3], json.loads(sys.argv[-2]), json.loads(sys.argv[-1])
-pipe = mii.pipeline(folder, **{"device": "cpu", "dtype": "fp32", "progress": False, **options})
-said = [[str(each) for each in pipe(["DeepSpeed is", "Seattle is"], max_new_tokens=12, **call)] for call in calls]
-streamed = ["".join(p.generated_text for p in pieces) for pieces in pipe.stream("A", max_new_tokens=6, do_sample=False)]
-line = json.dumps({"rank": int(os.environ["RANK"]), "first": pipe.is_rank_0, "said": said, "streamed": streamed})
-sys.stdout.write(line + "\\n")  # one write: the ranks share a pipe
-pipe.destroy()
+for option in options:
+    pipe = mii.pipeline(folder, **{"device": "cpu", "dtype": "fp32", "progress": False, **option})
+    said = [[str(each) for each in pipe(["DeepSpeed is", "Seattle is"], max_new_tokens=12, **call)] for call in calls]
+    pieces = pipe.stream("A", max_new_tokens=6, do_sample=False)
+    streamed = ["".join(piece.generated_text for piece in step) for step in pieces]
+    line = json.dumps({"rank": int(os.environ["RANK"]), "first": pipe.is_rank_0, "said": said, "streamed": streamed})
+    sys.stdout.write(line + "\\n")  # one write: the ranks share a pipe
+    pipe.destroy()
 """
 CALLS: list[dict[str, Any]] = [{"do_sample": False}, {"seed": 7, "top_k": 50}]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
 
-def launch(command: list[str], tmp_path: Path, folder: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+def launch(
+    command: list[str], tmp_path: Path, folder: Path, *options: dict[str, Any]
+) -> subprocess.CompletedProcess[str]:
+    """Runs the script with one pipeline after the other, one for each of `options`."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     environment = {**os.environ, "MII_LOG_LEVEL": "warning", "OMP_NUM_THREADS": "1"}
-    arguments = [str(script), str(folder), json.dumps(options), json.dumps(CALLS)]
+    arguments = [str(script), str(folder), json.dumps(options or [{}]), json.dumps(CALLS)]
     return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=240)
 
 
-def by_rank(output: str) -> list[dict[str, Any]]:
-    return sorted(
-        (json.loads(line) for line in output.splitlines() if line.startswith("{")), key=lambda each: each["rank"]
-    )
+def by_rank(output: str) -> list[list[dict[str, Any]]]:
+    """What each rank said of each of its pipelines."""
+    found: dict[int, list[dict[str, Any]]] = {}
+    for each in (json.loads(line) for line in output.splitlines() if line.startswith("{")):
+        found.setdefault(each["rank"], []).append(each)
+    return [found[rank] for rank in sorted(found)]
 
 
 def expected(folder: Path, device: str = "cpu") -> list[list[str]]:
@@ -53,24 +60,20 @@ def expected(folder: Path, device: str = "cpu") -> list[list[str]]:
         ]
 
 
-def test_torchrun_divides_a_model_and_rank_0_answers(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_torchrun_divides_a_model_and_the_ranks_that_are_to_answer_do(
+    make_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = make_checkpoint(**NINE_HEADS)
-    done = launch([*TORCHRUN, "3"], tmp_path, folder)
+    done = launch([*TORCHRUN, "3"], tmp_path, folder, {}, {"all_rank_output": True, "seed": 1})
     assert done.returncode == 0, done.stderr
-    first, *others = by_rank(done.stdout)
-    assert first["said"] == expected(folder)
-    assert first["first"] and first["streamed"]
-    assert [each["rank"] for each in others] == [1, 2]
-    assert all(each["said"] == [[], []] and not each["first"] and not each["streamed"] for each in others)
-
-
-def test_every_rank_answers_with_all_rank_output(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    folder = make_checkpoint(**NINE_HEADS)
-    done = launch([*TORCHRUN, "2"], tmp_path, folder, all_rank_output=True, seed=1)
-    assert done.returncode == 0, done.stderr
-    first, second = by_rank(done.stdout)
-    assert first["said"] == second["said"] == expected(folder)
-    assert first["streamed"] == second["streamed"] != []
+    ranks = by_rank(done.stdout)
+    assert [rank[0]["rank"] for rank in ranks] == [0, 1, 2]
+    assert [rank[0]["first"] for rank in ranks] == [True, False, False]
+    assert [rank[0]["said"] for rank in ranks] == [expected(folder), [[], []], [[], []]]
+    streamed, *others = [rank[0]["streamed"] for rank in ranks]
+    assert streamed and others == [[], []]
+    assert [rank[1]["said"] for rank in ranks] == [expected(folder)] * 3
+    assert [rank[1]["streamed"] for rank in ranks] == [streamed] * 3
 
 
 @pytest.mark.skipif(shutil.which("deepspeed") is None, reason="deepspeed is not installed here: pip install deepspeed")
@@ -79,11 +82,11 @@ def test_deepspeed_divides_a_model(make_checkpoint: Callable[..., Path], tmp_pat
     port = str(29500 + os.getpid() % 5000)
     done = launch(["deepspeed", "--num_gpus", "2", "--master_port", port], tmp_path, folder)
     assert done.returncode == 0, done.stderr
-    assert by_rank(done.stdout)[0]["said"] == expected(folder)
+    assert by_rank(done.stdout)[0][0]["said"] == expected(folder)
 
 
 def test_a_wrong_size_is_refused_once_and_ends_every_rank(tiny_llama: Path, tmp_path: Path) -> None:
-    done = launch([*TORCHRUN, "2"], tmp_path, tiny_llama, tensor_parallel=1)
+    done = launch([*TORCHRUN, "2"], tmp_path, tiny_llama, {"tensor_parallel": 1})
     assert done.returncode != 0
     assert done.stderr.count("LauncherError: tensor_parallel=1 and 2 processes were started (WORLD_SIZE)") == 1
 

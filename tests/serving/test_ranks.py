@@ -68,14 +68,19 @@ def test_two_replicas_of_two_ranks_answer_as_one_process_and_survive_the_death_o
     wait_until(lambda: not processes_of(cache))
 
 
-def test_a_model_that_cannot_be_divided_so_says_why_and_leaves_nothing(tiny_llama: Path, cache: Path) -> None:
-    with pytest.raises(DeploymentError, match=r"has 3 attention heads.*use 1 to 3"):
+@pytest.fixture
+def one_head(make_checkpoint: Callable[..., Path]) -> str:
+    return str(make_checkpoint(num_attention_heads=1))
+
+
+def test_a_model_that_cannot_be_divided_so_says_why_and_leaves_nothing(one_head: str, cache: Path) -> None:
+    with pytest.raises(DeploymentError, match=r"has 1 attention heads.*use 1 to 1"):
         mii.serve(
-            str(tiny_llama),
+            one_head,
             deployment_name=NAME,
             port_number=free_port(),
             device="cpu",
-            tensor_parallel=4,
+            tensor_parallel=2,
             progress=False,
         )
     wait_until(lambda: not processes_of(cache))

@@ -30,6 +30,7 @@ from tests.serving.standin import Options
 
 PROMPTS = ["DeepSpeed is", "Seattle is", "A", "The replica that"]
 SLOW = Options(step_seconds=0.05)
+_PAUSE_SECONDS = 0.1
 
 
 def roles_of(folder: Path) -> set[str]:
@@ -45,7 +46,8 @@ def names_left(replica: int) -> list[str]:
 
 
 class Load:
-    """Streams one after the other in each of some threads, as long as the block runs.
+    """Streams one after the other in each of some threads, as long as the block runs, with pauses in which what
+    starts meanwhile gets on.
 
     Args:
         expected: the answer to each prompt, all of which must come every time.
@@ -68,7 +70,7 @@ class Load:
 
     def _run(self, prompt: str) -> None:
         with mii.client(NAME) as client:
-            while not self._stop.is_set():
+            while not self._stop.wait(_PAUSE_SECONDS):
                 try:
                     pieces = [piece for step in client.stream(prompt, **self._options) for piece in step]
                 except Exception as error:  # whatever it is, it must not come
