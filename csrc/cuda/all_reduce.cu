@@ -107,14 +107,16 @@ int32_t sum_norm_rows(const MiiAllReduceNorm& a, void* stream) {
 }
 
 int32_t check_norm(const MiiNorm& n) {
+  MII_REQUIRE(n.dtype == MII_BF16 || n.dtype == MII_F16, MII_UNSUPPORTED,
+              "all_reduce_norm: dtype code %d; but of 16-bit formats the sum and the norm are two kernels", n.dtype);
   MII_REQUIRE(n.rows >= 0 && n.rows <= INT32_MAX && n.width > 0, MII_INVALID, "all_reduce_norm: %lld rows of %lld elements",
               (long long)n.rows, (long long)n.width);
   MII_REQUIRE(n.kind >= MII_RMS && n.kind <= MII_LAYER, MII_INVALID, "all_reduce_norm: kind %d", n.kind);
   MII_REQUIRE(n.residual != nullptr && n.x_weight == nullptr, MII_INVALID,
               "all_reduce_norm: it takes a residual and no x_weight");
-  const int64_t size = n.dtype == MII_F32 ? 4 : 2, pack = 16 / size;
+  constexpr int kPackWidth = 8;
   // Of shapes, which are the same on every rank; what differs between ranks must not decide.
-  if (n.width % pack != 0 || n.x_stride % pack != 0 || n.out_stride % pack != 0 || n.width > (1 << 20)) {
+  if (n.width % kPackWidth != 0 || n.x_stride % kPackWidth != 0 || n.out_stride % kPackWidth != 0 || n.width > (1 << 20)) {
     return fail(MII_UNSUPPORTED, "all_reduce_norm: rows of %lld elements", (long long)n.width);
   }
   const bool all = aligned(n.out, 16) && aligned(n.x, 16) && aligned(n.residual, 16) && aligned(n.weight, 16) &&
@@ -149,9 +151,9 @@ extern "C" int32_t mii_all_reduce_norm(const MiiAllReduceNorm* a, void* stream) 
   using namespace mii;
   if (const int32_t code = check_norm(a->norm); code != MII_OK) return code;
   if (const int32_t code = check("all_reduce_norm", a->ranks, a->shots, 0); code != MII_OK) return code;
-  return dispatch_dtype(a->norm.dtype, [&](auto tag) {
-    return dispatch_slots(a->ranks.size,
-                          [&](auto slots) { return sum_norm_rows<decltype(tag), slots()>(*a, stream); });
+  return dispatch_slots(a->ranks.size, [&](auto slots) {
+    return a->norm.dtype == MII_BF16 ? sum_norm_rows<__nv_bfloat16, slots()>(*a, stream)
+                                     : sum_norm_rows<__half, slots()>(*a, stream);
   });
 }
 

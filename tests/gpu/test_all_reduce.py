@@ -97,12 +97,10 @@ def test_streams_add_up_in_the_order_of_the_ranks(dtype: torch.dtype, size: int)
 
 @pytest.mark.parametrize("shots", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_streams_norm_what_they_add_up(dtype: torch.dtype, kind: int, shots: int) -> None:
     ranks = Streams(4, half=8 << 20)
     for seed, (rows, width) in enumerate(SHAPES):
-        if width * dtype.itemsize > 32768:  # of float32 a row of 16384 is more than a CTA holds
-            continue
         calls = [NormCase(rank, 4, rows, width, dtype, kind, seed) for rank in range(4)]
         torch.cuda.synchronize()
         for rank, call in enumerate(calls):
@@ -206,9 +204,13 @@ def norms(peers: PeerMemory, dtype: torch.dtype, kind: int) -> list[str]:
 
 
 def fits(size: int, width: int, dtype: torch.dtype, shots: int) -> bool:
-    """Whether a CTA can hold a row: a thread four packs of it, or of two shots one of each rank's part."""
+    """Whether there is a kernel, and its CTA can hold a row: a thread four packs of it, or of two shots one of each
+    rank's part.
+    """
+    if dtype == torch.float32:
+        return False
     threads = 384 if shots == 2 and size > 4 else 512
-    packs = width * dtype.itemsize // 16
+    packs = width // 8
     return -(-packs // (size if shots == 2 else 4)) <= threads
 
 

@@ -32,10 +32,21 @@ MII_DEVICE int64_t source_row(const MoeArgs<T>& a, int row) {
 
 // act(x) for the kind that the arguments name; the same for every thread.
 template <typename T>
-MII_DEVICE float activate_any(float x, int kind) {
+MII_DEVICE float activate_one(float x, int kind) {
   float value[1] = {x};
   activate_pack<T>(value, kind, 0.0f);
   return value[0];
+}
+
+// The same as a function that is called where it is not SiLU: an epilogue has up to 32 of these, and seven kinds at each
+// place would be most of its code, and of the time that its compilation takes.
+template <typename T>
+__device__ __noinline__ float activate_called(float x, int kind) {
+  return activate_one<T>(x, kind);
+}
+template <typename T>
+MII_DEVICE float activate_any(float x, int kind) {
+  return kind == MII_SILU ? activate<T, MII_SILU>(x) : activate_called<T>(x, kind);
 }
 
 // ---- the simple kernel --------------------------------------------------------------------------------------------
@@ -64,22 +75,24 @@ MII_DEVICE void simple_column(const MoeArgs<T>& a, const int4 tile, int first, i
       if constexpr (Up) ups[r] += u * value;
     }
   }
+  float sum = 0.0f, gated = 0.0f;  // of row `lane`
 #pragma unroll
   for (int r = 0; r < kSimpleRows; ++r) {
-    const float sum = warp_sum(sums[r]), gated = Up ? warp_sum(ups[r]) : 0.0f;
-    if (lane != r || r >= rows) continue;
-    const int row = tile.y + first + r;
-    if constexpr (Up) {
-      a.out[row * a.out_stride + column] = from_float<T>(activate_any<T>(sum, a.activation) * gated);
-    } else {
-      const int pair = a.pairs[row];
-      a.out[pair * a.out_stride + column] = from_float<T>(sum * a.pair_weights[pair]);
-    }
+    const float total = warp_sum(sums[r]), other = Up ? warp_sum(ups[r]) : 0.0f;
+    if (lane == r) sum = total, gated = other;
+  }
+  if (lane >= rows) return;
+  const int row = tile.y + first + lane;
+  if constexpr (Up) {
+    a.out[row * a.out_stride + column] = from_float<T>(activate_one<T>(sum, a.activation) * gated);
+  } else {
+    const int pair = a.pairs[row];
+    a.out[pair * a.out_stride + column] = from_float<T>(sum * a.pair_weights[pair]);
   }
 }
 
 template <typename T, bool Up>
-__global__ void __launch_bounds__(kSimpleThreads) moe_simple(const MoeArgs<T> a) {
+__global__ void __launch_bounds__(kSimpleThreads, 4) moe_simple(const MoeArgs<T> a) {
   wait_for_previous();
   start_next();
   const int64_t units = int64_t(a.tiles[0].x) * a.n, warps = int64_t(gridDim.x) * (kSimpleThreads / kWarp);

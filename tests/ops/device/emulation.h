@@ -30,6 +30,7 @@
 #define __align__(bytes)
 #define __device__
 #define __forceinline__ inline
+#define __noinline__
 #define __global__
 #define __grid_constant__
 #define __host__

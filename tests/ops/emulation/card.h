@@ -32,6 +32,7 @@ using std::min;
 #define __shared__
 #define __device__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __align__(bytes)

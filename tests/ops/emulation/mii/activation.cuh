@@ -5,6 +5,11 @@
 
 namespace mii {
 
+template <typename T, int>
+float activate(float x) {
+  return x / (1.0f + std::exp(-x));
+}
+
 template <typename T, int N>
 void activate_pack(float (&x)[N], int, float) {
   for (float& value : x) value /= 1.0f + std::exp(-value);
