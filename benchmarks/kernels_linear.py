@@ -1,8 +1,7 @@
 """Products with the weights of an 8B Llama: our kernels beside cuBLASLt.
 
 Each product alone, then chains over 32 layers with weights of their own, in one graph, so that nothing is found in the
-cache and what lies between two kernels counts: the four products of a layer, and all of a layer but attention. For
-prompts, the products that end in the residual stream with the norm after them, where the one or the other adds.
+cache and what lies between two kernels counts: the four products of a layer, and all of a layer but attention.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import torch
 
 from benchmarks.timing import Call, Case, graph_seconds, run_cases
 from mii.ops import linear_hopper
-from mii.ops.linear import LinearWeight, add_linear, gated_linear, linear, pack_linear
+from mii.ops.linear import LinearWeight, gated_linear, linear, pack_linear
 from mii.ops.norm import norm
 from mii.ops.rope_kv import rope_kv
 
@@ -29,7 +28,6 @@ LAYER = {
 }
 WEIGHTS = LAYER | {"head": (128256, HIDDEN)}
 ROWS, MORE_ROWS = (1, 4, 8), (16, 64, 128, 192, 256, 320, 384, 512, 768)
-PROMPT_ROWS = (512, 2048, 8192)
 CHAIN_ROWS, LAYERS = (1, 8, 16, 64, 128, 256, 384, 512), 32
 KERNELS = {
     "cuBLASLt": (),
@@ -47,7 +45,7 @@ def run(device: torch.device) -> list[dict[str, Any]]:
     """A row for each weight, number of rows and kernel, then the chains, whose seconds are those of one layer."""
     if device.type != "cuda":
         return []
-    return [*run_cases(_products(), device), *run_cases(_additions(), device), *_chains(device)]
+    return [*run_cases(_products(), device), *_chains(device)]
 
 
 def _choose(kernels: tuple[str, ...], fetched: int = linear_hopper.FETCH_BYTES >> 20) -> None:
@@ -80,31 +78,6 @@ def _case(name: str, rows: int, n: int, k: int, how: str) -> Case:
 
     moved = SIZE * (n * k + rows * (n + k))
     return Case("linear", f"{name} {n} x {k}, {rows} rows, {how}", moved, make, 2 * rows * n * k)
-
-
-def _additions() -> Iterator[Case]:
-    for name, rows in itertools.product(("output", "down"), PROMPT_ROWS):
-        yield from (_addition(name, rows, *LAYER[name], by_product) for by_product in (False, True))
-
-
-def _addition(name: str, rows: int, n: int, k: int, by_product: bool) -> Case:
-    def make(device: torch.device) -> Call:
-        x, weight, gain = torch.randn(rows, k, device=device, dtype=DTYPE), _weight(device, n, k), _weight(device, 1, n)
-        out, branch, residual = (torch.zeros(rows, n, device=device, dtype=DTYPE) for _ in range(3))
-
-        def call() -> None:
-            if by_product:
-                add_linear(residual, x, weight)
-                norm(out, residual, gain.data[0], eps=1e-5)
-            else:
-                linear(branch, x, weight)
-                norm(out, branch, gain.data[0], eps=1e-5, residual=residual)
-
-        return call
-
-    moved = SIZE * (n * k + rows * k + rows * n * (4 if by_product else 6))
-    text = f"{name} {n} x {k} and norm, {rows} rows, the {'product' if by_product else 'norm'} adds"
-    return Case("linear", text, moved, make, 2 * rows * n * k)
 
 
 def _weight(device: torch.device, n: int, k: int) -> LinearWeight:

@@ -47,12 +47,10 @@ class Attention(Module):
         self._growth = _query_growth(spec, place) if 0 < spec.log_length < spec.max_positions else None
         self._slopes = torch.tensor(slopes, dtype=torch.float32, device=place.device) if slopes else None
 
-    def __call__(
-        self, forward: Forward, out: torch.Tensor, x: torch.Tensor, stream: torch.Tensor | None = None
-    ) -> bool:
-        """Computes the attention of `x` [tokens, hidden] and puts it where `Linear.onto` does."""
+    def __call__(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Writes the attention of `x` [tokens, hidden] into `out` and returns it."""
         assert self.output is not None
-        return self.output.onto(stream, out, self.attend(forward, x))
+        return self.output(out, self.attend(forward, x))
 
     def leave_sum(self) -> Group | None:
         """As `Linear.leave_sum`."""

@@ -2,8 +2,7 @@
 
 The addition to the residual stream is part of the norm that follows it. So a block finds in `residual` the stream
 without what the block before it computed last, and in `branch` that remainder, which its first norm adds. It leaves
-both in the same state, and the decoder's final norm adds the last one. Where the product that computes a branch adds it
-by itself (`Linear.onto`), nothing is in `branch` and the norm finds the whole stream.
+both in the same state, and the decoder's final norm adds the last one.
 """
 
 from __future__ import annotations
@@ -23,10 +22,12 @@ from mii.ops.all_reduce import Group
 class Block(Protocol):
     """A decoder layer.
 
-    `norms_branch`: whether a branch is normed before it is added; the weight then belongs to the norm that adds it.
-    `hidden_life`: when it needs the buffer `hidden`.
+    `adds_later`: whether its last branch is still to be added to the stream when it returns. `norms_branch`: whether
+    that branch is normed before it is added; the weight then belongs to the norm that adds it. `hidden_life`: when it
+    needs the buffer `hidden`.
     """
 
+    adds_later: ClassVar[bool]
     norms_branch: ClassVar[bool]
     hidden_life: ClassVar[Life]
 
@@ -41,18 +42,15 @@ class Block(Protocol):
         """Leaves the sum of its last branch to the layer that follows; see `Linear.leave_sum`."""
         ...
 
-    def adds_later(self, rows: int) -> bool:
-        """Whether its last branch is still to be added to the stream when it returns, in a step of so many rows."""
-        ...
-
-    def __call__(self, forward: Forward, whole: bool) -> None:
-        """Takes the stream through the layer; `whole`: nothing is left in `branch` by a layer before."""
+    def __call__(self, forward: Forward, first: bool) -> None:
+        """Takes the stream through the layer; `first`: nothing is left in `branch` by a layer before."""
         ...
 
 
 class SequentialBlock(Module):
     """`x += attention(norm(x)); x += mlp(norm(x))`: GPT-2, Llama and most since."""
 
+    adds_later: ClassVar[bool] = True
     norms_branch: ClassVar[bool] = False
     hidden_life: ClassVar[Life] = life(("norm", "qkv"), ("mlp_norm", "up"))
 
@@ -72,16 +70,13 @@ class SequentialBlock(Module):
     def leave_sum(self) -> Group | None:
         return self.mlp.leave_sum()
 
-    def adds_later(self, rows: int) -> bool:
-        return self.norms_branch or not self.mlp.adds(rows)
-
-    def __call__(self, forward: Forward, whole: bool) -> None:
-        hidden, branch = forward.buffers.hidden, forward.buffers.branch
-        stream = None if self.norms_branch else forward.buffers.residual
-        _norm_stream(self.attention_norm, forward, whole)
-        added = self.attention(forward, branch, hidden, stream)
-        _norm_stream(self.mlp_norm, forward, added)
-        self.mlp(forward, branch, hidden, stream)
+    def __call__(self, forward: Forward, first: bool) -> None:
+        buffers = forward.buffers
+        hidden, residual, branch = buffers.hidden, buffers.residual, buffers.branch
+        _norm_stream(self.attention_norm, forward, first)
+        self.attention(forward, branch, hidden)
+        self.mlp_norm(hidden, branch, residual)
+        self.mlp(forward, branch, hidden)
 
 
 class SandwichBlock(SequentialBlock):
@@ -93,6 +88,7 @@ class SandwichBlock(SequentialBlock):
 class NormedBranchBlock(Module):
     """`x += norm(attention(x)); x += norm(mlp(x))`: OLMo-2, EXAONE-4."""
 
+    adds_later: ClassVar[bool] = True
     norms_branch: ClassVar[bool] = True
     hidden_life: ClassVar[Life] = life()
 
@@ -108,16 +104,13 @@ class NormedBranchBlock(Module):
     def leave_sum(self) -> Group | None:
         return self.mlp.leave_sum()
 
-    def __call__(self, forward: Forward, whole: bool) -> None:
+    def __call__(self, forward: Forward, first: bool) -> None:
         branch, residual = forward.buffers.branch, forward.buffers.residual
         if self.attention_norm is not None:
             self.attention_norm(branch, residual)
         self.attention(forward, branch, residual)
         self.mlp_norm(branch, residual)
         self.mlp(forward, branch, residual)
-
-    def adds_later(self, rows: int) -> bool:
-        return True
 
 
 class NormedResidualBlock(SequentialBlock):
@@ -127,21 +120,19 @@ class NormedResidualBlock(SequentialBlock):
 
     hidden_life: ClassVar[Life] = life(("norm", "mlp_norm"))
 
-    def __call__(self, forward: Forward, whole: bool) -> None:
+    def __call__(self, forward: Forward, first: bool) -> None:
         buffers = forward.buffers
         hidden, residual, branch = buffers.hidden, buffers.residual, buffers.branch
-        _norm_stream(self.attention_norm, forward, whole)
+        _norm_stream(self.attention_norm, forward, first)
         self.attention(forward, branch, hidden)
         self.mlp_norm(residual, branch, hidden)
         self.mlp(forward, branch, residual)
-
-    def adds_later(self, rows: int) -> bool:
-        return True
 
 
 class PostNormBlock(SequentialBlock):
     """`x = norm(x + attention(x)); x = norm(x + mlp(x))`: the first transformers, and OPT-350m."""
 
+    adds_later: ClassVar[bool] = False
     hidden_life: ClassVar[Life] = life(("mlp_norm", "end"))
 
     def _share_sums(self) -> None:
@@ -151,7 +142,7 @@ class PostNormBlock(SequentialBlock):
     def follow(self, before: Block) -> None:
         """Nothing is left to add."""
 
-    def __call__(self, forward: Forward, whole: bool) -> None:
+    def __call__(self, forward: Forward, first: bool) -> None:
         buffers = forward.buffers
         hidden, residual, branch = buffers.hidden, buffers.residual, buffers.branch
         self.attention(forward, branch, residual)
@@ -159,13 +150,11 @@ class PostNormBlock(SequentialBlock):
         self.mlp(forward, branch, hidden)
         self.mlp_norm(residual, branch, hidden)
 
-    def adds_later(self, rows: int) -> bool:
-        return False
-
 
 class ParallelBlock(Module):
     """`y = norm(x); x += attention(y) + mlp(y)`, the sum being one product: GPT-J, Falcon-7B, Phi-2."""
 
+    adds_later: ClassVar[bool] = True
     norms_branch: ClassVar[bool] = False
     hidden_life: ClassVar[Life] = life(("norm", "up"))
     two_norms: ClassVar[bool] = False
@@ -189,17 +178,14 @@ class ParallelBlock(Module):
     def leave_sum(self) -> Group | None:
         return self.output.leave_sum()
 
-    def __call__(self, forward: Forward, whole: bool) -> None:
+    def __call__(self, forward: Forward, first: bool) -> None:
         buffers = forward.buffers
-        _norm_stream(self.attention_norm, forward, whole)
+        _norm_stream(self.attention_norm, forward, first)
         self.attention.attend(forward, buffers.hidden)
         if self.mlp_norm is not None:
             self.mlp_norm(buffers.hidden, buffers.residual)
         self.mlp.activate(forward, buffers.hidden)
-        self.output.onto(buffers.residual, buffers.branch, buffers.joint)
-
-    def adds_later(self, rows: int) -> bool:
-        return not self.output.adds(rows)
+        self.output(buffers.branch, buffers.joint)
 
 
 class ParallelTwoNormsBlock(ParallelBlock):
@@ -208,10 +194,10 @@ class ParallelTwoNormsBlock(ParallelBlock):
     two_norms: ClassVar[bool] = True
 
 
-def _norm_stream(norm: Norm, forward: Forward, whole: bool) -> None:
-    """Norms the stream into `hidden`, after adding to it what is in `branch`; `whole`: nothing is."""
+def _norm_stream(norm: Norm, forward: Forward, first: bool) -> None:
+    """Norms the stream into `hidden`, after adding to it what the layer before left in `branch`."""
     buffers = forward.buffers
-    if whole:
+    if first:
         norm(buffers.hidden, buffers.residual)
     else:
         norm(buffers.hidden, buffers.branch, buffers.residual)

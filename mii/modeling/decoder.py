@@ -39,10 +39,8 @@ class Decoder(Module):
     def forward(self, forward: Forward) -> torch.Tensor:
         buffers = forward.buffers
         self.embedding(buffers.residual, forward.ids, forward.positions)
-        rows, whole = len(forward.ids), True
-        for block in self.blocks:
-            block(forward, whole)
-            whole = not block.adds_later(rows)
+        for index, block in enumerate(self.blocks):
+            block(forward, first=index == 0)
         if not len(buffers.logits):
             return buffers.logits  # a step of unfinished prompts only
         return self.project(forward)
@@ -63,7 +61,7 @@ class Decoder(Module):
         buffers = forward.buffers
         stream, branch, out = buffers.last_residual, buffers.last, buffers.last_normed
         gather(stream, buffers.residual, forward.sample_rows)
-        if not self.blocks[-1].adds_later(len(forward.ids)):
+        if not self.blocks[-1].adds_later:
             return stream if self.norm is None else self.norm(out, stream)
         gather(branch, buffers.branch, forward.sample_rows)
         return torch.add(stream, branch, out=out) if self.norm is None else self.norm(out, branch, stream)

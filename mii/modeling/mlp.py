@@ -23,14 +23,8 @@ class MLP(Protocol):
 
     up_width: int
 
-    def __call__(
-        self, forward: Forward, out: torch.Tensor, x: torch.Tensor, stream: torch.Tensor | None = None
-    ) -> bool:
-        """Computes the MLP of `x` [tokens, hidden] and puts it where `Linear.onto` does."""
-        ...
-
-    def adds(self, rows: int) -> bool:
-        """As `Linear.adds`."""
+    def __call__(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Writes the MLP of `x` [tokens, hidden] into `out` and returns it."""
         ...
 
     def leave_sum(self) -> Group | None:
@@ -53,14 +47,9 @@ class DenseMLP(Module):
         self.down = Linear(place, span, {"": spec.hidden_size}, spec.mlp_bias) if project else None
         self.kind, self.gated, self.up_width = spec.activation, gated, self.up.out_features
 
-    def __call__(
-        self, forward: Forward, out: torch.Tensor, x: torch.Tensor, stream: torch.Tensor | None = None
-    ) -> bool:
+    def __call__(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         assert self.down is not None
-        return self.down.onto(stream, out, self.activate(forward, x))
-
-    def adds(self, rows: int) -> bool:
-        return self.down is not None and self.down.adds(rows)
+        return self.down(out, self.activate(forward, x))
 
     def leave_sum(self) -> Group | None:
         assert self.down is not None
@@ -99,16 +88,13 @@ class ExpertsMLP(Module):
         self._group, self._sums = None if size.is_whole else place.group, True
         self.kind, self.up_width = spec.activation, 0 if self.shared is None else self.shared.up_width
 
-    def __call__(
-        self, forward: Forward, out: torch.Tensor, x: torch.Tensor, stream: torch.Tensor | None = None
-    ) -> bool:
+    def __call__(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         buffers, counts = forward.buffers.experts, forward.step.counts
         assert buffers is not None
         rows, routing, shared, gate = buffers.rows, self.routing, None, None
         logits = self.router(buffers.logits, x)
         if self.shared is not None:
-            shared = buffers.shared
-            self.shared(forward, shared, x)
+            shared = self.shared(forward, buffers.shared, x)
         if self.shared_gate is not None:
             gate = self.shared_gate(buffers.shared_gate, x)
         bias = None if self.choice_bias is None else self.choice_bias.tensor
@@ -118,10 +104,7 @@ class ExpertsMLP(Module):
         moe_combine(out, buffers.parts, top_k=routing.top_k, shared=shared, shared_gate=gate, counts=counts)
         if self._group is not None and self._sums:
             all_reduce(out, self._group)
-        return False
-
-    def adds(self, rows: int) -> bool:
-        return False
+        return out
 
     def leave_sum(self) -> Group | None:
         self._sums = False

@@ -15,7 +15,7 @@ import torch
 
 from mii.modeling.sharding import Span
 from mii.ops.all_reduce import Group, all_reduce
-from mii.ops.linear import LinearWeight, add_linear, adds, gated_linear, linear, pack_linear
+from mii.ops.linear import LinearWeight, gated_linear, linear, pack_linear
 
 
 class Piece(NamedTuple):
@@ -151,22 +151,6 @@ class Linear(Module):
         if self._group is not None and self._sums:
             all_reduce(out, self._group)
         return out
-
-    def adds(self, rows: int) -> bool:
-        """Whether the product itself adds so many rows of results to the residual stream."""
-        assert self.packed is not None
-        return self._bias is None and self._group is None and adds(self.packed, rows)
-
-    def onto(self, stream: torch.Tensor | None, out: torch.Tensor, x: torch.Tensor) -> bool:
-        """Adds the results to `stream`, where there is one and `adds` says so, or writes them into `out`; whether it
-        added them.
-        """
-        if stream is None or not self.adds(x.shape[0]):
-            self(out, x)
-            return False
-        assert self.packed is not None
-        add_linear(stream, x, self.packed)
-        return True
 
     def gated(self, out: torch.Tensor, scratch: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tensor:
         """`act(gate) * up` of a weight whose parts are gate and up, with room for both in scratch."""

@@ -18,10 +18,6 @@ import torch
 from mii.ops import abi, linear_hopper, native
 from mii.ops.activation import activation
 
-# Rows from which a product that torch computes adds its results to the stream itself (`add_linear`), so that the norm
-# after it need not read them: none before a card has shown that it pays.
-ADDED_ROWS = 10**9
-
 
 @dataclass(frozen=True, slots=True)
 class LinearWeight:
@@ -161,24 +157,6 @@ def linear(
     library = native.library(x.device)
     if library is None or not library.call("mii_linear", args):
         linear_reference(out, x, weight, bias)
-
-
-def adds(weight: LinearWeight, rows: int) -> bool:
-    """Whether `add_linear` is for products of so many rows with this weight."""
-    return rows >= ADDED_ROWS and not weight.packed
-
-
-def add_linear(out: torch.Tensor, x: torch.Tensor, weight: LinearWeight) -> None:
-    """out += x @ weight^T, summed in float and rounded once.
-
-    Args:
-        out, x, weight: as for `linear`, where `adds(weight, rows)`.
-
-    Raises:
-        ValueError: shapes or dtypes that do not fit together.
-    """
-    _check(out, x, weight, weight.out_features)
-    out.addmm_(x, weight.data.t())
 
 
 def gated_linear(
