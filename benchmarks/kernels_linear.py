@@ -33,9 +33,7 @@ KERNELS = {
     "cuBLASLt": (),
     "streamed": ("STREAMED",),
     "wide": ("WIDE",),
-    "shared": ("SHARED",),
     "both": ("STREAMED", "WIDE"),
-    "all": ("STREAMED", "WIDE", "SHARED"),
 }
 FETCHED = (0, 8)  # MiB of the next weight that a streamed product brings into the cache
 DTYPE, SIZE = torch.bfloat16, 2
@@ -52,7 +50,6 @@ def _choose(kernels: tuple[str, ...], fetched: int = linear_hopper.FETCH_BYTES >
     """Which of our kernels multiply, and how much they bring of what follows."""
     linear_hopper.STREAMED_ROWS = 8 if "STREAMED" in kernels else 0
     linear_hopper.WIDE_ROWS = 128 if "WIDE" in kernels else 0
-    linear_hopper.SHARED_ROWS = range(9, 1024) if "SHARED" in kernels else range(0)
     linear_hopper.FETCH_BYTES = fetched << 20
 
 
@@ -61,7 +58,7 @@ def _products() -> Iterator[Case]:
         for rows in ROWS:
             yield from (_case(name, rows, n, k, how) for how in ("cuBLASLt", "streamed", "wide"))
         for rows in MORE_ROWS:
-            ours = ("wide", "shared") if rows <= 128 else ("shared",)
+            ours = ("wide",) if rows <= 128 else ()
             yield from (_case(name, rows, n, k, how) for how in ("cuBLASLt", *ours))
 
 

@@ -59,9 +59,8 @@ extern "C" int32_t mii_linear_streamed(const MiiLinearStreamed* a, void* stream)
   return p.dtype == MII_BF16 ? linear<__nv_bfloat16>(*a, stream) : linear<__half>(*a, stream);
 }
 
-extern "C" int64_t mii_linear_workspace_bytes(const MiiLinear* a) {
+extern "C" int64_t mii_linear_workspace_bytes(const MiiLinear*) {
   using namespace mii;
-  const int64_t streamed = 2 * kStreamConsumers * int64_t(sizeof(float4));  // of each CTA two tiles
-  const int64_t each = a->rows > kStreamTokens ? max(streamed, int64_t(kSharedTileBytes)) : streamed;
+  const int64_t each = 2 * kStreamConsumers * int64_t(sizeof(float4));  // of each CTA two tiles
   return kWorkCounters * int64_t(sizeof(int)) + card().sms * each;
 }

@@ -16,7 +16,7 @@ from mii.modeling.forward import Activations
 from mii.modeling.liveness import ALWAYS, Claim, Life, lay_out, life
 from mii.modeling.parameters import Placement
 from mii.modeling.spec import ModelSpec
-from mii.ops.linear import scratch_rows
+from mii.ops.linear import rows_at_once
 
 _ALIGNED = 256  # bytes that every buffer begins at a multiple of
 
@@ -45,10 +45,12 @@ class ActivationArena:
         self._spec, self.max_samples = spec, max_samples
         widths = _widths(spec, up_width)
         shapes = {name: (max_samples if name in _LAST else max_tokens, width) for name, width in widths.items()}
-        shapes["up"] = (_up_rows(spec, place, max_tokens, up_width), up_width)
+        shapes |= {
+            name: (rows, widths[name]) for name, rows in _fewer_rows(spec, place, max_tokens).items() if name in widths
+        }
         if spec.experts is not None:
             shapes |= ExpertMemory.shapes(spec, max_tokens)
-        tensors = _allocate(place, shapes, _lives(spec))
+        tensors = _allocate(place, shapes, _lives(spec, in_pieces=shapes["up"][0] < max_tokens))
         self.num_bytes = tensors.pop("").nbytes
         self._rows = {name: tensor for name, tensor in tensors.items() if name in widths and name not in _LAST}
         self._rows |= self._inside(self._rows)
@@ -78,11 +80,14 @@ class ActivationArena:
         return self._views[key]
 
 
-def _up_rows(spec: ModelSpec, place: Placement, max_tokens: int, up_width: int) -> int:
-    """Rows of the gate and up projections: fewer than tokens where kernels of many rows leave them in registers."""
-    if spec.mlp != "gated" or spec.experts is not None:
-        return max_tokens
-    return scratch_rows(max_tokens, up_width, spec.activation, place.dtype, place.device)
+def _fewer_rows(spec: ModelSpec, place: Placement, max_tokens: int) -> dict[str, int]:
+    """Buffers that have fewer rows than a step has tokens, since an MLP is computed in pieces. Experts are not; of a
+    parallel block, gate and up alone.
+    """
+    rows = rows_at_once(max_tokens, place.device)
+    if spec.experts is not None or (spec.parallel and spec.mlp != "gated"):
+        return {}
+    return {"up": rows} | ({} if spec.parallel else {"activated": rows})
 
 
 def _widths(spec: ModelSpec, up_width: int) -> dict[str, int]:
@@ -98,9 +103,11 @@ def _widths(spec: ModelSpec, up_width: int) -> dict[str, int]:
     return widths | {"last_projected": spec.embedding_size, "logits": spec.vocab_span.size}
 
 
-def _lives(spec: ModelSpec) -> dict[str, Life]:
+def _lives(spec: ModelSpec, in_pieces: bool) -> dict[str, Life]:
     lives = _LIVES | dict.fromkeys(_LAST, life(("end", "end")))
     lives["hidden"] = BLOCKS[spec.block].hidden_life
+    if in_pieces:  # the first piece's results are there while the last one's are computed
+        lives |= {name: lives[name] | life(("up", "down")) for name in ("hidden", "up") if "up" in lives[name]}
     if spec.experts is not None:  # they read what a dense MLP has done with by then
         lives["hidden"] |= life(("up", "experts_up"))
     return lives

@@ -14,6 +14,7 @@ from mii.modeling.sharding import Span
 from mii.modeling.spec import ExpertsSpec, ModelSpec
 from mii.ops.activation import activation
 from mii.ops.all_reduce import Group, all_reduce
+from mii.ops.linear import pieces
 from mii.ops.moe import moe_combine, moe_down, moe_up
 from mii.ops.moe_routing import route
 
@@ -49,15 +50,18 @@ class DenseMLP(Module):
 
     def __call__(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         assert self.down is not None
-        return self.down(out, self.activate(forward, x))
+        for piece in pieces(x.shape[0], forward.buffers.activated.shape[0]):
+            self.down(out[piece], self.activate(forward, x[piece]))
+        return out
 
     def leave_sum(self) -> Group | None:
         assert self.down is not None
         return self.down.leave_sum()
 
     def activate(self, forward: Forward, x: torch.Tensor) -> torch.Tensor:
-        """What the last product is made of, in the step's buffer for it, [tokens, intermediate]."""
-        up, activated = forward.buffers.up, forward.buffers.activated
+        """What the last product is made of, in the step's buffer for it, [rows of x, intermediate]."""
+        rows = x.shape[0]
+        up, activated = forward.buffers.up[:rows], forward.buffers.activated[:rows]
         if activated.shape[1] != self.size:  # the model has wider MLPs too
             up, activated = up[:, : self.up_width], activated[:, : self.size]
         if self.gated:

@@ -179,7 +179,6 @@ FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "mii_linear": MiiLinear,
     "mii_linear_streamed": MiiLinearStreamed,
     "mii_linear_wide": MiiLinearStreamed,
-    "mii_linear_shared": MiiLinearStreamed,
     "mii_linear_workspace_bytes": MiiLinear,
     "mii_linear_pack": MiiLinearPack,
     "mii_linear_packed_bytes": MiiLinearPack,

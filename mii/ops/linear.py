@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 import threading
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -183,27 +184,31 @@ def gated_linear(
     _check(out, x, weight, weight.out_features // 2)
     if not weight.packed and linear_hopper.linear(out, x, weight.data, bias, _data(following), kind):
         return
-    at_once = max(1, scratch.shape[0])
-    for first in range(0, x.shape[0], at_once):
-        some = x[first : first + at_once]
-        both = scratch[: some.shape[0]]
-        linear(both, some, weight, bias, following=following)
-        activation(out[first : first + at_once], both, kind, gated=True)
+    for piece in pieces(x.shape[0], scratch.shape[0]):
+        both = scratch[: piece.stop - piece.start]
+        linear(both, x[piece], weight, bias, following=following)
+        activation(out[piece], both, kind, gated=True)
 
 
-_LEAST_SCRATCH = 1024  # rows: a product that is refused for what cannot be foretold, its tensors' places, stays fast
+# Rows of an MLP at a time on a GPU: gate and up of 8,192 rows of an 8B Llama take 2 % longer in four pieces than in one
+# (H200), and all results of its MLP half a gigabyte less.
+_ROWS_AT_ONCE = 2048
 
 
-def scratch_rows(rows: int, features: int, kind: str, dtype: torch.dtype, device: torch.device) -> int:
-    """How many rows of scratch memory `gated_linear` wants so that no product of up to `rows` rows is cut.
+def rows_at_once(rows: int, device: torch.device) -> int:
+    """In pieces of how many rows an MLP of up to `rows` rows is best computed; its inner results have as many."""
+    return min(rows, _ROWS_AT_ONCE) if device.type == "cuda" else rows
 
-    Args:
-        rows: The most that there will be.
-        features: The weight's out_features.
-        kind, dtype, device: The activation, and what the tensors have.
+
+def pieces(rows: int, most: int) -> Iterator[slice]:
+    """`rows` rows in as few pieces of at most `most` as will do, all about as large.
+
+    >>> list(pieces(10, 4))
+    [slice(0, 4, None), slice(4, 8, None), slice(8, 10, None)]
     """
-    wanted = linear_hopper.scratch_rows(rows, features, kind, dtype, device)
-    return min(rows, max(wanted, _LEAST_SCRATCH))
+    count = -(-rows // most) if rows else 0
+    size = -(-rows // count) if rows else 0
+    return (slice(first, min(rows, first + size)) for first in range(0, rows, size or 1))
 
 
 def _check(out: torch.Tensor, x: torch.Tensor, weight: LinearWeight, width: int) -> None:

@@ -1,10 +1,10 @@
 """Products on a Hopper GPU by kernels of our own, where they are faster than cuBLASLt.
 
-Up to 128 rows of a weight that has tiles for the multiprocessors, and gated products of many rows: warpgroup products
-(csrc/include/mii/linear_wide.cuh). Up to 8 rows of other weights: a stream of the weight (linear_stream.cuh). Both read
-the weight where it lies, row-major, so cuBLASLt serves all else from the same memory. The gated forms compute gate and
-up of an output side by side and apply the activation before anything is written. Warpgroup products can also divide
-a product evenly among the multiprocessors where whole tiles would leave some without work (SHARED_ROWS).
+Up to 128 rows of a weight that has tiles for the multiprocessors: warpgroup products
+(csrc/include/mii/linear_wide.cuh). Up to 8 rows of other weights, and of all where memory is so fast that the last
+tiles would leave it idle: a stream of the weight (linear_stream.cuh). Both read the weight where it lies, row-major,
+so cuBLASLt serves all else from the same memory. The gated forms compute gate and up of an output side by side and
+apply the activation before anything is written.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from mii.ops import abi, native
 STREAMED_ROWS = 8  # up to which a product goes to the stream, which takes no more
 WIDE_TILES = 96  # of 128 weight rows, from which warpgroup products keep enough multiprocessors reading
 WIDE_ROWS = 128  # up to which reading the weight is most of a product's time
-# Gated products of more rows: from how many, and the least share of multiprocessors that have a tile in the last round.
-GATED_ROWS, GATED_SHARE = 1024, 0.93
-SHARED_ROWS = range(0)  # with which products that have no kernel by the lines above are divided evenly; up to 1,024
+FAST_MEMORY = 100 << 30  # bytes: GPUs that have more have HBM3e, 4 TB/s and above
 GATES = ("silu", "gelu_tanh", "gelu_quick")  # that warpgroup products apply
 # Bytes of the following product's weight that come into the L2 cache while a product ends: about what memory delivers
 # between the last read of one product and the first of the next.
 FETCH_BYTES = 8 << 20
 
-_workspaces: dict[tuple[torch.device, int], torch.Tensor] = {}
+_workspaces: dict[torch.device, torch.Tensor] = {}
 
 
 def prepare(device: torch.device) -> None:
@@ -49,7 +47,7 @@ def linear(
     strided = x.stride(1) != 1 or out.stride(1) != 1 or not weight.is_contiguous()
     if library is None or strided or weight.dtype not in (torch.float16, torch.bfloat16):
         return False
-    function = _kernel(x.shape[0], weight.shape[0], activation, _multiprocessors(x.device))
+    function = _kernel(x.shape[0], weight.shape[0], activation, _fast_memory(x.device))
     if function is None:
         return False
     product = abi.MiiLinear(
@@ -84,49 +82,28 @@ def _ahead(following: torch.Tensor | None) -> tuple[int | None, int]:
     return following.data_ptr(), following.numel() * following.element_size()
 
 
-def _kernel(rows: int, features: int, activation: str | None, multiprocessors: int) -> str | None:
+def _kernel(rows: int, features: int, activation: str | None, fast_memory: bool) -> str | None:
     """The function that multiplies so many rows by a weight of so many features; None: cuBLASLt does."""
+    if rows <= STREAMED_ROWS and fast_memory:
+        return "mii_linear_streamed"
     wide = activation is None or activation in GATES
     if wide and rows <= WIDE_ROWS and features >= 128 * WIDE_TILES:
         return "mii_linear_wide"
-    if rows <= STREAMED_ROWS:
-        return "mii_linear_streamed"
-    if activation in GATES and rows >= GATED_ROWS:
-        tiles = -(-rows // 128) * -(-features // 256)
-        rounds = -(-tiles // multiprocessors)
-        if tiles >= GATED_SHARE * rounds * multiprocessors:
-            return "mii_linear_wide"
-    return "mii_linear_shared" if wide and rows in SHARED_ROWS else None
+    return "mii_linear_streamed" if rows <= STREAMED_ROWS else None
 
 
-def most_rows_without(rows: int, features: int, activation: str, multiprocessors: int) -> int:
-    """The largest number of rows, up to `rows`, whose gated product has no kernel here."""
-    without = (each for each in range(rows, 0, -1) if _kernel(each, features, activation, multiprocessors) is None)
-    return next(without, 0)
+_fast: dict[torch.device, bool] = {}
 
 
-def scratch_rows(rows: int, features: int, activation: str, dtype: torch.dtype, device: torch.device) -> int:
-    """As `mii.ops.linear.scratch_rows`."""
-    if device.type != "cuda" or native.library(device) is None or dtype not in (torch.float16, torch.bfloat16):
-        return rows
-    if torch.cuda.get_device_capability(device) != (9, 0):
-        return rows
-    return most_rows_without(rows, features, activation, _multiprocessors(device))
-
-
-_multiprocessor_counts: dict[torch.device, int] = {}
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device not in _multiprocessor_counts:
-        _multiprocessor_counts[device] = torch.cuda.get_device_properties(device).multi_processor_count
-    return _multiprocessor_counts[device]
+def _fast_memory(device: torch.device) -> bool:
+    if device not in _fast:
+        _fast[device] = torch.cuda.get_device_properties(device).total_memory > FAST_MEMORY
+    return _fast[device]
 
 
 def _workspace(library: native.Library, device: torch.device) -> torch.Tensor:
     """Partial sums and their counters, one for each device: the calls of an engine follow one another in a stream."""
-    key = device, SHARED_ROWS.stop
-    if key not in _workspaces:
-        size = library.bytes("mii_linear_workspace_bytes", abi.MiiLinear(rows=SHARED_ROWS.stop))
-        _workspaces[key] = torch.zeros(size, dtype=torch.uint8, device=device)
-    return _workspaces[key]
+    if device not in _workspaces:
+        size = library.bytes("mii_linear_workspace_bytes", abi.MiiLinear())
+        _workspaces[device] = torch.zeros(size, dtype=torch.uint8, device=device)
+    return _workspaces[device]

@@ -16,7 +16,6 @@ from mii.modeling.decoder import Decoder
 from mii.modeling.liveness import ALWAYS, Claim, lay_out
 from mii.modeling.models import find_family
 from mii.modeling.parameters import Placement
-from mii.ops import linear_hopper
 from tests.oracle import final_logits, generate, random_prompts, small_engine
 from tests.variants import Variant, all_variants
 
@@ -91,7 +90,7 @@ def test_a_model_computes_the_same_wherever_its_buffers_lie(
         assert torch.equal(again, logits)
         assert same == answers
         assert less < size
-    monkeypatch.setattr(arena, "scratch_rows", lambda *_: 5)  # what has no kernel of its own is done in pieces
+    monkeypatch.setattr(arena, "rows_at_once", lambda *_: 5)  # MLPs are computed in pieces
     again, same, least = computed()
     assert torch.allclose(again, logits, atol=1e-4)
     assert same == answers
@@ -111,23 +110,20 @@ LLAMA3_8B = {
 }
 
 
-@pytest.mark.parametrize(("multiprocessors", "megabytes"), [(0, 839), (132, 465)])
-def test_steps_of_8192_tokens_of_an_8b_llama(
-    multiprocessors: int, megabytes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What the MLP has at once: the stream, the normed stream, both projections and what is made of them; on an H100
-    projections of as many rows as its own kernels leave to cuBLASLt.
+@pytest.mark.parametrize(("device", "megabytes"), [("cpu", 839), ("cuda", 422)])
+def test_steps_of_8192_tokens_of_an_8b_llama(device: str, megabytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the MLP has at once: the stream, the normed stream, both projections and what is made of them; on a GPU
+    projections of a quarter of the rows.
     """
-    if multiprocessors:
-        rows = linear_hopper.most_rows_without(8192, 28672, "silu", multiprocessors)
-        monkeypatch.setattr(linear_hopper, "scratch_rows", lambda *_: rows)
+    rows = arena.rows_at_once(8192, torch.device(device))
+    monkeypatch.setattr(arena, "rows_at_once", lambda *_: rows)
     spec = find_family(LLAMA3_8B).read_spec(LLAMA3_8B)
     place = Placement(torch.device("meta"), torch.bfloat16)
     model = Decoder(spec, place)
     memory = ActivationArena(spec, place, 8192, 1024, model.up_width)
     assert round(memory.num_bytes / 1e6) == megabytes
     assert memory.views(3, 2).logits.shape == (2, 128256)
-    assert memory.views(8192, 2).activated.shape == (8192, 14336)
+    assert memory.views(8192, 2).activated.shape == (rows, 14336)
 
 
 def test_lives_name_stages() -> None:

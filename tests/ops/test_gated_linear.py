@@ -7,7 +7,7 @@ import torch
 
 from mii.ops import linear_hopper
 from mii.ops.activation import activation_reference
-from mii.ops.linear import gated_linear, linear, pack_linear, scratch_rows
+from mii.ops.linear import gated_linear, linear, pack_linear, pieces, rows_at_once
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -33,37 +33,28 @@ def test_with_little_scratch_it_is_done_in_pieces(rows: int) -> None:
     torch.testing.assert_close(out, expected)
 
 
-def test_where_no_kernel_does_all_at_once_scratch_has_a_row_for_each() -> None:
-    assert scratch_rows(8192, 28672, "silu", torch.bfloat16, torch.device("cpu")) == 8192
+@pytest.mark.parametrize(("rows", "most", "sizes"), [(0, 4, []), (4, 4, [4]), (5, 4, [3, 2]), (9, 4, [3, 3, 3])])
+def test_pieces_are_few_and_even(rows: int, most: int, sizes: list[int]) -> None:
+    parts = list(pieces(rows, most))
+    assert [part.stop - part.start for part in parts] == sizes
+    assert [row for part in parts for row in range(rows)[part]] == list(range(rows))
 
 
-@pytest.mark.parametrize("features", [512, 2 * 8960, 28672, 57344])
-@pytest.mark.parametrize("kind", ["silu", "gelu"])
-def test_every_product_of_more_rows_than_scratch_has_is_a_hopper_kernels(features: int, kind: str) -> None:
-    most = linear_hopper.most_rows_without(8192, features, kind, 132)
-    kernels = [linear_hopper._kernel(rows, features, kind, 132) for rows in range(1, 8193)]
-    assert all(kernels[most:])
-    assert most == 0 or kernels[most - 1] is None
-    assert most == 8192 if kind == "gelu" else most < 8192
+@pytest.mark.parametrize(("rows", "on_a_gpu"), [(100, 100), (2048, 2048), (8192, 2048)])
+def test_a_gpu_computes_mlps_in_pieces_and_a_cpu_whole(rows: int, on_a_gpu: int) -> None:
+    assert rows_at_once(rows, torch.device("cpu")) == rows
+    assert rows_at_once(rows, torch.device("cuda")) == on_a_gpu
 
 
-def test_rows_that_share_tiles_have_a_kernel_whatever_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_hopper, "SHARED_ROWS", range(100, 1024))
-    chosen = {
-        (rows, features, kind): linear_hopper._kernel(rows, features, kind, 132)
-        for rows in (8, 99, 100, 128, 129, 1023, 1024)
-        for features in (512, 28672)
-        for kind in (None, "silu", "gelu")
-    }
-    shared = {case for case, kernel in chosen.items() if kernel == "mii_linear_shared"}
-    assert shared == {
-        (rows, features, kind)
-        for rows in (100, 128, 129, 1023)
-        for features in (512, 28672)
-        for kind in (None, "silu")
-        if rows > 128 or features == 512
-    }
-    assert linear_hopper.most_rows_without(1023, 28672, "silu", 132) == 0
+def test_few_rows_stream_all_weights_where_memory_is_fast_and_the_narrow_ones_elsewhere() -> None:
+    def kernels(fast_memory: bool) -> list[str | None]:
+        cases = [(8, 4096), (8, 28672), (9, 28672), (128, 28672), (129, 28672), (9, 4096)]
+        return [linear_hopper._kernel(rows, features, None, fast_memory) for rows, features in cases]
+
+    wide, streamed = "mii_linear_wide", "mii_linear_streamed"
+    assert kernels(fast_memory=False) == [streamed, wide, wide, wide, None, None]
+    assert kernels(fast_memory=True) == [streamed, streamed, wide, wide, None, None]
+    assert linear_hopper._kernel(64, 28672, "gelu", fast_memory=False) is None
 
 
 def test_an_output_as_wide_as_the_product_is_refused() -> None:

@@ -4,9 +4,7 @@
 
 namespace mii {
 
-// What products of one stream share: counters, then for each CTA sums of tiles that it does not end.
-constexpr int kWorkCounters = 16384;
-constexpr int kSharedTileBytes = 128 * 256 * 4;  // of the largest tile
+constexpr int kWorkCounters = 16384;  // of tiles, with which a product's workspace begins
 
 // The runs of units: CTA c of `ctas` has [begin(c), begin(c + 1)).
 struct StreamRuns {

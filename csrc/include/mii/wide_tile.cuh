@@ -20,7 +20,6 @@ struct WideShape {
   static constexpr int kPieces = kByRows ? 1 : 2;
   static constexpr int kPieceColumns = kByRows ? Columns : Columns / 4;
   static constexpr int kHalf = Columns / 2, kHalfOwn = kByRows ? kHalf : kHalf / 2;
-  static constexpr int kSumBytes = Rows * Columns * 4;
   using X = Panels<Rows, kWideDepth>;
   using Weight = Panels<Columns, kWideDepth>;
   static constexpr int kHalfBytes = Weight::kBytes / 2, kStageBytes = X::kBytes + Weight::kBytes;
@@ -75,12 +74,6 @@ struct WideSums {
   MII_DEVICE void settled() {
 #pragma unroll
     for (auto& one : piece) settle(one);
-  }
-  // Calls body(i, four) for the i-th four sums.
-  template <typename Body>
-  MII_DEVICE void for_fours(Body&& body) {
-#pragma unroll
-    for (int i = 0; i < Shape::kPieces * kCount; i += 4) body(i / 4, piece[i / kCount] + i % kCount);
   }
   // Sum i of this warpgroup's part of a half of the weight rows.
   MII_DEVICE float at(int half, int i) const {

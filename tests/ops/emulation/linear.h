@@ -36,11 +36,10 @@ struct Tensors {
   }
 };
 
-// In any order, or in that of their numbers where CTAs wait for those before them.
-inline void run_grid(int ctas, int threads, const std::function<void()>& kernel, bool in_order = false) {
+inline void run_grid(int ctas, int threads, const std::function<void()>& kernel) {
   std::vector<int> order(ctas);
   std::iota(order.begin(), order.end(), 0);
-  if (!in_order) std::shuffle(order.begin(), order.end(), card::chance);
+  std::shuffle(order.begin(), order.end(), card::chance);
   card::grid = {ctas};
   for (const int cta : order) {
     card::block = {cta};

@@ -23,11 +23,8 @@ struct MiiLinearStreamed {
   int32_t gated, activation;       // a MiiActivationKind
 };
 MII_API int32_t mii_linear_streamed(const struct MiiLinearStreamed* args, void* stream);
-// CUDA: the same for any number of rows by the tensor cores of compute capability 9.0; gates are silu or gelu (tanh, quick).
+// CUDA: the same for up to 128 rows by the tensor cores of compute capability 9.0; gates are silu or gelu (tanh, quick).
 MII_API int32_t mii_linear_wide(const struct MiiLinearStreamed* args, void* stream);
-// CUDA: the same for up to 1,024 rows, with the work divided evenly among the multiprocessors, tile or no tile.
-MII_API int32_t mii_linear_shared(const struct MiiLinearStreamed* args, void* stream);
-// For products of up to args->rows rows.
 MII_API int64_t mii_linear_workspace_bytes(const struct MiiLinear* args);
 
 // Packs a row-major weight into the layout that mii_linear reads, once at load. Padding is zeros. The layout depends on
