@@ -53,7 +53,8 @@ def scale(
     """
     if isinstance(replicas, bool) or not isinstance(replicas, int) or replicas < 1:
         raise PlacementError(
-            f"replicas is {replicas!r}; a deployment has one at least: 'mii stop {model_or_deployment_name}' ends it"
+            f"replicas is {replicas!r}; a deployment has one at least: "
+            f"'mii stop \"{model_or_deployment_name}\"' ends it"
         )
     added = None if device_map is None else parse_device_map(device_map)
     if isinstance(added, str):

@@ -65,7 +65,7 @@ def pack_request(prompts: Iterable[str | Sequence[int]], options: Mapping[str, A
             request=texts.values(),
             token_prompts=[TokenIds(ids=prompt) for prompt in tokens.values()],
             positions=[] if places == sorted(places) else places,
-            query_kwargs={name: pack_value(value) for name, value in options.items()},
+            query_kwargs={name: _pack_option(name, value) for name, value in options.items()},
         )
     except UnicodeEncodeError as error:
         raise PromptEncodingError(
@@ -126,9 +126,16 @@ def pack_value(value: Any) -> Value:
     if isinstance(value, Iterable) and not isinstance(value, (bytes, bytearray)):
         return Value(lvalue=List(values=[pack_value(item) for item in value]))
     raise RequestError(
-        f"an option is {value!r} of type {type(value).__name__}, which cannot be sent; send text, numbers of up to 64 "
-        "bits, booleans, None, lists or dicts"
+        f"{value!r} of type {type(value).__name__} cannot be sent; send text, numbers of up to 64 bits, booleans, "
+        "None, lists or dicts"
     )
+
+
+def _pack_option(name: str, value: Any) -> Value:
+    try:
+        return pack_value(value)
+    except RequestError as error:
+        raise RequestError(f"{name}: {error}") from None
 
 
 def unpack_value(value: Value) -> Any:

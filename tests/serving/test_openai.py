@@ -132,9 +132,31 @@ def test_what_asks_for_nothing_is_not_sent(client: openai.OpenAI, server: HttpFi
         logit_bias={},
         suffix="",
         best_of=1,
-        extra_body={"top_k": -1, "min_p": 0, "repetition_penalty": 1.0, "use_beam_search": False, "max_tokens": None},
+        user="u",
+        extra_body={
+            "top_k": -1,
+            "min_p": 0,
+            "repetition_penalty": 1.0,
+            "use_beam_search": False,
+            "max_tokens": None,
+            "store": False,
+            "response_format": {"type": "text"},
+            "metadata": {"trace": "1"},
+            "guided_json": None,
+        },
     )
     assert set(server.options) == {"temperature", "top_p", "max_new_tokens", "skip_special_tokens"}
+    client.chat.completions.create(
+        model="tiny",
+        messages=MESSAGES,
+        metadata={"trace": "1"},
+        store=False,
+        parallel_tool_calls=True,
+        response_format={"type": "text"},
+        stream_options=None,
+        extra_body={"suffix": None, "prompt_cache_retention": None},
+    )
+    assert set(server.options) == {"temperature", "top_p", "max_new_tokens", "skip_special_tokens", CHAT}
 
 
 def test_max_completion_tokens_counts_before_max_tokens(client: openai.OpenAI, server: HttpFixture) -> None:

@@ -86,10 +86,31 @@ def test_parts_of_text_are_joined_and_other_fields_reach_the_template(
     given: Any = {"tools": [tool], "extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}
     client.chat.completions.create(model="tiny", messages=messages, **given)
     prompts, options, _ = server.fake.calls[-1]
-    assert json.loads(prompts[0]) == [{"role": "user", "content": "a\nb"}, *messages[1:]]
+    said = {**messages[1], "content": ""}
+    assert json.loads(prompts[0]) == [{"role": "user", "content": "a\nb"}, said, messages[2]]
     assert options[CHAT] == {"enable_thinking": False, "add_generation_prompt": True, "tools": [tool]}
     client.chat.completions.create(model="tiny", messages=MESSAGES, tool_choice="none", **given)
     assert "tools" not in server.options[CHAT]
+
+
+@pytest.mark.parametrize(
+    ("written", "given"),
+    [
+        ('{"city": "Oslo"}', {"city": "Oslo"}),
+        ("", {}),
+        ("{broken", "{broken"),
+        ("[1]", "[1]"),
+        ({"city": "Oslo"}, {"city": "Oslo"}),
+    ],
+)
+def test_templates_get_the_arguments_of_a_call_as_an_object(
+    client: openai.OpenAI, server: HttpFixture, written: Any, given: Any
+) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": written}}
+    message: Any = {"role": "assistant", "tool_calls": [call]}
+    client.chat.completions.create(model="tiny", messages=[*MESSAGES, message])
+    (turn,) = json.loads(server.fake.calls[-1][0][0])[len(MESSAGES) :]
+    assert turn["tool_calls"] == [{**call, "function": {"name": "f", "arguments": given}}]
 
 
 def test_without_an_opening_the_role_is_the_assistants(client: openai.OpenAI, server: HttpFixture) -> None:

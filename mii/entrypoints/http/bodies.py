@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -36,14 +37,20 @@ class ApiModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _refuse_by_name(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or not cls.refused.keys() & data.keys():
+        if not isinstance(data, dict):
             return data
         for name in cls.refused.keys() & data.keys():
             value, neutral = data[name], (None, *cls.refused[name])
             if not any(type(value) is type(each) and value == each for each in neutral):
                 message = f"{name}={_short(value)} is not supported here; leave {name!r} out"
                 raise InvalidBodyError(400, message, param=name)
-        return {name: value for name, value in data.items() if name not in cls.refused}
+        return {name: value for name, value in data.items() if not cls._asks_for_nothing(name, value)}
+
+    @classmethod
+    def _asks_for_nothing(cls, name: str, value: Any) -> bool:
+        """Whether it is a neutral value, or the null of another server's field: some clients write all they know."""
+        unknown = cls.model_config.get("extra") == "forbid" and name not in cls.model_fields
+        return name in cls.refused or (value is None and unknown)
 
 
 async def read_body(request: Request, model: type[Model], limit: int) -> Model:
@@ -97,11 +104,32 @@ def _loads(body: bytes) -> Any:
     try:
         return _decode(body)
     except UnicodeDecodeError as error:
-        raise bad_request(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
+        raise bad_request(f"the body is not UTF-8: {error.reason} at byte {_not_utf8(body, error)}") from None
     except RecursionError:
         raise bad_request("the body is JSON that is nested too deeply") from None
     except msgspec.MsgspecError as error:
-        raise bad_request(f"the body is not valid JSON: {error}") from None
+        raise bad_request(_half_pair(body) or f"the body is not valid JSON: {error}") from None
+
+
+def _not_utf8(body: bytes, error: UnicodeDecodeError) -> int:
+    """Where in a body: the decoder counts from the beginning of a text."""
+    try:
+        body.decode()
+    except UnicodeDecodeError as first:
+        return first.start
+    return error.start
+
+
+def _half_pair(body: bytes) -> str:
+    """What is wrong with a body that is JSON but for half of an escaped surrogate pair, or an empty string."""
+    try:
+        text = json.dumps(json.loads(body), ensure_ascii=False)
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"the body has a text with {text[error.start]!r}, half of a surrogate pair; send whole characters"
+    except (ValueError, RecursionError):
+        return ""
+    return ""
 
 
 def _explain(model: type[ApiModel], error: ValidationError) -> ApiError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, TypeAlias
 
+import msgspec
 from pydantic import PlainValidator, WithJsonSchema
 
 __all__ = ["Bias", "Limit", "Messages", "Prompt", "Stop", "TokenIds", "Tools"]
@@ -76,17 +77,35 @@ def _number(value: Any) -> float:
 
 
 def _message(value: Any) -> dict[str, Any]:
-    """A turn, its text parts joined: templates want strings. What else is in it is the template's affair."""
+    """A turn as templates want it: its text parts joined, and what a called function was given as an object.
+
+    What else is in it is the template's affair.
+    """
     if not isinstance(value, dict) or not isinstance(value.get("role"), str):
         raise ValueError("a message must be an object with 'role', a string, and 'content'")
     if "content" not in value and not value.get("tool_calls"):
         raise ValueError(f"the message of role {value['role']!r} has no 'content'")
-    content = value.get("content")
-    return {**value, "content": _joined(content) if isinstance(content, list) else _text(content)}
+    content, calls = value.get("content"), value.get("tool_calls")
+    turn = {**value, "content": _joined(content) if isinstance(content, list) else _text(content)}
+    return {**turn, "tool_calls": [_tool_call(call) for call in calls]} if isinstance(calls, list) else turn
 
 
-def _text(content: Any) -> str | None:
-    if content is None or isinstance(content, str):
+def _tool_call(call: Any) -> Any:
+    """A call whose arguments are an object: OpenAI has them as JSON in a string, which a template would quote again."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = msgspec.json.decode(function["arguments"] or "{}")
+    except (msgspec.MsgspecError, UnicodeError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
+
+
+def _text(content: Any) -> str:
+    if content is None:  # no text beside a tool's call; templates add texts to it
+        return ""
+    if isinstance(content, str):
         return content
     raise ValueError("content must be a string or a list of parts {'type': 'text', 'text': '...'}")
 

@@ -15,6 +15,13 @@ __all__ = ["ChatCompletionRequest", "CompletionRequest", "SamplingFields", "Stre
 _MAX_TOKENS = 128  # DeepSpeed-MII's; OpenAI has 16 for completions and no bound for chats
 _MAX_TOKENS_SAYS = f"most tokens of an answer, which the model's length may end earlier; {_MAX_TOKENS} by default"
 _MOST_CHOICES = 128
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "best_of": (1,),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "use_beam_search": (False,),
+}
 
 
 class StreamOptions(ApiModel):
@@ -52,6 +59,9 @@ class SamplingFields(ApiModel):
     stream: bool | None = Field(default=False, description="send the answer as it is made, as server-sent events")
     stream_options: StreamOptions | None = None
     user: str | None = Field(default=None, description="not used")
+    metadata: dict[str, Any] | None = Field(default=None, description="not used")
+    prompt_cache_key: str | None = Field(default=None, description="not used; like beginnings are always cached")
+    safety_identifier: str | None = Field(default=None, description="not used")
 
     @property
     def choices(self) -> int:
@@ -106,7 +116,7 @@ class SamplingFields(ApiModel):
 class CompletionRequest(SamplingFields):
     """Body of ``POST /v1/completions``."""
 
-    refused: ClassVar = {"suffix": ("",), "use_beam_search": (False,), "best_of": (1,)}
+    refused: ClassVar = _REFUSED | {"suffix": ("",)}
 
     prompt: Prompt = Field(description="a text or token ids, or a list of such")
     max_length: int | None = Field(default=None, ge=1, description="most tokens of prompt plus answer")
@@ -152,19 +162,13 @@ _TEMPLATE_NAMES = frozenset(
 class ChatCompletionRequest(SamplingFields):
     """Body of ``POST /v1/chat/completions``."""
 
-    refused: ClassVar = {
+    refused: ClassVar = _REFUSED | {
         "audio": (),
-        "best_of": (1,),
         "function_call": ("none", "auto"),
         "functions": ([],),
-        "metadata": ({},),
         "modalities": (["text"],),
         "prediction": (),
         "reasoning_effort": ("none",),
-        "response_format": ({"type": "text"},),
-        "service_tier": ("auto", "default"),
-        "store": (False,),
-        "use_beam_search": (False,),
         "verbosity": (),
         "web_search_options": (),
     }
@@ -175,8 +179,6 @@ class ChatCompletionRequest(SamplingFields):
     tools: Tools = Field(default=[], description="functions, for templates that know them; answers come as text")
     tool_choice: str | dict[str, Any] | None = Field(default=None, description="'auto', or 'none' to leave tools out")
     parallel_tool_calls: bool | None = Field(default=None, description="not used")
-    prompt_cache_key: str | None = Field(default=None, description="not used; like beginnings are always cached")
-    safety_identifier: str | None = Field(default=None, description="not used")
     logprobs: bool | None = Field(default=False, description="log-probabilities of the answer's tokens")
     top_logprobs: int | None = Field(default=None, ge=0, le=20, description="and of so many others at each place")
 
