@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -171,13 +172,16 @@ def client(model_or_deployment_name: str) -> MIIClient:
 
     Raises:
         DeploymentNotFoundError: there is none of that name, or it has ended.
+        TypeError: the name is neither a string nor a path.
 
     Example:
         print(mii.client("demo").generate("DeepSpeed is"))
     """
+    if not isinstance(model_or_deployment_name, str | os.PathLike):
+        raise TypeError(f"the deployment is {model_or_deployment_name!r}; give its name, or its model's, as a string")
     from mii.backend.deployment import find_alive
 
-    config = find_alive(model_or_deployment_name).config
+    config = find_alive(os.fspath(model_or_deployment_name)).config
     from mii.backend import MIIClient
 
     return MIIClient(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,11 +86,11 @@ def read_prompts(args: argparse.Namespace) -> list[CommandPrompt]:
 
 
 def _checked_argument(text: str, at: int) -> str:
+    """What was typed, also where the locale is not UTF-8 and Python has kept the bytes apart."""
     try:
-        text.encode()
-    except UnicodeEncodeError:
+        return os.fsencode(text).decode()
+    except UnicodeError:
         raise PromptEncodingError(f"prompt {at} on the command line is not UTF-8") from None
-    return text
 
 
 def _lines(name: str) -> list[tuple[int, str]]:

@@ -12,6 +12,7 @@ option values are `pydantic.ValidationError` (itself a `ValueError`), with messa
     │   └── PortTakenError                    a port that was asked for is in use; says by whom
     ├── HostfileError                         (ValueError, AssertionError) a hostfile that cannot be read
     ├── UnsupportedFeatureError               (NotImplementedError) known to the API, not done by this version
+    ├── RegistryError                         (OSError) the folder in which deployments are recorded cannot be written
     ├── DeploymentNotFoundError               no deployment of that name on this machine
     ├── DeploymentExistsError                 (ValueError) one of that name is running already
     ├── DeploymentError                       (RuntimeError) a deployment did not start; says which part failed and why
@@ -67,6 +68,7 @@ __all__ = [
     "PromptEncodingError",
     "PromptTooLongError",
     "PromptTypeError",
+    "RegistryError",
     "RequestCancelledError",
     "RequestError",
     "RequestTimeoutError",
@@ -115,6 +117,10 @@ class HostfileError(MIIError, ValueError, AssertionError):
 
 class UnsupportedFeatureError(MIIError, NotImplementedError):
     """The API knows this, this version does not do it; the message says what to use instead."""
+
+
+class RegistryError(MIIError, OSError):
+    """The folder in which deployments are recorded cannot be made or written."""
 
 
 class DeploymentNotFoundError(MIIError):

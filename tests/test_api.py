@@ -190,6 +190,9 @@ def test_client_knows_running_deployments_only(tmp_path: Path, monkeypatch: pyte
     registry.save_deployment(_parse_kwargs_to_mii_config(MODEL, deployment_name="here"))
     with pytest.raises(DeploymentNotFoundError, match="'here' has ended: its supervisor was killed; its logs are in"):
         mii.client("here")
+    nameless: Any = None
+    with pytest.raises(TypeError, match="the deployment is None; give its name"):
+        mii.client(nameless)
 
 
 # ---------------------------------------------------------------- pipeline

@@ -101,6 +101,11 @@ def test_lines_of_json_hold_texts_tokens_and_chats(run: Run, loaded: dict[str, A
     assert prompts_of(loaded) == ["a\nb", "c", "de", "f", "user:hi"]
 
 
+def test_an_argument_in_a_locale_that_is_not_utf8_is_what_was_typed(run: Run, loaded: dict[str, Any]) -> None:
+    run("generate", "Привет".encode().decode("ascii", "surrogateescape"))
+    assert prompts_of(loaded) == ["Привет"]
+
+
 def test_a_chat_asks_with_the_models_template(run: Run, loaded: dict[str, Any]) -> None:
     run("generate", "--chat", "hi")
     assert prompts_of(loaded) == ["user:hi"]

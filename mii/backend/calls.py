@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable
 from contextlib import closing
 from functools import partial
+from numbers import Real
 from typing import Any
 
 import grpc
@@ -40,7 +41,7 @@ class Attempts:
     """
 
     def __init__(self, timeout: float | None, diagnose: Callable[[], str | None], where: str) -> None:
-        if timeout is not None and not timeout > 0:
+        if timeout is not None and not (isinstance(timeout, Real) and timeout > 0):
             raise ValueError(f"timeout is {timeout!r}; give a number of seconds above 0, or None for no limit")
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._timeout = timeout

@@ -27,6 +27,7 @@ from mii.config.registry import (
     make_registry_folder,
     registry_folder,
     save_deployment,
+    writing_registry,
 )
 from mii.constants import SERVER_STOP_GRACE_SECONDS
 from mii.errors import DeploymentError, DeploymentExistsError, DeploymentNotFoundError, LauncherError
@@ -138,7 +139,8 @@ def launch(config: MIIConfig, *, attached: bool = False) -> Launch:
         LauncherError: this process is one of several that a launcher started; or see `make_plan`.
         PortTakenError, PlacementError, HostfileError: see `choose_ports`.
         UnsupportedFeatureError: see `mii.config.registry.save_deployment`.
-        OSError: files or the process cannot be made.
+        RegistryError: the files cannot be made.
+        OSError: the process cannot be made.
     """
     if world_size() > 1:
         raise LauncherError(
@@ -146,7 +148,8 @@ def launch(config: MIIConfig, *, attached: bool = False) -> Launch:
             "several; start this one with plain python, or unset WORLD_SIZE"
         )
     check_can_be_saved(config)
-    make_registry_folder()
+    with writing_registry():
+        make_registry_folder()
     folder = deployment_folder(config.deployment_name)
     with locked(registry_folder() / ".lock"):
         if is_held(folder.lock_file):
@@ -160,9 +163,10 @@ def launch(config: MIIConfig, *, attached: bool = False) -> Launch:
         config = choose_ports(config, reserved_ports(), claims)
         plan = make_plan(config, folder, attached=attached)
         try:
-            folder.create()
-            save_deployment(config)
-            write_private(folder.plan_file, msgspec.json.encode(plan))
+            with writing_registry():
+                folder.create()
+                save_deployment(config)
+                write_private(folder.plan_file, msgspec.json.encode(plan))
             return Launch(config, *_start_supervisor(folder), claims)
         except BaseException:
             claims.release()

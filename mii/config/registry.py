@@ -6,9 +6,11 @@ data: nothing of it is ever run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
@@ -17,7 +19,7 @@ from pydantic import ValidationError
 
 from mii.config.deployment import MIIConfig, default_deployment_name
 from mii.constants import CACHE_PATH_DEFAULT, cache_path
-from mii.errors import DeploymentNotFoundError, UnsupportedFeatureError
+from mii.errors import DeploymentNotFoundError, RegistryError, UnsupportedFeatureError
 from mii.launch.folder import DeploymentFolder
 from mii.validation import explain
 
@@ -31,6 +33,7 @@ __all__ = [
     "make_registry_folder",
     "registry_folder",
     "save_deployment",
+    "writing_registry",
 ]
 
 
@@ -123,6 +126,24 @@ def _read(path: Path, name: str) -> MIIConfig:
 def registry_folder() -> Path:
     """The folder of this user's deployments; it need not exist."""
     return cache_path() / f"deployments-{os.getuid()}"
+
+
+@contextlib.contextmanager
+def writing_registry() -> Iterator[None]:
+    """Says of what the system refuses within which folder is meant, and how to have another one.
+
+    Raises:
+        RegistryError: in place of what the system said.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.strerror is None:  # mii's own words
+            raise
+        raise RegistryError(
+            f"deployments are recorded in {registry_folder()}, which cannot be written: {error.strerror}; make room "
+            "for it, or set MII_CACHE_PATH to a folder of your own"
+        ) from error
 
 
 def make_registry_folder() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from google.protobuf.struct_pb2 import NULL_VALUE
 
 from mii.batching.data_classes import GenerationFinishReason, StreamedResponse, TokenLogprob
+from mii.constants import GRPC_MAX_MESSAGE_BYTES
 from mii.errors import PromptEncodingError, RequestError
 from mii.grpc_related.proto.modelresponse_pb2 import (
     Dictionary,
@@ -50,7 +51,7 @@ def pack_request(prompts: Iterable[str | Sequence[int]], options: Mapping[str, A
 
     Raises:
         PromptEncodingError: a text is not valid Unicode.
-        RequestError: a prompt or an option's value does not travel.
+        RequestError: a prompt or an option's value does not travel, or all together are too long.
     """
     texts: dict[int, str] = {}
     tokens: dict[int, Sequence[int]] = {}
@@ -61,7 +62,7 @@ def pack_request(prompts: Iterable[str | Sequence[int]], options: Mapping[str, A
             tokens[index] = prompt.tolist() if hasattr(prompt, "tolist") else prompt
     places = [*texts, *tokens]
     try:
-        return MultiStringRequest(
+        request = MultiStringRequest(
             request=texts.values(),
             token_prompts=[TokenIds(ids=prompt) for prompt in tokens.values()],
             positions=[] if places == sorted(places) else places,
@@ -76,6 +77,11 @@ def pack_request(prompts: Iterable[str | Sequence[int]], options: Mapping[str, A
         if isinstance(error, RequestError):
             raise
         raise RequestError(f"a prompt cannot be sent; give text, or token ids from 0 to 2**31 - 1: {error}") from None
+    if (size := request.ByteSize()) > GRPC_MAX_MESSAGE_BYTES:
+        raise RequestError(
+            f"the prompts have {size} bytes, and a call may have {GRPC_MAX_MESSAGE_BYTES}; send fewer at once"
+        )
+    return request
 
 
 def prompts_of(request: MultiStringRequest) -> list[str | list[int]]:

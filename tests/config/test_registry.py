@@ -8,8 +8,14 @@ from pathlib import Path
 import pytest
 
 from mii.config import MIIConfig, get_mii_config, registry
-from mii.config.registry import deployment_names, forget_deployment, save_deployment
-from mii.errors import DeploymentNotFoundError, UnsupportedFeatureError
+from mii.config.registry import (
+    deployment_names,
+    forget_deployment,
+    make_registry_folder,
+    save_deployment,
+    writing_registry,
+)
+from mii.errors import DeploymentNotFoundError, RegistryError, UnsupportedFeatureError
 
 
 @pytest.fixture(autouse=True)
@@ -112,6 +118,17 @@ def test_a_folder_of_another_user_is_not_written_to(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(registry.os, "getuid", lambda: folder.stat().st_uid + 1)
     with pytest.raises(PermissionError, match="belongs to another user; set MII_CACHE_PATH"):
         save_deployment(config("b"))
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    monkeypatch.setenv("MII_CACHE_PATH", str(file))
+    words = f"deployments are recorded in {file}/deployments-.*Not a directory; .* set MII_CACHE_PATH"
+    with pytest.raises(RegistryError, match=words), writing_registry():
+        make_registry_folder()
 
 
 def test_a_tokenizer_object_cannot_be_saved() -> None:

@@ -218,8 +218,10 @@ def test_time_that_is_over_ends_a_call_everywhere(cluster: Cluster, client: MIIC
         list(client.stream("one", max_new_tokens=LONG, timeout=0.3))
     with MIIClient(cluster.config, timeout=0.3) as impatient, pytest.raises(TimeoutError):
         impatient.generate("one", max_new_tokens=LONG)
-    with pytest.raises(ValueError, match="timeout is 0; give a number of seconds above 0"):
-        client.generate("one", timeout=0)
+    wrong: Any
+    for wrong in (0, -1, "soon"):
+        with pytest.raises(ValueError, match=f"timeout is {wrong!r}; give a number of seconds above 0"):
+            client.generate("one", timeout=wrong)
 
 
 def test_a_callback_that_dawdles_gets_everything_in_fewer_pieces(client: MIIClient, said: Any) -> None:

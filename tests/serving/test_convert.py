@@ -14,6 +14,7 @@ from hypothesis import strategies as some
 
 from mii.batching.data_classes import GenerationFinishReason, StreamedResponse, TokenLogprob
 from mii.errors import PromptEncodingError, RequestError
+from mii.grpc_related import convert
 from mii.grpc_related.convert import (
     pack_logprobs,
     pack_request,
@@ -125,6 +126,13 @@ def test_an_old_clients_floats_arrive_as_they_were_written(number: float) -> Non
 def test_an_old_server_finds_floats_where_it_looks() -> None:
     sent = pack_value(0.9)
     assert sent.WhichOneof("oneof_values") == "fvalue" and sent.fvalue == pytest.approx(0.9)
+
+
+def test_a_call_that_is_longer_than_a_message_is_refused_before_it_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convert, "GRPC_MAX_MESSAGE_BYTES", 1000)
+    assert prompts_of(pack_request(["x" * 500], {}))
+    with pytest.raises(RequestError, match=r"the prompts have 1\d\d\d bytes, and a call may have 1000; send fewer"):
+        pack_request(["x" * 500] * 2, {})
 
 
 @pytest.mark.parametrize("value", [b"bytes", bytearray(b"x"), object(), 2**63, -(2**63) - 1, 1j, [object()]])
