@@ -41,7 +41,7 @@ class Attempts:
     """
 
     def __init__(self, timeout: float | None, diagnose: Callable[[], str | None], where: str) -> None:
-        if timeout is not None and not (isinstance(timeout, Real) and timeout > 0):
+        if timeout is not None and not _is_positive(timeout):
             raise ValueError(f"timeout is {timeout!r}; give a number of seconds above 0, or None for no limit")
         self._deadline = None if timeout is None else time.monotonic() + timeout
         self._timeout = timeout
@@ -91,6 +91,11 @@ class Attempts:
         if KIND in metadata:  # in the server's own words
             return error_of(ended)
         return error_of(ended, f"{self._where} does not answer: {ended.details()}")
+
+
+def _is_positive(timeout: Any) -> bool:
+    """Whether it is a number of seconds; one of an array library counts, text does not."""
+    return isinstance(timeout, Real) and float(timeout) > 0
 
 
 def unary(method: Any, request: Any, attempts: Attempts, metadata: Metadata = ()) -> Any:
