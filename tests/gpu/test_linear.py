@@ -111,7 +111,7 @@ def test_wide_product_equals_torch(rows: int, shape: tuple[int, int], dtype: tor
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", linear_hopper.GATES)
 @pytest.mark.parametrize("shape", [(6144, 64), (6150, 1000), (14336, 4096)], ids=str)
-@pytest.mark.parametrize("rows", [9, 64, 100, 128, 300])
+@pytest.mark.parametrize("rows", [9, 64, 100, 128])
 def test_wide_gated_product_equals_torch(rows: int, shape: tuple[int, int], kind: str, dtype: torch.dtype) -> None:
     check_gated(rows, shape, kind, dtype)
 
@@ -142,7 +142,7 @@ def test_rows_may_be_strided() -> None:
     assert not out[:, 1024:].any()
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8, 60, 200])
+@pytest.mark.parametrize("rows", [1, 3, 8])
 def test_layers_in_a_graph_equal_kernels_that_waited_for_one_another(rows: int) -> None:
     """Kernels start before the one before them ends, share counters and partial sums, and fetch the next weight."""
     shapes = [(1536, 1024), (1024, 1024), (5632, 1024), (1024, 2816)]
