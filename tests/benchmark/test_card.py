@@ -134,23 +134,26 @@ def test_a_folder_without_our_wheel_stops_everything(
 
 def test_every_sanitized_group_selects_tests(card: ModuleType) -> None:
     """Collected as the sanitizer's runs collect them; a group whose file is not there yet is reported by the part."""
+    from benchmarks.card_many import SANITIZED
+
     groups = [each for each in card.SANITIZED.values() if (PATH.parents[1] / "tests/gpu" / each[0]).exists()]
     script = """
 import json, sys, pytest
-class Count:
+class Collected:
     def pytest_collection_finish(self, session):
-        self.count = len(session.items)
-counts = []
+        self.names = [item.name for item in session.items]
+collected = []
 for name, wanted in json.loads(sys.argv[1]):
-    plugin = Count()
+    plugin = Collected()
     options = ["-q", "--collect-only", "-p", "no:cacheprovider", *(["-k", wanted] if wanted else [])]
     pytest.main(["tests/gpu/" + name, *options], plugins=[plugin])
-    counts.append(plugin.count)
+    collected.append(plugin.names)
 print()
-print(json.dumps(counts))
+print(json.dumps(collected))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script, json.dumps(groups)], cwd=PATH.parents[1], capture_output=True, text=True
-    )
-    counts = json.loads(done.stdout.splitlines()[-1])
-    assert all(count > 1 for count in counts), dict(zip(groups, counts, strict=True))
+    argument = json.dumps([*groups, ("test_all_reduce.py", SANITIZED)])
+    done = subprocess.run([sys.executable, "-c", script, argument], cwd=PATH.parents[1], capture_output=True, text=True)
+    *names, of_all_processes = json.loads(done.stdout.splitlines()[-1])
+    assert all(len(each) > 1 for each in names), dict(zip(map(tuple, groups), names, strict=True))
+    assert len(of_all_processes) == 6
+    assert all(each.startswith("test_sums_are_those_in_the_order_of_the_ranks[") for each in of_all_processes)
