@@ -85,7 +85,7 @@ class Engine(RaggedInterface):
         self.start_report: StartReport | None = None  # where the time of its making went
         self._overlapped = runner.device.type == "cuda"
         self._sequences = {}
-        self._ends = np.zeros(self.vocab_size, np.bool_)  # tokens that have ended a request or may end one
+        self._ends = np.zeros(self.vocab_size, np.int32)  # for each token, how many requests it would end
         self._start_empty()
 
     def _start_empty(self) -> None:
@@ -121,7 +121,7 @@ class Engine(RaggedInterface):
         salt = rotation.cache_salt(len(request.prompt_ids))
         sequence = Sequence(request, limit, salt, self.stop_ids, rotation.switch)
         self._sequences[request.uid] = sequence
-        self._ends[[token for token in request.stop_ids if token < self.vocab_size]] = True
+        self._count_ends(request, 1)
         self.scheduler.add(sequence)
 
     def _check(self, request: EngineRequest) -> None:
@@ -173,7 +173,12 @@ class Engine(RaggedInterface):
         """Ends a request without an answer and frees all it holds; unknown uids are ignored."""
         sequence = self._sequences.pop(uid, None)
         if sequence is not None:
+            self._count_ends(sequence.request, -1)
             self.scheduler.remove(sequence)
+
+    def _count_ends(self, request: EngineRequest, by: int) -> None:
+        # An id that a request names twice is counted once, by numpy's rule for repeated indices, and taken back once.
+        self._ends[[token for token in request.stop_ids if 0 <= token < self.vocab_size]] += by
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
@@ -234,7 +239,7 @@ class Engine(RaggedInterface):
             known = known[there]
         for sequence, token in zip(sequences, tokens.tolist(), strict=True):
             sequence.tokens.append(token)
-        more = (known >= slots.comment.take(rows)) | self._ends.take(tokens)
+        more = (known >= slots.comment.take(rows)) | (self._ends.take(tokens) > 0)
         if np.count_nonzero(more):
             output.others += [
                 self._output(sequences[index], tokens.item(index), scores) for index in np.flatnonzero(more).tolist()

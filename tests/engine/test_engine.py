@@ -87,6 +87,20 @@ def test_a_request_ends_at_any_of_its_stop_ids_and_counts_the_token(tiny_llama: 
     assert [output.finish_reason for output in outputs] == [None] * first + ["stop"]
 
 
+def test_tokens_end_a_request_as_long_as_one_that_names_them_runs_and_are_forgotten_after_it(tiny_llama: Path) -> None:
+    engine = small_engine(tiny_llama)
+    prompt = random_prompts(engine.vocab_size, [6])[0]
+    free = generate(engine, [prompt], 20)[0]
+    stop = free[5]
+    first = free.index(stop)
+    engine.add_request(request(0, prompt, 20, stop_ids=(stop, stop, 9999, -1)))
+    engine.add_request(request(1, prompt, 20, stop_ids=(stop,)))
+    engine.abort(0)
+    assert drain(engine, 2)[1] == free[: first + 1]
+    assert generate(engine, [prompt], 20)[0] == free
+    assert not engine._ends.any()
+
+
 def test_end_of_text_is_not_chosen_below_min_new_tokens(make_checkpoint: Callable[..., Path]) -> None:
     ends = list(range(2, 40))
     engine = small_engine(make_checkpoint(generation={"eos_token_id": ends}))
