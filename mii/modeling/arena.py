@@ -45,12 +45,11 @@ class ActivationArena:
         self._spec, self.max_samples = spec, max_samples
         widths = _widths(spec, up_width)
         shapes = {name: (max_samples if name in _LAST else max_tokens, width) for name, width in widths.items()}
-        shapes |= {
-            name: (rows, widths[name]) for name, rows in _fewer_rows(spec, place, max_tokens).items() if name in widths
-        }
+        fewer = _fewer_rows(spec, place, max_tokens)
+        shapes |= {name: (rows, widths[name]) for name, rows in fewer.items()}
         if spec.experts is not None:
             shapes |= ExpertMemory.shapes(spec, max_tokens)
-        tensors = _allocate(place, shapes, _lives(spec, in_pieces=shapes["up"][0] < max_tokens))
+        tensors = _allocate(place, shapes, _lives(spec, in_pieces=fewer.get("activated", max_tokens) < max_tokens))
         self.num_bytes = tensors.pop("").nbytes
         self._rows = {name: tensor for name, tensor in tensors.items() if name in widths and name not in _LAST}
         self._rows |= self._inside(self._rows)

@@ -50,7 +50,10 @@ class DenseMLP(Module):
 
     def __call__(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         assert self.down is not None
-        for piece in pieces(x.shape[0], forward.buffers.activated.shape[0]):
+        rows, most = x.shape[0], forward.buffers.activated.shape[0]
+        if rows <= most:
+            return self.down(out, self.activate(forward, x))
+        for piece in pieces(rows, most):
             self.down(out[piece], self.activate(forward, x[piece]))
         return out
 
@@ -60,8 +63,9 @@ class DenseMLP(Module):
 
     def activate(self, forward: Forward, x: torch.Tensor) -> torch.Tensor:
         """What the last product is made of, in the step's buffer for it, [rows of x, intermediate]."""
-        rows = x.shape[0]
-        up, activated = forward.buffers.up[:rows], forward.buffers.activated[:rows]
+        rows, up, activated = x.shape[0], forward.buffers.up, forward.buffers.activated
+        if rows < activated.shape[0]:  # a piece of a step
+            up, activated = up[:rows], activated[:rows]
         if activated.shape[1] != self.size:  # the model has wider MLPs too
             up, activated = up[:, : self.up_width], activated[:, : self.size]
         if self.gated:

@@ -206,9 +206,10 @@ def pieces(rows: int, most: int) -> Iterator[slice]:
     >>> list(pieces(10, 4))
     [slice(0, 4, None), slice(4, 8, None), slice(8, 10, None)]
     """
-    count = -(-rows // most) if rows else 0
-    size = -(-rows // count) if rows else 0
-    return (slice(first, min(rows, first + size)) for first in range(0, rows, size or 1))
+    if rows:
+        size = -(-rows // -(-rows // most))
+        for first in range(0, rows, size):
+            yield slice(first, min(rows, first + size))
 
 
 def _check(out: torch.Tensor, x: torch.Tensor, weight: LinearWeight, width: int) -> None:

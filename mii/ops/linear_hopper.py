@@ -9,6 +9,8 @@ apply the activation before anything is written.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from mii.ops import abi, native
@@ -84,21 +86,15 @@ def _ahead(following: torch.Tensor | None) -> tuple[int | None, int]:
 
 def _kernel(rows: int, features: int, activation: str | None, fast_memory: bool) -> str | None:
     """The function that multiplies so many rows by a weight of so many features; None: cuBLASLt does."""
-    if rows <= STREAMED_ROWS and fast_memory:
+    wide = rows <= WIDE_ROWS and features >= 128 * WIDE_TILES and (activation is None or activation in GATES)
+    if rows <= STREAMED_ROWS and (fast_memory or not wide):
         return "mii_linear_streamed"
-    wide = activation is None or activation in GATES
-    if wide and rows <= WIDE_ROWS and features >= 128 * WIDE_TILES:
-        return "mii_linear_wide"
-    return "mii_linear_streamed" if rows <= STREAMED_ROWS else None
+    return "mii_linear_wide" if wide else None
 
 
-_fast: dict[torch.device, bool] = {}
-
-
+@functools.cache
 def _fast_memory(device: torch.device) -> bool:
-    if device not in _fast:
-        _fast[device] = torch.cuda.get_device_properties(device).total_memory > FAST_MEMORY
-    return _fast[device]
+    return torch.cuda.get_device_properties(device).total_memory > FAST_MEMORY
 
 
 def _workspace(library: native.Library, device: torch.device) -> torch.Tensor:
