@@ -174,7 +174,7 @@ def _generation_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _model_options(args: argparse.Namespace) -> dict[str, Any]:
-    return {"model_name_or_path": args.model or _default_model()} | model_options(args)
+    return {"model_name_or_path": args.model or default_model()} | model_options(args)
 
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -184,7 +184,8 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
     return options | dict(args.option)
 
 
-def _default_model() -> str:
+def default_model() -> str:
+    """Where the model is that is used when none is named."""
     from mii.modeling.checkpoint.default_model import find_default_model
 
     return str(find_default_model())

