@@ -1,25 +1,26 @@
-// mii_sample of libmii_cuda.so.
+// mii_sample and mii_sample_shard of libmii_cuda.so.
 #include "launch.cuh"
-#include "mii/sampler.cuh"
+#include "mii/shard_sampler.cuh"
 
 namespace mii::sampler {
 namespace {
 
 // CTAs for a row: few rows are spread wide, many rows keep about 16 thousand tokens for each CTA. Cards newer than
 // Hopper run the code of sm_80, which knows no clusters.
-int cluster_size_for(const MiiSample& a) {
+int cluster_size_for(int64_t rows, int64_t vocab) {
   if (card().major != 9) return 1;
-  const int64_t share = a.rows <= 16 ? 4096 : 16384;
+  const int64_t share = rows <= 16 ? 4096 : 16384;
   int size = 1;
-  while (size < kMaxCluster && size * share < a.vocab) size *= 2;
+  while (size < kMaxCluster && size * share < vocab) size *= 2;
   return size;
 }
 
-template <typename T>
-int32_t launch_rows(const MiiSample& a, void* stream) {
-  const int size = cluster_size_for(a);
+// A cluster of the kernel for each row.
+template <typename Args>
+int32_t launch_rows(const char* name, void (*kernel)(Args), const Args& args, int64_t rows, int64_t vocab, void* stream) {
+  const int size = cluster_size_for(rows, vocab);
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(a.rows * size));
+  config.gridDim = dim3(static_cast<unsigned>(rows * size));
   config.blockDim = dim3(kThreads);
   config.stream = static_cast<cudaStream_t>(stream);
   cudaLaunchAttribute attributes[2] = {};
@@ -30,10 +31,16 @@ int32_t launch_rows(const MiiSample& a, void* stream) {
   attributes[1].val.programmaticStreamSerializationAllowed = 1;
   config.attrs = size > 1 ? attributes : attributes + 1;
   config.numAttrs = (size > 1 ? 1 : 0) + (overlap_allowed() ? 1 : 0);
-  const cudaError_t error = cudaLaunchKernelEx(&config, sample_kernel<T>, a);
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args);
   if (error == cudaSuccess) return MII_OK;
   cudaGetLastError();
-  return fail(MII_DEVICE, "sample: CUDA error %d (%s)", static_cast<int>(error), cudaGetErrorString(error));
+  return fail(MII_DEVICE, "%s: CUDA error %d (%s)", name, static_cast<int>(error), cudaGetErrorString(error));
+}
+
+int32_t check(const char* name, int64_t vocab) {
+  MII_REQUIRE(vocab >= 1 && vocab <= kMaxVocab, MII_INVALID, "%s takes a vocabulary of 1 to %lld, not %lld", name,
+              static_cast<long long>(kMaxVocab), static_cast<long long>(vocab));
+  return MII_OK;
 }
 
 }  // namespace
@@ -42,12 +49,30 @@ int32_t launch_rows(const MiiSample& a, void* stream) {
 extern "C" {
 
 int32_t mii_sample(const MiiSample* args, void* stream) {
+  using namespace mii::sampler;
   const MiiSample& a = *args;
-  MII_REQUIRE(a.vocab >= 1 && a.vocab <= mii::kMaxVocab, MII_INVALID,
-              "sample takes a vocabulary of 1 to %lld, not %lld", static_cast<long long>(mii::kMaxVocab),
-              static_cast<long long>(a.vocab));
+  if (const int32_t code = check("sample", a.vocab); code != MII_OK) return code;
   if (a.rows == 0) return MII_OK;
-  return mii::dispatch_dtype(a.dtype, [&](auto tag) { return mii::sampler::launch_rows<decltype(tag)>(a, stream); });
+  return mii::dispatch_dtype(a.dtype, [&](auto tag) {
+    return launch_rows("sample", sample_kernel<decltype(tag)>, a, a.rows, a.vocab, stream);
+  });
+}
+
+int32_t mii_sample_shard(const MiiSampleShard* args, void* stream) {
+  using namespace mii::sampler;
+  const MiiSampleShard& a = *args;
+  if (const int32_t code = check("sample_shard", a.sample.vocab); code != MII_OK) return code;
+  if (const int32_t code = check("sample_shard", a.whole); code != MII_OK) return code;
+  const bool valid = a.gives >= MII_SHARD_BEST && a.gives <= MII_SHARD_TOKEN && a.takes >= 0 && a.takes < a.gives;
+  MII_REQUIRE(valid && a.sample.logprobs == nullptr, MII_INVALID, "sample_shard: stage %d cannot follow %d", a.gives, a.takes);
+  if (a.rows == 0) return MII_OK;
+  if (a.gives == MII_SHARD_TOKEN) {
+    const mii::Shape shape = {dim3(static_cast<unsigned>(mii::ceil_div(a.rows, int64_t(mii::kWarp)))), dim3(mii::kWarp)};
+    return mii::launch("sample_shard", shard_tokens, shape, stream, a);
+  }
+  return mii::dispatch_dtype(a.sample.dtype, [&](auto tag) {
+    return launch_rows("sample_shard", shard_kernel<decltype(tag)>, a, a.rows, a.sample.vocab, stream);
+  });
 }
 
 int64_t mii_sample_workspace_bytes(const MiiSample*) { return 0; }

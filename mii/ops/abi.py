@@ -17,6 +17,7 @@ MOE_SCORINGS = {"softmax": 0, "sigmoid": 1}
 MOE_CHUNK = 16
 PEER_ALLOCATE, PEER_OPEN, PEER_CLOSE, PEER_FREE = range(4)
 MOE_SIMPLE, MOE_STREAM, MOE_MMA, MOE_WGMMA = range(4)
+SHARD_NOTHING, SHARD_BEST, SHARD_COUNTS, _, _, SHARD_WEIGHTS, _, _, SHARD_KEPT, SHARD_DRAWN, SHARD_TOKEN = range(11)
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "gelu_quick": 4, "relu2": 5, "softcap": 6}
 
 
@@ -83,6 +84,13 @@ MiiSample = _struct(
     (c_void_p, "suppress suppress_ids workspace"),
     (c_int64, "rows vocab logits_stride"),
     (c_int32, "num_suppress dtype"),
+)
+MiiSampleShard = _struct(
+    "MiiSampleShard",
+    (MiiSample, "sample"),
+    (c_void_p, "gathered out state"),
+    (c_int64, "start rows first whole"),
+    (c_int32, "rank size takes gives"),
 )
 MiiLinear = _struct(
     "MiiLinear",
@@ -176,6 +184,7 @@ FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "mii_gather": MiiGather,
     "mii_sample": MiiSample,
     "mii_sample_workspace_bytes": MiiSample,
+    "mii_sample_shard": MiiSampleShard,
     "mii_linear": MiiLinear,
     "mii_linear_streamed": MiiLinearStreamed,
     "mii_linear_wide": MiiLinearStreamed,

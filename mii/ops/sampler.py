@@ -178,16 +178,13 @@ def sample(
     _check(tokens, logits, slots, positions, suppress, suppress_ids)
     library = native.library(logits.device)
     if library is not None and library.has("mii_sample"):
-        args = _arguments(logits, params)
+        args = sample_arguments(
+            tokens, logits, params, slots, positions, counts=counts, last_token=last_token, suppress=suppress,
+            suppress_ids=suppress_ids,
+        )  # fmt: skip
         if workspace is None:
             workspace = _allocate_workspace(library, args, logits.device)
-        args.tokens, args.logits = tokens.data_ptr(), logits.data_ptr()
-        args.slots, args.positions = slots.data_ptr(), positions.data_ptr()
-        args.counts, args.last_token = native.pointer(counts), native.pointer(last_token)
         args.logprobs, args.workspace = native.pointer(logprobs), native.pointer(workspace)
-        if suppress is not None and suppress_ids is not None:
-            args.suppress, args.suppress_ids = suppress.data_ptr(), suppress_ids.data_ptr()
-            args.num_suppress = suppress_ids.numel()
         if library.call("mii_sample", args, native.stream(logits.device)):
             return
     sample_reference(
@@ -215,8 +212,26 @@ def _check(
         raise ValueError("suppress flags rows that must not yield suppress_ids: give those ids too, as int32.")
 
 
-def _arguments(logits: torch.Tensor, params: SamplingTable) -> ctypes.Structure:
-    return abi.MiiSample(
+def sample_arguments(
+    tokens: torch.Tensor,
+    logits: torch.Tensor,
+    params: SamplingTable,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    counts: torch.Tensor | None,
+    last_token: torch.Tensor | None,
+    suppress: torch.Tensor | None,
+    suppress_ids: torch.Tensor | None,
+) -> Any:
+    """The arguments of `sample` as an `abi.MiiSample`, without log probabilities and workspace."""
+    args = abi.MiiSample(
+        tokens=tokens.data_ptr(),
+        logits=logits.data_ptr(),
+        slots=slots.data_ptr(),
+        positions=positions.data_ptr(),
+        counts=native.pointer(counts),
+        last_token=native.pointer(last_token),
         temperature=params.temperature.data_ptr(),
         top_p=params.top_p.data_ptr(),
         min_p=params.min_p.data_ptr(),
@@ -227,6 +242,10 @@ def _arguments(logits: torch.Tensor, params: SamplingTable) -> ctypes.Structure:
         logits_stride=logits.stride(0),
         dtype=abi.DTYPE_CODES[logits.dtype],
     )
+    if suppress is not None and suppress_ids is not None:
+        args.suppress, args.suppress_ids = suppress.data_ptr(), suppress_ids.data_ptr()
+        args.num_suppress = suppress_ids.numel()
+    return args
 
 
 def _allocate_workspace(library: native.Library, args: ctypes.Structure, device: torch.device) -> torch.Tensor | None:

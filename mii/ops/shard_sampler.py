@@ -1,5 +1,7 @@
 """Sampling where each rank has the logits of a part of the vocabulary: no rank ever sees them all.
 
+The CUDA library has a kernel for each step (`mii.ops.shard_stages`); what is here is the reference, and serves on CPUs.
+
 The method is `mii.ops.sampler`'s, step by step, and since that works in integers, whose sums are exact in any order,
 every rank draws bit for bit the token that one rank with all the logits would draw. What the ranks exchange for each
 row:
@@ -31,9 +33,11 @@ from mii.ops.sampler import (
     SamplingTable,
     distances,
     min_p_distance,
+    sample_arguments,
     scaled,
     weights,
 )
+from mii.ops.shard_stages import sample_by_stages
 
 _DIGIT, _SHIFTS = 10, (20, 10, 0)  # a distance is looked at in three digits
 _BLOCK = 1 << 22  # logits of all ranks that are handled at once: bounds the memory
@@ -94,6 +98,13 @@ def sample_shards(
         group: the ranks, which hold the vocabulary in order.
         draws: what the rows ask for.
     """
+    if logits.is_cuda:
+        args = sample_arguments(
+            tokens, logits, params, slots, positions, counts=counts, last_token=last_token, suppress=suppress,
+            suppress_ids=suppress_ids,
+        )  # fmt: skip
+        if sample_by_stages(args, logits.device, span=span, group=group, draws=draws):
+            return
     active = slots >= 0
     if counts is not None:
         active = active & (torch.arange(len(slots), device=slots.device) < counts[abi.NUM_SAMPLES])
@@ -102,8 +113,10 @@ def sample_shards(
     for start in range(0, len(slots), step):
         rows = slice(start, start + step)
         values, lowest = _visible(logits[rows], span, None if suppress is None else suppress[rows], suppress_ids)
-        chosen = _chosen(params, slot[rows], positions[rows])
-        drawn = _sample(values, lowest, chosen, span, group, draws).int()
+        best, drawn = _best(values, lowest, span, group)
+        if draws.random:
+            drawn = _draw(values, best, drawn, _chosen(params, slot[rows], positions[rows]), span, group, draws)
+        drawn = drawn.int()
         tokens[rows] = torch.where(active[rows], drawn, tokens[rows])
     if last_token is not None:
         # a tensor of one number as the index would be read by the host, which a graph forbids
@@ -136,13 +149,10 @@ def _visible(
     return values.masked_fill(hidden, float("-inf")), lowest
 
 
-def _sample(
-    values: torch.Tensor, lowest: torch.Tensor, rows: _Rows, span: Span, group: Group, draws: Draws
+def _draw(
+    values: torch.Tensor, best: torch.Tensor, greedy: torch.Tensor, rows: _Rows, span: Span, group: Group, draws: Draws
 ) -> torch.Tensor:
-    """Token ids, int64 [rows]."""
-    best, greedy = _best(values, lowest, span, group)
-    if not draws.random:
-        return greedy
+    """Token ids, int64 [rows]: the greedy ones where nothing else is asked for."""
     heat = torch.where(rows.temperature > 0, rows.temperature, 1.0).unsqueeze(1)
     distance = distances(best.unsqueeze(1), values, heat)
     weight = weights(distance)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,21 +23,30 @@ CHOICES = [
 ]
 
 
+OnRanks = Callable[[int, Callable[[Group], torch.Tensor]], list[torch.Tensor]]
+
+
 def draw(
-    logits: torch.Tensor, choices: list[SamplingParams], size: int, positions: range | None = None, **options: object
+    logits: torch.Tensor,
+    choices: list[SamplingParams],
+    size: int,
+    positions: range | None = None,
+    on_ranks: OnRanks = on_ranks,
+    **options: object,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """What one rank draws, and what each of `size` ranks draws."""
     rows, vocab = logits.shape
-    table = SamplingTable.allocate(rows)
+    place = {"dtype": torch.int32, "device": logits.device}
+    table = SamplingTable.allocate(rows, logits.device)
     table.assign(list(range(rows)), choices)
-    slots = torch.arange(rows, dtype=torch.int32)
-    places = torch.tensor(positions or range(rows), dtype=torch.int32)
-    alone = torch.full((rows,), -7, dtype=torch.int32)
+    slots = torch.arange(rows, **place)  # type: ignore[arg-type]
+    places = torch.tensor(positions or range(rows), **place)  # type: ignore[arg-type]
+    alone = torch.full_like(slots, -7)
     sample(alone, logits, table, slots, places, **options)  # type: ignore[arg-type]
 
     def work(group: Group) -> torch.Tensor:
         span = split(vocab, group.rank, group.size)
-        tokens, last = torch.full((rows,), -7, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
+        tokens, last = torch.full_like(slots, -7), torch.zeros_like(slots)
         sample_shards(
             tokens, logits[:, span.slice], table, slots, places, span=span, group=group, draws=Draws.of(choices),
             last_token=last, **options,  # type: ignore[arg-type]
@@ -58,7 +68,7 @@ def test_every_combination_of_filters_draws_what_one_rank_draws(size: int, dtype
         assert torch.equal(tokens, alone)
 
 
-def test_ties_infinities_nan_and_empty_rows_are_as_on_one_rank() -> None:
+def peculiar_logits() -> torch.Tensor:
     inf, nan = float("inf"), float("nan")
     logits = torch.zeros(8, 300)
     logits[1] = -inf
@@ -68,9 +78,13 @@ def test_ties_infinities_nan_and_empty_rows_are_as_on_one_rank() -> None:
     logits[5, 100], logits[5, 299] = 9.0, 9.0
     logits[6] = -inf
     logits[6, 299] = -3.0
+    return logits
+
+
+def test_ties_infinities_nan_and_empty_rows_are_as_on_one_rank() -> None:
     for temperature in (0.0, 1.0):
         choices = [SamplingParams(temperature=temperature, top_k=2, top_p=0.9, seed=row) for row in range(8)]
-        alone, each = draw(logits, choices, 3)
+        alone, each = draw(peculiar_logits(), choices, 3)
         assert all(torch.equal(tokens, alone) for tokens in each)
 
 

@@ -57,6 +57,27 @@ def on_ranks(size: int, work: Callable[[Group], T]) -> list[T]:
     return on_threads(size, run)
 
 
+class ThreadGroup:
+    """A rank among threads of one process: what it exchanges, on any device, is handed over as it is."""
+
+    def __init__(self, rank: int, size: int, barrier: threading.Barrier, given: list[torch.Tensor | None]) -> None:
+        self.rank, self.size, self.local_size = rank, size, size
+        self._barrier, self._given = barrier, given
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._given[self.rank] = tensor
+        self._barrier.wait()
+        gathered = torch.stack([each for each in self._given if each is not None])
+        self._barrier.wait()
+        return gathered
+
+
+def on_one_device(size: int, work: Callable[[Any], T]) -> list[T]:
+    """As `on_ranks`, of ranks that share a device and its stream."""
+    barrier, given = threading.Barrier(size), [None] * size
+    return on_threads(size, lambda rank: work(ThreadGroup(rank, size, barrier, given)))  # type: ignore[arg-type]
+
+
 @contextmanager
 def ranked_engine(folder: Path, size: int, *, folders: Sequence[Path] = (), **options: Any) -> Iterator[FirstEngine]:
     """Rank 0's engine of a model that is divided among `size` ranks; the others follow in threads of their own.

@@ -39,11 +39,12 @@ struct Row {
   int begin, end;         // this warp's segment, in whole tiles of the warp
   const int32_t* hidden;  // ids that must not be drawn
   int num_hidden;
+  int first;  // the id of the first logit
   float best;
 };
 
 template <typename T>
-__device__ __forceinline__ Row<T> make_row(const MiiSample& a, int64_t r) {
+__device__ __forceinline__ Row<T> make_row(const MiiSample& a, int64_t r, int first = 0) {
   constexpr int kTile = kWarp * kPack<T>;
   const T* logits = static_cast<const T*>(a.logits) + r * a.logits_stride;
   Row<T> row;
@@ -56,6 +57,7 @@ __device__ __forceinline__ Row<T> make_row(const MiiSample& a, int64_t r) {
   row.end = row.begin + segment < tiles * kTile ? row.begin + segment : tiles * kTile;
   row.hidden = a.suppress_ids;
   row.num_hidden = a.suppress != nullptr && a.suppress[r] != 0 ? a.num_suppress : 0;
+  row.first = first;
   row.best = -INFINITY;
   return row;
 }
@@ -77,7 +79,7 @@ template <typename T>
 __device__ __forceinline__ void logits_of(float (&out)[kPack<T>], const Row<T>& row, const Pack<T>& pack, int i) {
   unpack(out, pack);
   for (int h = 0; h < row.num_hidden; ++h) {
-    const int at = row.hidden[h] + row.offset - i;
+    const int at = row.hidden[h] - row.first + row.offset - i;
 #pragma unroll
     for (int j = 0; j < kPack<T>; ++j) out[j] = at == j ? -INFINITY : out[j];
   }
@@ -198,24 +200,24 @@ __device__ __forceinline__ int find_best(Row<T>& row, Shared& sh) {
   return static_cast<int>(0xffffffffu - static_cast<uint32_t>(key));
 }
 
-// The greedy token: the lowest id of the best logit; the lowest id that is not hidden where every logit is -inf.
+// The greedy token: the lowest id of the best logit; the lowest id that is not hidden where every logit is -inf, or `none`.
 template <typename T>
-__device__ __forceinline__ int best_token(const Row<T>& row, int element) {
+__device__ __forceinline__ int best_token(const Row<T>& row, int element, int none = 0) {
   if (element >= 0) {
     float logits[kPack<T>];
     logits_of(logits, row, load(row, element), element);
     int found = 0;
 #pragma unroll
     for (int j = kPack<T> - 1; j >= 0; --j) found = logits[j] == row.best ? j : found;
-    return element + found - row.offset;
+    return row.first + element + found - row.offset;
   }
-  const int vocab = row.limit - row.offset;
-  for (int id = 0; id < vocab; ++id) {
+  const int end = row.first + row.limit - row.offset;
+  for (int id = row.first; id < end; ++id) {
     bool hidden = false;
     for (int h = 0; h < row.num_hidden; ++h) hidden = hidden || row.hidden[h] == id;
     if (!hidden) return id;
   }
-  return 0;
+  return none;
 }
 
 // ---- thresholds ---------------------------------------------------------------------------------------------------
@@ -396,7 +398,7 @@ __device__ __forceinline__ int draw(const Row<T>& row, float scale, int threshol
       for (int j = 0; j < kPack<T>; ++j) {
         const int x = distance(row.best, logits[j], scale);
         if (x <= threshold) before += weight(x);
-        if (token < 0 && point < before) token = element + j - row.offset;
+        if (token < 0 && point < before) token = row.first + element + j - row.offset;
       }
     }
   });
@@ -413,12 +415,15 @@ __device__ __forceinline__ void finish(const MiiSample& a, const Row<T>& row, in
   a.logprobs[r] = isinf(row.best) ? infinite : gap - logf(static_cast<float>(raw) * 0x1p-40f);
 }
 
-// Draws from the sums that every CTA left; each warp works out whose segment it is, and that one writes the token.
-template <typename T>
-__device__ __forceinline__ void finish_draw(const MiiSample& a, const Row<T>& row, Shared& sh, int64_t r, int best_at,
-                                            float scale, int threshold) {
+// What every CTA's sum_segment() left: of the whole row, of the segments before this warp's, and of its own.
+struct Sums {
+  uint64_t total, raw, before, own;
+  __device__ __forceinline__ bool holds(uint64_t point) const { return before <= point && point < before + own; }
+};
+
+__device__ __forceinline__ Sums sums_of(const Shared& sh) {
   constexpr int kShare = kMaxCluster * kWarps / kWarp;  // consecutive segments of a lane
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, slot = a.slots[r];
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int own = cluster_rank() * kWarps + static_cast<int>(threadIdx.x) / kWarp;
   uint64_t kept[kShare], sum = 0, raw = 0;
 #pragma unroll
@@ -429,27 +434,33 @@ __device__ __forceinline__ void finish_draw(const MiiSample& a, const Row<T>& ro
     raw += there ? *remote(&sh.raw[segment % kWarps], rank) : 0;
     sum += kept[i];
   }
-  const uint64_t running = warp_running(sum), total = __shfl_sync(kFullMask, running, kWarp - 1);
-  raw = warp_total(raw);
-  if (total == 0) {  // greedy, or no finite logit
-    if (own == 0 && lane == 0) finish(a, row, r, best_token(row, best_at), raw);
-    return;
-  }
-  const uint64_t point = random_point(total, random62(a.seed[slot], a.positions[r]));
-  uint64_t before = running - sum, start = 0;
-  bool mine = false;
+  const uint64_t running = warp_running(sum);
+  uint64_t before = running - sum, start = 0, mine = 0;
 #pragma unroll
   for (int i = 0; i < kShare; ++i) {
     if (lane * kShare + i == own) {
-      mine = before <= point && point < before + kept[i];
       start = before;
+      mine = kept[i];
     }
     before += kept[i];
   }
-  if (!__any_sync(kFullMask, mine)) return;
-  start = __shfl_sync(kFullMask, start, own / kShare);
-  const int token = draw(row, scale, threshold, point - start);
-  if (token >= 0) finish(a, row, r, token, raw);
+  return {__shfl_sync(kFullMask, running, kWarp - 1), warp_total(raw), __shfl_sync(kFullMask, start, own / kShare),
+          __shfl_sync(kFullMask, mine, own / kShare)};
+}
+
+// Draws from the sums that every CTA left; each warp works out whose segment it is, and that one writes the token.
+template <typename T>
+__device__ __forceinline__ void finish_draw(const MiiSample& a, const Row<T>& row, Shared& sh, int64_t r, int best_at,
+                                            float scale, int threshold) {
+  const Sums sums = sums_of(sh);
+  if (sums.total == 0) {  // greedy, or no finite logit
+    if (cluster_rank() == 0 && threadIdx.x == 0) finish(a, row, r, best_token(row, best_at), sums.raw);
+    return;
+  }
+  const uint64_t point = random_point(sums.total, random62(a.seed[a.slots[r]], a.positions[r]));
+  if (!sums.holds(point)) return;
+  const int token = draw(row, scale, threshold, point - sums.before);
+  if (token >= 0) finish(a, row, r, token, sums.raw);
 }
 
 template <typename T>
@@ -477,6 +488,11 @@ __device__ __forceinline__ void sample_row(const MiiSample& a, Shared& sh, int64
   cluster_barrier();  // the others may still read this CTA's shared memory
 }
 
+// Rows of padding are not.
+__device__ __forceinline__ bool is_sampled(const MiiSample& a, int64_t r) {
+  return (a.counts == nullptr || r < a.counts[MII_NUM_SAMPLES]) && a.slots[r] >= 0;
+}
+
 // Grid: one cluster for each row.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2) sample_kernel(const __grid_constant__ MiiSample a) {
@@ -484,9 +500,7 @@ __global__ void __launch_bounds__(kThreads, 2) sample_kernel(const __grid_consta
   wait_for_previous();
   start_next();
   const int64_t r = blockIdx.x / cluster_size();
-  if (a.counts != nullptr && r >= a.counts[MII_NUM_SAMPLES]) return;
-  if (a.slots[r] < 0) return;
-  sample_row<T>(a, sh, r);
+  if (is_sampled(a, r)) sample_row<T>(a, sh, r);
 }
 
 }  // namespace mii::sampler

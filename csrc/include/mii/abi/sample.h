@@ -30,3 +30,26 @@ struct MiiSample {
 };
 MII_API int32_t mii_sample(const struct MiiSample* args, void* stream);
 MII_API int64_t mii_sample_workspace_bytes(const struct MiiSample* args);
+
+// mii_sample where each rank has the logits of a part of the vocabulary. CUDA. A call is one stage: it takes what all ranks
+// gave in the stage before, and gives what they exchange next. mii/ops/shard_stages.py says which stages there are for what.
+// A histogram counts tokens, or adds up weights, by one digit of their distances: 1280 bins, then 1024 and 1024.
+enum MiiShardStage {
+  MII_SHARD_NOTHING = 0,
+  MII_SHARD_BEST = 1,     // int32 [2, rows]: the bits of the best float logit, and its lowest id
+  MII_SHARD_COUNTS = 2,   // 2, 3, 4: uint64 [rows, bins], for top_k
+  MII_SHARD_WEIGHTS = 5,  // 5, 6, 7: the same for top_p
+  MII_SHARD_KEPT = 8,     // uint64 [rows]: the weight of the kept tokens
+  MII_SHARD_DRAWN = 9,    // int32 [rows]: the token, where it is this rank's, or -1
+  MII_SHARD_TOKEN = 10,   // nothing: the tokens are written
+};
+struct MiiSampleShard {
+  struct MiiSample sample;  // logits and vocab are this rank's; no logprobs
+  const void* gathered;     // [size, ...] what all ranks gave in the stage before
+  void* out;                // what this one gives
+  void* state;              // [rows] of 24 bytes, kept from stage to stage
+  int64_t start, rows;      // the rows of this call: start, start + 1, ...; arrays above begin at the first of them
+  int64_t first, whole;     // the id of this rank's first logit; the vocabulary of all ranks
+  int32_t rank, size, takes, gives;
+};
+MII_API int32_t mii_sample_shard(const struct MiiSampleShard* args, void* stream);
