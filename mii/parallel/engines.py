@@ -21,6 +21,7 @@ from mii.logging import logger
 from mii.parallel.channel import FirstChannel, OtherChannel
 from mii.parallel.group import Group
 from mii.parallel.messages import Refused, Work
+from mii.parallel.watch import FirstWatch, OtherWatch
 
 _FAREWELL_SECONDS = 5.0
 
@@ -28,8 +29,8 @@ _FAREWELL_SECONDS = 5.0
 class _Ranked:
     """What both have of their engine."""
 
-    def __init__(self, engine: Engine, group: Group) -> None:
-        self.engine, self._group = engine, group
+    def __init__(self, engine: Engine, watch: FirstWatch | OtherWatch, group: Group) -> None:
+        self.engine, self._watch, self._group = engine, watch, group
         self.max_length, self.vocab_size, self.stop_ids = engine.max_length, engine.vocab_size, engine.stop_ids
         self.num_blocks, self.block_size = engine.num_blocks, engine.block_size
         self.start_report = engine.start_report
@@ -54,17 +55,19 @@ class FirstEngine(_Ranked):
     Args:
         engine: This rank's.
         channel: To the other ranks.
+        watch: For the other ranks.
         group: Of all ranks.
     """
 
-    def __init__(self, engine: Engine, channel: FirstChannel, group: Group) -> None:
-        super().__init__(engine, group)
+    def __init__(self, engine: Engine, channel: FirstChannel, watch: FirstWatch, group: Group) -> None:
+        super().__init__(engine, watch, group)
         self._channel = channel
         self._commands: list[EngineRequest | int] = []
         self._broken = ""
         self.runner.agree = self._send
         # A script that ends without destroy() still tells the other ranks.
         weakref.finalize(self, channel.close)
+        weakref.finalize(self, watch.close)
 
     @property
     def has_work(self) -> bool:
@@ -89,7 +92,8 @@ class FirstEngine(_Ranked):
         if self._broken:
             raise GenerationError(self._broken)
         try:
-            return self.engine.step()
+            with self._watch.step():
+                return self.engine.step()
         except PipelineDestroyedError:
             raise
         except Exception as error:
@@ -102,6 +106,7 @@ class FirstEngine(_Ranked):
 
     def destroy(self) -> None:
         """Ends the engines of all ranks."""
+        self._watch.close()
         self._channel.close()
         self.engine.destroy()
         self._group.close()
@@ -120,12 +125,15 @@ class OtherEngine(_Ranked):
     Args:
         engine: This rank's.
         channel: To rank 0.
+        watch: For rank 0.
         group: Of all ranks.
         keeps: Keep tokens for a caller on this rank.
     """
 
-    def __init__(self, engine: Engine, channel: OtherChannel, group: Group, *, keeps: bool = False) -> None:
-        super().__init__(engine, group)
+    def __init__(
+        self, engine: Engine, channel: OtherChannel, watch: OtherWatch, group: Group, *, keeps: bool = False
+    ) -> None:
+        super().__init__(engine, watch, group)
         self._channel, self._keeps = channel, keeps
         self._digest = 0
         self._changed = threading.Condition()
@@ -165,7 +173,8 @@ class OtherEngine(_Ranked):
             else:
                 self.engine.add_request(command)
         self._digest = work.digest
-        outputs = self.engine.step()
+        with self._watch.step():
+            outputs = self.engine.step()
         if self._keeps:
             with self._changed:
                 self._outputs += outputs
@@ -192,7 +201,7 @@ class OtherEngine(_Ranked):
                 torch.cuda.set_device(self.engine.runner.device)
             self.follow()
         except BaseException as error:
-            logger.info("rank %d ends: %s", self._channel.rank, error)
+            logger.error("rank %d ends: %s", self._channel.rank, error)
             os._exit(1)
 
     # -- in place of an engine ----------------------------------------------------------------------------------------
@@ -239,6 +248,7 @@ class OtherEngine(_Ranked):
             self._thread.join()
             atexit.unregister(self._thread.join)
             self._thread = None
+        self._watch.close()
         self._channel.close()
         self.engine.destroy()
         self._group.close()

@@ -20,6 +20,7 @@ from mii.parallel.fingerprint import digest_of
 from mii.parallel.group import Group
 from mii.parallel.meeting import meet
 from mii.parallel.messages import Hello
+from mii.parallel.watch import FirstWatch, OtherWatch
 
 if TYPE_CHECKING:
     from mii.config import ModelConfig
@@ -76,15 +77,21 @@ class Ranks:
                 raise told_by_first(LauncherError(f"rank {other} of {size}: {reason}"))
         assert isinstance(device, torch.device)
         self.group = Group(PrefixStore("numbers", store), rank, size, device, address)
-        self._channel = self._connect(store, listen, host)
+        self._channel: FirstChannel | OtherChannel
+        self._watch: FirstWatch | OtherWatch
+        if rank:
+            self._channel = OtherChannel(rank, store.get("channel").decode())
+            self._watch = OtherWatch(rank, size, store.get("watch").decode())
+        else:
+            self._channel, self._watch = self._listen(store, listen, host)
 
-    def _connect(self, store: Any, listen: str, host: str) -> FirstChannel | OtherChannel:
-        if self.rank:
-            return OtherChannel(self.rank, store.get("channel").decode())
-        listen = listen or ("tcp://127.0.0.1:*" if self.group.is_local else "tcp://0.0.0.0:*")
-        channel = FirstChannel(self.size, listen)
-        store.set("channel", channel.address.replace("//0.0.0.0:", f"//{host}:"))
-        return channel
+    def _listen(self, store: Any, listen: str, host: str) -> tuple[FirstChannel, FirstWatch]:
+        anywhere = "tcp://127.0.0.1:*" if self.group.is_local else "tcp://0.0.0.0:*"
+        channel = FirstChannel(self.size, listen or anywhere)
+        watch = FirstWatch(self.size, f"{listen}-watch" if listen else anywhere)
+        for name, address in (("channel", channel.address), ("watch", watch.address)):
+            store.set(name, address.replace("//0.0.0.0:", f"//{host}:"))
+        return channel, watch
 
     @contextmanager
     def loading(self) -> Iterator[None]:
@@ -98,6 +105,7 @@ class Ranks:
             else:
                 self._channel.fail(reason)
             self._channel.close()
+            self._watch.close()
             self.group.close()
             raise told_by_first(error) from None
 
@@ -131,5 +139,7 @@ class Ranks:
     def engine(self, engine: Engine) -> FirstEngine | OtherEngine:
         """The engine of this rank."""
         if isinstance(self._channel, FirstChannel):
-            return FirstEngine(engine, self._channel, self.group)
-        return OtherEngine(engine, self._channel, self.group, keeps=self._keeps)
+            assert isinstance(self._watch, FirstWatch)
+            return FirstEngine(engine, self._channel, self._watch, self.group)
+        assert isinstance(self._watch, OtherWatch)
+        return OtherEngine(engine, self._channel, self._watch, self.group, keeps=self._keeps)
