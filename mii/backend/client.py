@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import json
 import threading
@@ -91,13 +92,16 @@ class MIIClient:
 
     @property
     def asyncio_loop(self) -> asyncio.AbstractEventLoop:
-        """The event loop of `stub`: the one that runs here or, where none does, one that the client keeps for this."""
+        """The event loop of `stub`: the one that runs here or, where none does, one that the client keeps for this and
+        makes the current one of this thread, which gRPC asks for.
+        """
         try:
             return asyncio.get_running_loop()
         except RuntimeError:
             if self._own_loop is None:
                 self._check_open()
                 self._own_loop = asyncio.new_event_loop()
+            asyncio.set_event_loop(self._own_loop)
             return self._own_loop
 
     @property
@@ -384,6 +388,9 @@ class MIIClient:
     def _close_own_loop(self) -> None:
         loop, self._own_loop = self._own_loop, None
         if loop is not None and not loop.is_running():
+            with contextlib.suppress(RuntimeError):  # there is no current one
+                if asyncio.get_event_loop() is loop:
+                    asyncio.set_event_loop(None)
             closing_it = threading.Thread(target=channels.close_loop, args=(loop,))  # another one may run in this one
             closing_it.start()
             closing_it.join()

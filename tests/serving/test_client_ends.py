@@ -326,6 +326,7 @@ def test_the_last_client_that_closes_takes_the_connection_along(shared: Cluster)
 def test_its_attributes_are_those_of_deepspeed_miis(client: MIIClient, cluster: Cluster) -> None:
     assert client.mii_config is cluster.config and client.port == cluster.config.port_number
     assert client.task == "text-generation"
+    asyncio.run(asyncio.sleep(0))  # which leaves this thread without an event loop
     loop = client.asyncio_loop
     assert client.asyncio_loop is loop and not loop.is_running()
     request = pack_request(["DeepSpeed is"], {"max_new_tokens": 8})
@@ -340,6 +341,7 @@ def test_its_attributes_are_those_of_deepspeed_miis(client: MIIClient, cluster: 
 
     asyncio.run(within())
     assert loop.is_closed()
+
     with pytest.raises(ServingError, match="closed"):
         client.stub  # noqa: B018
 
