@@ -113,7 +113,8 @@ class Layer:
         route(self.rows, self.logits, self.shape.routing)
 
     def multiply_up(self) -> None:
-        moe_up(self.hidden, self.x, self.up, self.rows, self.shape.routing, "silu")
+        following = self.down if "down" in self.parts else None
+        moe_up(self.hidden, self.x, self.up, self.rows, self.shape.routing, "silu", following=following)
 
     def multiply_down(self) -> None:
         moe_down(self.sums, self.hidden, self.down, self.rows, self.shape.routing)

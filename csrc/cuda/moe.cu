@@ -77,7 +77,10 @@ MoeArgs<T> moe_args(const MiiMoeLinear& a) {
           static_cast<int>(a.out_features),
           static_cast<int>(a.in_features),
           a.top_k,
-          a.activation};
+          a.activation,
+          static_cast<const char*>(a.next),
+          a.next_expert,
+          a.next_fetch};
 }
 
 template <typename T, bool Up>
