@@ -113,8 +113,7 @@ class Layer:
         route(self.rows, self.logits, self.shape.routing)
 
     def multiply_up(self) -> None:
-        following = self.down if "down" in self.parts else None
-        moe_up(self.hidden, self.x, self.up, self.rows, self.shape.routing, "silu", following=following)
+        moe_up(self.hidden, self.x, self.up, self.rows, self.shape.routing, "silu")
 
     def multiply_down(self) -> None:
         moe_down(self.sums, self.hidden, self.down, self.rows, self.shape.routing)

@@ -77,10 +77,7 @@ MoeArgs<T> moe_args(const MiiMoeLinear& a) {
           static_cast<int>(a.out_features),
           static_cast<int>(a.in_features),
           a.top_k,
-          a.activation,
-          static_cast<const char*>(a.next),
-          a.next_expert,
-          a.next_fetch};
+          a.activation};
 }
 
 template <typename T, bool Up>

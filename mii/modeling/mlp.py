@@ -107,9 +107,8 @@ class ExpertsMLP(Module):
             gate = self.shared_gate(buffers.shared_gate, x)
         bias = None if self.choice_bias is None else self.choice_bias.tensor
         route(rows, logits, routing, bias=bias, counts=counts)
-        down = self.down.weights
-        moe_up(buffers.hidden, x, self.up.weights, rows, routing, self.kind, following=down)
-        moe_down(buffers.parts, buffers.hidden, down, rows, routing)
+        moe_up(buffers.hidden, x, self.up.weights, rows, routing, self.kind)
+        moe_down(buffers.parts, buffers.hidden, self.down.weights, rows, routing)
         moe_combine(out, buffers.parts, top_k=routing.top_k, shared=shared, shared_gate=gate, counts=counts)
         if self._group is not None and self._sums:
             all_reduce(out, self._group)

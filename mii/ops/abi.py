@@ -128,8 +128,6 @@ MiiMoeLinear = _struct(
     (c_void_p, "out x weight pair_weights offsets pairs tiles workspace"),
     (c_int64, "tokens in_features out_features x_stride out_stride"),
     (c_int32, "experts top_k tile_rows activation kernel dtype"),
-    (c_void_p, "next"),
-    (c_int64, "next_expert next_fetch"),
 )
 MiiMoeCombine = _struct(
     "MiiMoeCombine",

@@ -113,19 +113,8 @@ def pack_experts(weight: torch.Tensor, *, gated: bool) -> ExpertWeights:
     return ExpertWeights(data, experts, out_features, in_features, weight.dtype, gated, packed)
 
 
-# Bytes of the second product's weights that come into the L2 cache while the first one ends.
-FETCH_BYTES = 16 << 20
-
-
 def moe_up(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    weight: ExpertWeights,
-    rows: ExpertRows,
-    routing: Routing,
-    kind: str,
-    *,
-    following: ExpertWeights | None = None,
+    out: torch.Tensor, x: torch.Tensor, weight: ExpertWeights, rows: ExpertRows, routing: Routing, kind: str
 ) -> None:
     """out[row] = act(x[token] @ gate^T) * (x[token] @ up^T), summed in float and rounded once.
 
@@ -135,14 +124,13 @@ def moe_up(
         weight: Gated, from `pack_experts`.
         rows: From `route`.
         kind: The activation, one of `abi.ACTIVATIONS`.
-        following: The weights of the product that comes next, of which a part may come into the cache.
 
     Raises:
         ValueError: Shapes or dtypes that do not fit together.
     """
     pairs = rows.tokens * routing.top_k
     _check("moe_up", out, (pairs, weight.out_features), x, (rows.tokens, weight.in_features), weight, gated=True)
-    if not _native("mii_moe_up", out, x, weight, rows, routing, abi.ACTIVATIONS[kind], following):
+    if not _native("mii_moe_up", out, x, weight, rows, routing, abi.ACTIVATIONS[kind]):
         moe_up_reference(out, x, weight, rows, routing, kind)
 
 
@@ -184,14 +172,7 @@ def _check(
 
 
 def _native(
-    name: str,
-    out: torch.Tensor,
-    x: torch.Tensor,
-    weight: ExpertWeights,
-    rows: ExpertRows,
-    routing: Routing,
-    kind: int,
-    following: ExpertWeights | None = None,
+    name: str, out: torch.Tensor, x: torch.Tensor, weight: ExpertWeights, rows: ExpertRows, routing: Routing, kind: int
 ) -> bool:
     library = native.library(x.device)
     if (
@@ -222,10 +203,6 @@ def _native(
         rows.kernel,
         abi.DTYPE_CODES[weight.dtype],
     )
-    if following is not None and rows.kernel == abi.MOE_STREAM and following.data.data_ptr() % 16 == 0:
-        size = following.data.numel() * following.data.element_size() // following.experts
-        if size % 16 == 0:
-            args.next, args.next_expert, args.next_fetch = following.data.data_ptr(), size, FETCH_BYTES
     return library.call(name, args, native.stream(x.device))
 
 

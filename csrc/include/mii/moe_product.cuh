@@ -22,8 +22,6 @@ struct MoeArgs {
   float4* partial;
   int64_t x_stride, out_stride;
   int n, k, top_k, activation;  // n: columns of out
-  const char* next;             // of which the stream brings `next_fetch` bytes into the L2 cache, `next_expert` an expert
-  int64_t next_expert, next_fetch;
 };
 
 // The row of x that a row of the list reads: its token's, or (down) itself.

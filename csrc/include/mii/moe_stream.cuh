@@ -8,7 +8,6 @@
 // of up, eight of each in turn: both halves of an output then lie in the same thread (rows r and r + 8 of a fragment), and
 // the activation is part of the epilogue.
 #pragma once
-#include "mii/bulk_copy.cuh"
 #include "mii/moe_product.cuh"
 #include "mii/stream_runs.cuh"
 
@@ -196,21 +195,6 @@ MII_DEVICE void store_moe_tile(const MoeArgs<T>& a, const float (&sums)[Tokens /
   }
 }
 
-// Brings this CTA's share of the next product's weights, of the experts in the list, into the L2 cache, while memory has
-// nothing else to do: sums are still added up, and that product has not begun.
-template <typename T>
-MII_DEVICE void prefetch_experts(const MoeArgs<T>& a, int cta, int ctas) {
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  constexpr int kPiece = 4096;
-  const int64_t total = min(a.tiles[0].x * a.next_expert, a.next_fetch) / kPiece;
-  for (int64_t piece = total * cta / ctas + threadIdx.x; piece < total * (cta + 1) / ctas; piece += kMoeThreads) {
-    const int64_t at = piece * kPiece, group = at / a.next_expert, offset = at % a.next_expert;
-    const int64_t bytes = min(int64_t(kPiece), a.next_expert - offset);  // what lies in the next expert stays out
-    bulk_prefetch(a.next + a.tiles[1 + group].x * a.next_expert + offset, static_cast<int>(bytes));
-  }
-#endif
-}
-
 // Grid: one CTA a multiprocessor. Dynamic shared memory: MoeStreamShape<Tokens>::kSharedBytes.
 //
 // moe_down begins with its weights before the kernel before it (moe_up) ends: by then the lists, which were written before
@@ -271,7 +255,6 @@ __global__ void __launch_bounds__(kMoeThreads, 1) moe_stream(const MoeArgs<T> a)
       loader.advance(next + 1 < end);
     }
     copy_async_commit();
-    if (Up && unit + 1 == end && a.next != nullptr) prefetch_experts(a, blockIdx.x, ctas);  // all of its own is there
     multiply_moe_unit<T, Tokens>(sums, stage(unit), rows.z);
     const int group = at.group, tile = at.tile;
     const bool finished = at.advance(tiles, steps);

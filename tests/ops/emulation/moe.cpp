@@ -192,13 +192,8 @@ void multiply(const Case& c, Tensors& t) {
   std::vector<Half>& out = Up ? t.hidden : t.parts;
   const int n = Up ? c.width : c.hidden, k = Up ? c.hidden : c.width;
   const mii::MoeArgs<Half> args = {out.data(), Up ? t.x.data() : t.hidden.data(), Up ? t.up.data() : t.down.data(), t.weights.data(), t.pairs.data(),
-                                   t.tiles.data(), t.arrived.data(), t.partial.data(), k, n, n, k, c.top_k, MII_SILU,
-                                   Up ? reinterpret_cast<const char*>(t.down.data()) : nullptr, 2 * n * k, 20000};
-  card::fetch_begin = args.next, card::fetch_size = static_cast<int64_t>(2 * t.down.size()), card::fetched = 0;
+                                   t.tiles.data(), t.arrived.data(), t.partial.data(), k, n, n, k, c.top_k, MII_SILU};
   run_product<Up>(c, args);
-  const bool streamed = c.kernel >= kStream8 && c.kernel <= kStream64;
-  const bool fetches = Up && streamed && t.tiles[0].x * args.next_expert >= 4096;
-  if ((card::fetched > 0) != fetches || card::fetched > args.next_fetch) wrong("what it fetched of the next product");
   const auto bits = [](const std::vector<Half>& values) { return std::string(reinterpret_cast<const char*>(values.data()), 2 * values.size()); };
   const std::string first = bits(out);
   run_product<Up>(c, args);

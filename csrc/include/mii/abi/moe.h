@@ -50,9 +50,6 @@ struct MiiMoeLinear {
   void* workspace;            // CUDA: of mii_moe_workspace_bytes(), zero before its first use; one for calls of one stream
   int64_t tokens, in_features, out_features, x_stride, out_stride;
   int32_t experts, top_k, tile_rows, activation, kernel, dtype;
-  const void* next;     // CUDA: the weights of the product that follows, as `weight`, or null: of the experts that are hit
-  int64_t next_expert;  // about `next_fetch` bytes may come into the L2 cache; `next_expert` are one's
-  int64_t next_fetch;
 };
 MII_API int32_t mii_moe_up(const struct MiiMoeLinear* args, void* stream);
 MII_API int32_t mii_moe_down(const struct MiiMoeLinear* args, void* stream);
