@@ -49,7 +49,7 @@ def run(device: torch.device) -> list[dict[str, Any]]:
 def _choose(kernels: tuple[str, ...], fetched: int = linear_hopper.FETCH_BYTES >> 20) -> None:
     """Which of our kernels multiply, and how much they bring of what follows."""
     linear_hopper.STREAMED_ROWS = 8 if "STREAMED" in kernels else 0
-    linear_hopper.WIDE_ROWS = 128 if "WIDE" in kernels else 0
+    linear_hopper.WIDE_ROWS = linear_hopper.FAST_WIDE_ROWS = range(1, 129 if "WIDE" in kernels else 1)
     linear_hopper.FETCH_BYTES = fetched << 20
 
 

@@ -1,9 +1,9 @@
 """Products on a Hopper GPU by kernels of our own, where they are faster than cuBLASLt.
 
 Up to 128 rows of a weight that has tiles for the multiprocessors: warpgroup products
-(csrc/include/mii/linear_wide.cuh). Up to 8 rows of other weights, and of all where memory is so fast that the last
-tiles would leave it idle: a stream of the weight (linear_stream.cuh). Both read the weight where it lies, row-major,
-so cuBLASLt serves all else from the same memory. The gated forms compute gate and up of an output side by side and
+(csrc/include/mii/linear_wide.cuh); 17 to 64 rows where memory is so fast that the last tiles would leave it idle. Up to 8
+rows of other weights: a stream of the weight (linear_stream.cuh). Both read the weight where it lies, row-major, so
+cuBLASLt serves all else from the same memory. The gated forms compute gate and up of an output side by side and
 apply the activation before anything is written.
 """
 
@@ -17,8 +17,9 @@ from mii.ops import abi, native
 
 STREAMED_ROWS = 8  # up to which a product goes to the stream, which takes no more
 WIDE_TILES = 96  # of 128 weight rows, from which warpgroup products keep enough multiprocessors reading
-WIDE_ROWS = 128  # up to which reading the weight is most of a product's time
+WIDE_ROWS = range(1, 129)  # for which reading the weight is most of a product's time
 FAST_MEMORY = 100 << 30  # bytes: GPUs that have more have HBM3e, 4 TB/s and above
+FAST_WIDE_ROWS = range(17, 65)  # of these: with fewer and more rows cuBLASLt is 2 % faster
 GATES = ("silu", "gelu_tanh", "gelu_quick")  # that warpgroup products apply
 # Bytes of the following product's weight that come into the L2 cache while a product ends: about what memory delivers
 # between the last read of one product and the first of the next.
@@ -86,8 +87,9 @@ def _ahead(following: torch.Tensor | None) -> tuple[int | None, int]:
 
 def _kernel(rows: int, features: int, activation: str | None, fast_memory: bool) -> str | None:
     """The function that multiplies so many rows by a weight of so many features; None: cuBLASLt does."""
-    wide = rows <= WIDE_ROWS and features >= 128 * WIDE_TILES and (activation is None or activation in GATES)
-    if rows <= STREAMED_ROWS and (fast_memory or not wide):
+    tiled = features >= 128 * WIDE_TILES and (activation is None or activation in GATES)
+    wide = tiled and rows in (FAST_WIDE_ROWS if fast_memory else WIDE_ROWS)
+    if rows <= STREAMED_ROWS and not wide:
         return "mii_linear_streamed"
     return "mii_linear_wide" if wide else None
 
