@@ -1,9 +1,9 @@
 """Products on a Hopper GPU by kernels of our own, where they are faster than cuBLASLt.
 
 Up to 128 rows of a weight that has tiles for the multiprocessors: warpgroup products
-(csrc/include/mii/linear_wide.cuh); 17 to 64 rows where memory is so fast that the last tiles would leave it idle. Up to 8
-rows of other weights: a stream of the weight (linear_stream.cuh). Both read the weight where it lies, row-major, so
-cuBLASLt serves all else from the same memory. The gated forms compute gate and up of an output side by side and
+(csrc/include/mii/linear_wide.cuh); 17 to 64 rows where memory is so fast that the last tiles would leave it idle. Up to
+8 rows of other weights: a stream of the weight (linear_stream.cuh). Both read the weight where it lies, row-major,
+so cuBLASLt serves all else from the same memory. The gated forms compute gate and up of an output side by side and
 apply the activation before anything is written.
 """
 
