@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.timing import Call, Case, run_cases
 from mii.ops import abi
-from mii.ops.moe import moe_combine, moe_down, moe_up, pack_experts
+from mii.ops.moe import moe_combine, moe_down, moe_up, pack_experts, stream_rows
 from mii.ops.moe_routing import ExpertLists, ExpertRows, Routing, route
 
 KERNELS = {
@@ -58,17 +58,15 @@ def _cases(hopper: bool) -> Iterator[Case]:
         yield _routing(QWEN3, tokens)
     for shape, counts in ((QWEN3, (1, 4, 16, 64, 256, 512)), (MIXTRAL, (1, 4, 16, 64))):
         for tokens in counts:
-            yield from _products(
-                shape, tokens, abi.MOE_STREAM, next(r for r in (8, 16, 32, 64) if tokens <= r or r == 64)
-            )
+            yield from _products(shape, tokens, abi.MOE_STREAM, stream_rows(shape.routing, tokens))
     for kernel in (abi.MOE_MMA, abi.MOE_WGMMA) if hopper else (abi.MOE_MMA,):
         for shape in (QWEN3, MIXTRAL):
             yield from _products(shape, 8192, kernel, 128)
     yield from _products(QWEN3, 2048, *_for_prompts(QWEN3, hopper))
     yield from _products(QWEN3, 1, abi.MOE_SIMPLE, 8)
     for shape in (QWEN3, MIXTRAL):
-        for tokens in (1, 16):
-            yield _layer(shape, tokens, abi.MOE_STREAM, 8 if tokens == 1 else 16)
+        for tokens in (1, 4, 16, 64):
+            yield _layer(shape, tokens, abi.MOE_STREAM, stream_rows(shape.routing, tokens))
     for shape in (QWEN3, MIXTRAL):
         yield _layer(shape, 8192, *_for_prompts(shape, hopper))
 

@@ -127,12 +127,10 @@ int32_t product_16_bit(const MiiMoeLinear& a, void* stream) {
       return launch_stream<T, 8, Up>(a, stream);
     case 16:
       return launch_stream<T, 16, Up>(a, stream);
-    case 32:
-      return launch_stream<T, 32, Up>(a, stream);
     case kMostStreamedRows:
       return launch_stream<T, kMostStreamedRows, Up>(a, stream);
     default:
-      return fail(MII_INVALID, "mii_moe: the stream takes tiles of 8, 16, 32 or 64 rows, not %d", a.tile_rows);
+      return fail(MII_INVALID, "mii_moe: the stream takes tiles of 8, 16 or 64 rows, not %d", a.tile_rows);
   }
 }
 

@@ -13,7 +13,6 @@ of tokens: a stream of the weights of the experts that are hit (csrc/include/mii
 from __future__ import annotations
 
 import itertools
-import math
 from dataclasses import dataclass
 
 import torch
@@ -45,22 +44,23 @@ def choose_kernel(
     ):
         return abi.MOE_SIMPLE, 8
     if tokens * routing.top_k <= STREAMED_ROWS * routing.experts or tokens <= 64:
-        return abi.MOE_STREAM, _stream_rows(routing, tokens)
+        return abi.MOE_STREAM, stream_rows(routing, tokens)
     if KERNELS == "wgmma" and torch.cuda.get_device_capability(device) == (9, 0):
         return abi.MOE_WGMMA, 128
     return abi.MOE_MMA, 128
 
 
-def _stream_rows(routing: Routing, tokens: int) -> int:
-    """The rows of the stream's tiles: as few as nearly every expert's fit into, were tokens to choose at random, since
-    what an expert has beyond a tile reads its weights again.
+def stream_rows(routing: Routing, tokens: int) -> int:
+    """The rows of the stream's tiles: the fewer, the faster, but what an expert has beyond a tile reads its weights
+    again. By the mean over the experts, which leaves room for those that more tokens choose.
 
-    >>> [_stream_rows(Routing(128, 8), tokens) for tokens in (1, 16, 64, 256, 512)]
-    [8, 8, 16, 32, 64]
+    >>> [stream_rows(Routing(128, 8), tokens) for tokens in (1, 32, 64, 128, 256)]
+    [8, 8, 16, 16, 64]
     """
     mean = tokens * routing.top_k / routing.experts
-    most = min(tokens, mean + 3 * math.sqrt(mean))
-    return next((rows for rows in (8, 16, 32) if most <= rows), 64)
+    if tokens <= 8 or mean <= 3:
+        return 8
+    return 16 if tokens <= 16 or mean <= 8 else 64
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ constexpr int kMoeMostCtas = 1024;  // counters: one for each CTA that may begin
 template <int Tokens>
 struct MoeStreamShape {
   static constexpr int kGroups = Tokens / 8;
-  static constexpr int kStages = Tokens <= 16 ? 6 : Tokens == 32 ? 5 : 4;
+  static constexpr int kStages = Tokens <= 16 ? 6 : 4;
   static constexpr int kWeightBytes = kUnitRows * kUnitDepth * 2;
   static constexpr int kStageBytes = kWeightBytes + Tokens * kUnitDepth * 2;
   static constexpr int kSharedBytes = kStages * kStageBytes;

@@ -13,9 +13,9 @@ namespace {
 
 using mii::Half;
 
-enum Kernel { kSimple, kStream8, kStream16, kStream32, kStream64, kMma, kWide };
-constexpr int kTileRows[] = {8, 8, 16, 32, 64, 128, 128};
-const char* const kNames[] = {"simple", "stream 8", "stream 16", "stream 32", "stream 64", "mma", "wide"};
+enum Kernel { kSimple, kStream8, kStream16, kStream64, kMma, kWide };
+constexpr int kTileRows[] = {8, 8, 16, 64, 128, 128};
+const char* const kNames[] = {"simple", "stream 8", "stream 16", "stream 64", "mma", "wide"};
 
 struct Case {
   Kernel kernel;
@@ -175,8 +175,6 @@ void run_product(const Case& c, const mii::MoeArgs<Half>& args) {
       return run(mii::moe_stream<Half, 8, Up>, mii::kMoeThreads);
     case kStream16:
       return run(mii::moe_stream<Half, 16, Up>, mii::kMoeThreads);
-    case kStream32:
-      return run(mii::moe_stream<Half, 32, Up>, mii::kMoeThreads);
     case kStream64:
       return run(mii::moe_stream<Half, 64, Up>, mii::kMoeThreads);
     case kMma:
@@ -241,7 +239,7 @@ int main() {
       {kSimple, 9, 7, 5, 3, 17, 9, 3, true},      {kStream8, 1, 1, 16, 4, 192, 128, 5, false},
       {kStream8, 7, 5, 40, 2, 136, 72, 3, false}, {kStream8, 3, 0, 8, 2, 64, 64, 4, false},
       {kStream8, 2, 2, 3, 1, 64, 8, 9, false},    {kStream16, 16, 16, 8, 2, 200, 136, 7, true},
-      {kStream32, 30, 30, 4, 2, 136, 72, 4, false}, {kStream64, 100, 90, 3, 2, 72, 64, 2, true},
+      {kStream64, 30, 30, 4, 2, 136, 72, 4, false}, {kStream64, 100, 90, 3, 2, 72, 64, 2, true},
       {kMma, 150, 140, 3, 2, 136, 72, 3, true},   {kMma, 5, 0, 20, 2, 64, 200, 5, false},
       {kWide, 150, 140, 3, 2, 136, 72, 3, true},  {kWide, 5, 0, 20, 2, 64, 200, 5, false},
       {kWide, 40, 40, 6, 2, 72, 136, 2, false},   {kWide, 190, 180, 2, 1, 328, 264, 2, true},
