@@ -49,3 +49,11 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, ulps: float = 1.0
     """Equal within `ulps` units in the last place of the dtype, relative to values around 1."""
     tolerance = ULP[expected.dtype] * ulps
     torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance)
+
+
+def assert_close_sums(actual: torch.Tensor, expected: torch.Tensor, addend: torch.Tensor, ulps: float) -> None:
+    """The same for sums with `addend`: what was added to it is rounded by itself, and may be larger than the sum."""
+    scale = 1 + addend.double().abs() + expected.double().abs()
+    torch.testing.assert_close(
+        actual.double() / scale, expected.double() / scale, rtol=0, atol=ULP[expected.dtype] * ulps
+    )

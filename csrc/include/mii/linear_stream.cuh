@@ -17,6 +17,7 @@
 #pragma once
 #include "mii/activation.cuh"
 #include "mii/dynamic_shared.cuh"
+#include "mii/partial_sums.cuh"
 #include "mii/prefetch_next.cuh"
 #include "mii/stream_runs.cuh"
 
@@ -205,6 +206,11 @@ MII_DEVICE void store_tile(const Stream<T>& s, const StreamSums& sums, int tile)
 // Leaves this CTA's partial sums of a tile. True in every thread of the CTA that arrived last, which then has the total.
 template <typename T>
 MII_DEVICE bool merge_tile(const Stream<T>& s, StreamSums& sums, int tile, int* last) {
+#if MII_SUMS_BY_WORDS
+  return merge_by_words(reinterpret_cast<float(&)[1][4]>(sums), s.runs, tile, [&](int cta) {
+    return [place = s.a.partial + cta * kStreamConsumers + threadIdx.x](int) { return place; };
+  });
+#else
   const auto at = [&](int cta) { return s.a.partial + s.runs.place(cta, tile) * kStreamConsumers + threadIdx.x; };
   __stcg(at(blockIdx.x), make_float4(sums[0], sums[1], sums[2], sums[3]));
   __threadfence();
@@ -223,6 +229,7 @@ MII_DEVICE bool merge_tile(const Stream<T>& s, StreamSums& sums, int tile, int* 
     sums[0] += one.x, sums[1] += one.y, sums[2] += one.z, sums[3] += one.w;
   }
   return true;
+#endif
 }
 
 template <typename T>

@@ -9,6 +9,7 @@
 // the activation is part of the epilogue.
 #pragma once
 #include "mii/moe_product.cuh"
+#include "mii/partial_sums.cuh"
 #include "mii/stream_runs.cuh"
 
 namespace mii {
@@ -138,6 +139,11 @@ MII_DEVICE void multiply_moe_unit(float (&sums)[Tokens / 8][4], uint32_t stage, 
 // Leaves this CTA's partial sums of a tile. True in every thread of the CTA that arrived last, which then has the total.
 template <typename T, int Groups>
 MII_DEVICE bool merge_moe_tile(const MoeArgs<T>& a, float (&sums)[Groups][4], const StreamRuns& runs, int tile) {
+#if MII_SUMS_BY_WORDS
+  return merge_by_words(sums, runs, tile, [&](int cta) {
+    return [first = a.partial + cta * Groups * kMoeThreads + threadIdx.x](int g) { return first + g * kMoeThreads; };
+  });
+#else
   __shared__ int last;
   const auto at = [&](int cta, int group) {
     return a.partial + (int64_t(runs.place(cta, tile)) * Groups + group) * kMoeThreads + threadIdx.x;
@@ -167,6 +173,7 @@ MII_DEVICE bool merge_moe_tile(const MoeArgs<T>& a, float (&sums)[Groups][4], co
     sums[group][0] = total.x, sums[group][1] = total.y, sums[group][2] = total.z, sums[group][3] = total.w;
   }
   return true;
+#endif
 }
 
 // Rounds a tile's sums and stores them: rows of weight are columns of out.

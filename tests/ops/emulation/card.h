@@ -9,6 +9,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -154,7 +155,8 @@ inline void land_some() {
 
 // ---- what is fetched into the L2 cache ------------------------------------------------------------------------------
 inline const char* fetch_begin;  // what may be
-inline int64_t fetch_size, fetched;
+inline int64_t fetch_size;
+inline std::atomic<int64_t> fetched;
 
 inline void fetch(const void* source, int bytes) {
   for (const Copy& copy : copies) {
@@ -309,6 +311,11 @@ inline unsigned __ballot_sync(unsigned, bool mine) {
 }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
+inline float __uint_as_float(unsigned bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
 inline unsigned __float_as_uint(float value) {
   unsigned bits;
   std::memcpy(&bits, &value, 4);

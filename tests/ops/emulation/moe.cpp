@@ -3,7 +3,9 @@
 #include "mii/attention_mma.cuh"
 
 #undef __shared__
-#define __shared__ static  // the threads of a CTA share it, and one CTA runs at a time
+#define __shared__ static thread_local  // the threads of a CTA share it, which all run in one of the host
+
+#include "at_once.h"
 
 #include "mii/moe_route.cuh"
 #include "mii/moe_mma.cuh"
@@ -45,6 +47,10 @@ void run_grid(int ctas, int threads, const std::function<void()>& kernel) {
   }
 }
 
+// What the places of partial sums hold at first.
+constexpr float kAny = MII_SUMS_BY_WORDS ? 0.0f : NAN;
+constexpr float4 kNothing = {kAny, kAny, kAny, kAny};
+
 struct Tensors {
   std::vector<Half> logits, x, up, down, hidden, parts;
   std::vector<int> chosen, offsets, pairs, arrived = std::vector<int>(mii::kMoeMostCtas), counts = std::vector<int>(MII_COUNTS);
@@ -66,7 +72,7 @@ struct Tensors {
         tiles(1 + min(c.experts, c.pairs()) + c.pairs() / kTileRows[c.kernel]),
         sizes((c.tokens + mii::kLeastChunk - 1) / mii::kLeastChunk * ((c.experts + 1) / 2), 0xffffffff),
         weights(c.pairs(), NAN),
-        partial(size_t(c.ctas) * 2 * 8 * mii::kMoeThreads, make_float4(NAN, NAN, NAN, NAN)) {
+        partial(size_t(c.ctas) * 2 * 8 * mii::kMoeThreads, kNothing) {
     counts[MII_NUM_TOKENS] = c.live;
     for (int t = 0; c.crowded && t < c.tokens; ++t) logits[t * c.experts + c.experts / 2] = mii::from_float<Half>(9);
   }
@@ -168,15 +174,18 @@ mii::MoeWideArgs<Half> wide_args(const Case& c, const mii::MoeArgs<Half>& args) 
 template <bool Up>
 void run_product(const Case& c, const mii::MoeArgs<Half>& args) {
   const auto run = [&](auto kernel, int threads) { run_grid(c.ctas, threads, [&] { kernel(args); }); };
+  const auto stream = [&](auto kernel) {
+    (MII_SUMS_BY_WORDS ? run_at_once : run_grid)(c.ctas, mii::kMoeThreads, [&] { kernel(args); });
+  };
   switch (c.kernel) {
     case kSimple:
       return run(mii::moe_simple<Half, Up>, mii::kSimpleThreads);
     case kStream8:
-      return run(mii::moe_stream<Half, 8, Up>, mii::kMoeThreads);
+      return stream(mii::moe_stream<Half, 8, Up>);
     case kStream16:
-      return run(mii::moe_stream<Half, 16, Up>, mii::kMoeThreads);
+      return stream(mii::moe_stream<Half, 16, Up>);
     case kStream64:
-      return run(mii::moe_stream<Half, 64, Up>, mii::kMoeThreads);
+      return stream(mii::moe_stream<Half, 64, Up>);
     case kMma:
       return run(mii::moe_mma<Half, Up>, mii::MoeMmaShape::kThreads);
     case kWide:
@@ -199,6 +208,7 @@ void multiply(const Case& c, Tensors& t) {
   for (const int counter : t.arrived) {
     if (counter != 0) wrong("a counter was left");
   }
+  if (MII_SUMS_BY_WORDS) must_be_empty(t.partial);
 }
 
 void route(const Case& c, int chunk, Tensors& t) {

@@ -37,7 +37,7 @@ struct Lane {
   uint32_t address, result[4], a[4], b[2];
   float c[4];
 };
-inline Lane lanes[32][32];
+inline thread_local Lane lanes[32][32];
 
 inline void load_matrices(uint32_t (&r)[4], uint32_t address) {
   Lane(&all)[32] = lanes[card::warp()];
@@ -92,7 +92,7 @@ struct Copies {
   std::vector<Copy> open;
   std::vector<std::vector<Copy>> groups;
 };
-inline std::map<int, Copies> copies;  // by thread; empty again when a CTA has ended
+inline thread_local std::map<int, Copies> copies;  // by thread; empty again when a CTA has ended
 
 inline void land(const Copies::Copy& copy) {
   if (copy.source == nullptr) std::memset(card::shared + copy.target, 0, 16);

@@ -9,8 +9,8 @@ struct Gathered {
   std::vector<mii::Copies::Copy> copies;
   uint32_t barrier;
 };
-inline std::map<int, std::deque<Gathered>> gathered;  // by thread; empty again when a CTA has ended
-inline uint32_t published[1024];                      // by thread: the writes of threads that its products may find
+inline thread_local std::map<int, std::deque<Gathered>> gathered;  // by thread; empty again when a CTA has ended
+inline thread_local uint32_t published[1024];         // by thread: the writes of threads that its products may find
 
 }  // namespace card
 

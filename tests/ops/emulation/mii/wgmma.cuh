@@ -22,7 +22,7 @@ struct Orders {
   std::vector<Product> open;
   std::deque<std::vector<Product>> batches;
 };
-inline Orders orders[1024];  // by thread; done when a CTA has ended
+inline thread_local Orders orders[1024];  // by thread; done when a CTA has ended
 
 // Elements 0 .. 15 of a row of an operand, as the 128-byte swizzle lays them out.
 inline void load_operand(float (&to)[16], uint64_t descriptor, int row, uint32_t published) {
