@@ -87,13 +87,14 @@ class _Watch:
             self._context.destroy()
 
     def _wait_in_vain(self) -> None:
-        """Ends the process if the step that it is in does not end."""
-        step = self._steps
-        for _ in range(_MERCY_TURNS):
+        """Ends the process once a step does not end: the one that it is in, or one that began at this moment."""
+        step, turns = self._steps, 0
+        while turns < _MERCY_TURNS:
             if self._closing.wait(_TURN_MS / 1000):
                 return
-        if step % 2 and self._steps == step:
-            self._end(self._lost)
+            turns = turns + 1 if step % 2 and step == self._steps else 0
+            step = self._steps
+        self._end(self._lost)
 
     def _turn(self) -> str:
         """Looks for half a second; returns who is lost, if anybody is."""
