@@ -183,5 +183,5 @@ def decode_to_front(message: bytes | memoryview) -> ToFront:
 def _checked(decoder: msgspec.msgpack.Decoder[T], message: bytes | memoryview) -> T:
     try:
         return decoder.decode(message)
-    except UnicodeDecodeError as error:  # msgspec lets it through as it is
+    except UnicodeDecodeError as error:  # msgspec before 0.23 lets it through as it is
         raise msgspec.DecodeError(f"a text of it is not UTF-8: {error}") from None

@@ -103,21 +103,19 @@ def _too_long(limit: int) -> ApiError:
 def _loads(body: bytes) -> Any:
     try:
         return _decode(body)
-    except UnicodeDecodeError as error:
-        raise bad_request(f"the body is not UTF-8: {error.reason} at byte {_not_utf8(body, error)}") from None
     except RecursionError:
         raise bad_request("the body is JSON that is nested too deeply") from None
-    except msgspec.MsgspecError as error:
-        raise bad_request(_half_pair(body) or f"the body is not valid JSON: {error}") from None
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:  # the latter from msgspec before 0.23
+        raise bad_request(_not_utf8(body) or _half_pair(body) or f"the body is not valid JSON: {error}") from None
 
 
-def _not_utf8(body: bytes, error: UnicodeDecodeError) -> int:
-    """Where in a body: the decoder counts from the beginning of a text."""
+def _not_utf8(body: bytes) -> str:
+    """Where a body is not UTF-8, or an empty string."""
     try:
         body.decode()
-    except UnicodeDecodeError as first:
-        return first.start
-    return error.start
+    except UnicodeDecodeError as error:
+        return f"the body is not UTF-8: {error.reason} at byte {error.start}"
+    return ""
 
 
 def _half_pair(body: bytes) -> str:
