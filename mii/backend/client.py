@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import inspect
 import json
-import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import aclosing, closing
@@ -19,6 +17,7 @@ from mii.backend import channels
 from mii.backend.bundled import BundledCall
 from mii.backend.calls import Attempts, Metadata, stream, stream_async, unary, unary_async
 from mii.backend.channels import AsyncConnection
+from mii.backend.own_loop import OwnLoop
 from mii.backend.replies import check_complete, health_of, read_pieces, responses_of
 from mii.batching.data_classes import Response, StreamedResponse
 from mii.batching.intake import prompt_list
@@ -84,7 +83,7 @@ class MIIClient:
         """``host:port`` of the deployment."""
         self._token = token
         self._closed = False
-        self._own_loop: asyncio.AbstractEventLoop | None = None
+        self._own_loop = OwnLoop()
         channels.join(self.address, self)
 
     def __repr__(self) -> str:
@@ -93,16 +92,13 @@ class MIIClient:
     @property
     def asyncio_loop(self) -> asyncio.AbstractEventLoop:
         """The event loop of `stub`: the one that runs here or, where none does, one that the client keeps for this and
-        makes the current one of this thread, which gRPC asks for.
+        makes the current one of this thread.
         """
         try:
             return asyncio.get_running_loop()
         except RuntimeError:
-            if self._own_loop is None:
-                self._check_open()
-                self._own_loop = asyncio.new_event_loop()
-            asyncio.set_event_loop(self._own_loop)
-            return self._own_loop
+            self._check_open()
+            return self._own_loop.get()
 
     @property
     def stub(self) -> ModelResponseStub:
@@ -310,13 +306,13 @@ class MIIClient:
     def close(self) -> None:
         """Lets go of the connection, which closes when no other client uses it; twice is fine."""
         self._closed = True
-        self._close_own_loop()
+        self._own_loop.close()
         channels.leave(self.address, self)
 
     async def close_async(self) -> None:
         """As `close`, and waits for it."""
         self._closed = True
-        self._close_own_loop()
+        self._own_loop.close()
         await channels.leave_async(self.address, self)
 
     def __enter__(self) -> MIIClient:
@@ -384,16 +380,6 @@ class MIIClient:
 
     async def _connect(self) -> AsyncConnection:
         return self._async_connection()
-
-    def _close_own_loop(self) -> None:
-        loop, self._own_loop = self._own_loop, None
-        if loop is not None and not loop.is_running():
-            with contextlib.suppress(RuntimeError):  # there is no current one
-                if asyncio.get_event_loop() is loop:
-                    asyncio.set_event_loop(None)
-            closing_it = threading.Thread(target=channels.close_loop, args=(loop,))  # another one may run in this one
-            closing_it.start()
-            closing_it.join()
 
     def _check_open(self) -> None:
         if self._closed:
