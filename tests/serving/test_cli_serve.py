@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mii import cli_serve
 from mii.backend import deployment
 from mii.backend.server import MIIServer
 from mii.cli import main
@@ -119,6 +120,16 @@ def test_a_part_that_fails_is_one_line_and_the_end_of_its_log(
     first, second, *log = capfd.readouterr().err.splitlines()
     assert first == "mii serve: error: deployment 'demo' failed: replica-0-engine: ValueError: no such model"
     assert second == "the end of its log:" and "stand-in starts" in log
+
+
+def test_without_a_model_the_default_one_is_served(
+    stand_ins: StandIns, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_serve, "default_model", lambda: "org/default")
+    assert main(["serve", "--detach", "--no-progress", "--name", "demo"]) == 0
+    assert deployment.find("demo").config.model_conf.model_name_or_path == "org/default"
+    assert main(["stop", "demo"]) == 0
+    capfd.readouterr()
 
 
 def test_wrong_options_start_nothing(stand_ins: StandIns, cache: Path, capfd: pytest.CaptureFixture[str]) -> None:

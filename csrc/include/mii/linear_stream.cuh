@@ -203,7 +203,7 @@ MII_DEVICE void store_tile(const Stream<T>& s, const StreamSums& sums, int tile)
   if (token + 1 < s.a.rows) store_pair(s, tile, row, token + 1, sums[1], sums[3]);
 }
 
-// Leaves this CTA's partial sums of a tile. True in every thread of the CTA that arrived last, which then has the total.
+// Leaves this CTA's partial sums of a tile. True in every thread of the CTA that has the total then.
 template <typename T>
 MII_DEVICE bool merge_tile(const Stream<T>& s, StreamSums& sums, int tile, int* last) {
 #if MII_SUMS_BY_WORDS

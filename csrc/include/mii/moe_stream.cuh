@@ -136,7 +136,7 @@ MII_DEVICE void multiply_moe_unit(float (&sums)[Tokens / 8][4], uint32_t stage, 
   }
 }
 
-// Leaves this CTA's partial sums of a tile. True in every thread of the CTA that arrived last, which then has the total.
+// Leaves this CTA's partial sums of a tile. True in every thread of the CTA that has the total then.
 template <typename T, int Groups>
 MII_DEVICE bool merge_moe_tile(const MoeArgs<T>& a, float (&sums)[Groups][4], const StreamRuns& runs, int tile) {
 #if MII_SUMS_BY_WORDS

@@ -6,10 +6,6 @@
 
 namespace {
 
-// What the places of partial sums hold at first.
-constexpr float kAny = MII_SUMS_BY_WORDS ? 0.0f : NAN;
-constexpr float4 kNothing = {kAny, kAny, kAny, kAny};
-
 struct Workspace {
   std::vector<int> arrived = std::vector<int>(mii::kWorkCounters);
   std::vector<float4> partial;

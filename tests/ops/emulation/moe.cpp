@@ -47,10 +47,6 @@ void run_grid(int ctas, int threads, const std::function<void()>& kernel) {
   }
 }
 
-// What the places of partial sums hold at first.
-constexpr float kAny = MII_SUMS_BY_WORDS ? 0.0f : NAN;
-constexpr float4 kNothing = {kAny, kAny, kAny, kAny};
-
 struct Tensors {
   std::vector<Half> logits, x, up, down, hidden, parts;
   std::vector<int> chosen, offsets, pairs, arrived = std::vector<int>(mii::kMoeMostCtas), counts = std::vector<int>(MII_COUNTS);
