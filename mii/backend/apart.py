@@ -3,13 +3,14 @@
 gRPC's channels have locks of Python's own. An exception that a signal raises in the main thread, Ctrl-C above all, can
 come between taking such a lock and the block that gives it back, and then every later call over that channel hangs; or
 it comes in a destructor, and is lost. So the main thread does not touch gRPC, nor hold a call that has ended: another
-one does, and the two talk through queues that no signal can break.
+one does, and the two talk through queues that no signal can break. Nor does it wait until that thread runs, as
+`threading.Thread.start` would with locks of the same kind.
 """
 
 from __future__ import annotations
 
+import _thread
 import contextlib
-import threading
 from collections.abc import Generator
 from queue import SimpleQueue
 from typing import Any, TypeVar
@@ -61,7 +62,7 @@ def apart(items: Generator[_T, None, None], handle: Handle) -> Generator[_T, Non
         wanted.put(True)
     more = True
     try:
-        threading.Thread(target=_work, args=(items, results, wanted), name="mii-call", daemon=True).start()
+        _thread.start_new_thread(_work, (items, results, wanted))
         while more:
             more, result = results.get()
             if more:
@@ -71,7 +72,7 @@ def apart(items: Generator[_T, None, None], handle: Handle) -> Generator[_T, Non
         if more:
             wanted.put(False)
             with contextlib.suppress(RuntimeError):  # no thread can be started while the interpreter ends
-                threading.Thread(target=handle.end, name="mii-cancel", daemon=True).start()
+                _thread.start_new_thread(handle.end, ())
     if result is not None:
         raise result
 

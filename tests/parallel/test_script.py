@@ -24,8 +24,8 @@ folder, options, calls = sys.argv[-3], json.loads(sys.argv[-2]), json.loads(sys.
 for option in options:
     pipe = mii.pipeline(folder, **{"device": "cpu", "dtype": "fp32", "progress": False, **option})
     said = [[str(each) for each in pipe(["DeepSpeed is", "Seattle is"], max_new_tokens=12, **call)] for call in calls]
-    pieces = pipe.stream("A", max_new_tokens=6, do_sample=False)
-    streamed = ["".join(piece.generated_text for piece in step) for step in pieces]
+    pieces = [piece for step in pipe.stream("A", max_new_tokens=6, do_sample=False) for piece in step]
+    streamed = "".join(piece.generated_text for piece in pieces)
     line = json.dumps({"rank": int(os.environ["RANK"]), "first": pipe.is_rank_0, "said": said, "streamed": streamed})
     sys.stdout.write(line + "\\n")  # one write: the ranks share a pipe
     pipe.destroy()
@@ -71,9 +71,9 @@ def test_torchrun_divides_a_model_and_the_ranks_that_are_to_answer_do(
     assert [rank[0]["first"] for rank in ranks] == [True, False, False]
     assert [rank[0]["said"] for rank in ranks] == [expected(folder), [[], []], [[], []]]
     streamed, *others = [rank[0]["streamed"] for rank in ranks]
-    assert streamed and others == [[], []]
+    assert streamed and others == ["", ""]
     assert [rank[1]["said"] for rank in ranks] == [expected(folder)] * 3
-    assert [rank[1]["streamed"] for rank in ranks] == [streamed] * 3
+    assert [rank[1]["streamed"] for rank in ranks] == [streamed] * 3  # how many steps a piece is of may differ
 
 
 @pytest.mark.skipif(shutil.which("deepspeed") is None, reason="deepspeed is not installed here: pip install deepspeed")

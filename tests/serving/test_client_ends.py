@@ -12,6 +12,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import pytest
 from google.protobuf.empty_pb2 import Empty
 
 import mii
-from mii.backend import MIIClient, channels
+from mii.backend import MIIClient, apart, channels
 from mii.batching.data_classes import StreamedResponse
 from mii.errors import (
     PromptEncodingError,
@@ -154,7 +155,10 @@ def test_interrupts_at_any_moment_leave_the_connection_usable(
 
 
 def no_call_is_left() -> bool:
-    return not [thread for thread in threading.enumerate() if thread.name.startswith("mii-c")]
+    """Whether no thread runs for a call of the main thread's."""
+    codes = {apart._work.__code__, apart.Handle.end.__code__}
+    tops = sys._current_frames().values()
+    return not any(frame.f_code in codes for top in tops for frame, _ in traceback.walk_stack(top))
 
 
 def test_the_main_thread_destroys_no_call(cluster: Cluster, client: MIIClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,9 +182,27 @@ def test_the_main_thread_destroys_no_call(cluster: Cluster, client: MIIClient, m
             ask("one", max_new_tokens=LONG)
     with contextlib.closing(client.stream("one", max_new_tokens=LONG)) as stream:
         next(stream)
-    wait_until(no_call_is_left)
+    wait_until(lambda: len(threads) == 9)
     gc.collect()
     assert len(threads) == 9 and threading.main_thread() not in threads, threads
+
+
+def test_the_main_thread_waits_with_no_lock_that_an_interrupt_can_break(cluster: Cluster, client: MIIClient) -> None:
+    waited = []
+
+    def record(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code is threading.Condition.wait.__code__:
+            waited.append(frame.f_back)
+
+    client.generate("one", max_new_tokens=2)
+    sys.setprofile(record)
+    try:
+        client.generate("one", max_new_tokens=2)
+        with contextlib.closing(client.stream("one", max_new_tokens=LONG)) as stream:
+            next(stream)
+    finally:
+        sys.setprofile(None)
+    assert waited == []
 
 
 def test_a_stream_that_is_closed_ends_in_the_engine(cluster: Cluster, client: MIIClient) -> None:
