@@ -7,7 +7,8 @@ Objects are cached in build/native under a hash of the command, the compiler's v
 it read (the compiler's own dependency file says which), so an unchanged checkout compiles nothing.
 
 Environment: CXX (C++ compiler), CUDA_HOME (toolkit), MII_BUILD_CUDA (0: never, 1: must, unset: when nvcc is there),
-MII_BUILD_JOBS (compilers at once; by default as many as cores and memory allow).
+MII_BUILD_JOBS (compilers at once; by default as many as cores and memory allow), and nvcc's own NVCC_APPEND_FLAGS and
+NVCC_PREPEND_FLAGS.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class BuildError(Exception):
 
 @dataclass(frozen=True)
 class Compiler:
-    """A compiler's command and the first line that tells its version."""
+    """A compiler's command and the first line that tells its version, with what it takes from the environment."""
 
     command: str
     version: str
@@ -258,7 +259,14 @@ def _nvcc() -> Compiler:
     release = re.search(r"release (\d+)\.(\d+)", version)
     if release is None or (int(release[1]), int(release[2])) < CUDA_MINIMUM:
         raise BuildError(f"{command} is {version!r}; CUDA {CUDA_MINIMUM[0]}.{CUDA_MINIMUM[1]} or later is needed")
-    return Compiler(command, version)
+    return Compiler(command, version + "".join(f" {name}={value}" for name, value in _own_flags()))
+
+
+def _own_flags() -> Iterator[tuple[str, str]]:
+    """What nvcc adds to its command by itself."""
+    for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"):
+        if value := os.environ.get(name):
+            yield name, value
 
 
 def _version(command: str) -> str:

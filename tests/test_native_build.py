@@ -29,7 +29,7 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     for name, folder in {"ROOT": ".", "SOURCES": "csrc", "LIBRARIES": "mii/_lib", "CACHE": "build/native"}.items():
         monkeypatch.setattr(module, name, tmp_path / folder)
     monkeypatch.setattr(module, "ISA_FLAGS", {isa: module.ISA_FLAGS[isa] for isa in ("plain", "amx")})
-    for name in ("CXX", "CUDA_HOME", "CUDA_PATH", "MII_BUILD_JOBS"):
+    for name in ("CXX", "CUDA_HOME", "CUDA_PATH", "MII_BUILD_JOBS", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MII_BUILD_CUDA", "0")
     write(tmp_path, "csrc/include/number.h", "#define NUMBER 41")
@@ -197,6 +197,23 @@ def test_a_toolkit_that_is_too_old_is_an_error_where_cuda_is_demanded(
     old_toolkit(tmp_path, monkeypatch, "1")
     with pytest.raises(build.BuildError, match=r"11\.8"):
         run(build)
+
+
+NVCC = """[ "$1" = --version ] && exec echo "Cuda compilation tools, release 13.0, V13.0.88"
+while [ $# -gt 1 ]; do [ "$1" = -o ] && : > "$2"; shift; done"""
+
+
+def test_what_nvcc_adds_to_its_command_compiles_its_sources_again(
+    build: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program(tmp_path, "toolkit/bin/nvcc", NVCC)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    monkeypatch.setenv("MII_BUILD_CUDA", "1")
+    write(tmp_path, "csrc/cuda/kernel.cu", "")
+    assert "cuda/kernel.o" in compiled(run(build))
+    assert compiled(run(build)) == set()
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-Ofast-compile=max")
+    assert compiled(run(build)) == {"cuda/kernel.o"}
 
 
 def test_builds_at_the_same_time_take_turns(build: ModuleType, tmp_path: Path) -> None:
