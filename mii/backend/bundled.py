@@ -72,9 +72,9 @@ class BundledCall:
         """Whether everything was taken."""
         return self._answers.over
 
-    def listen(self, tell: Callable[[], object] | None) -> None:
-        """Has `tell` called whenever there is something to `take_now`, or all has come; for after the first `take`."""
-        self._answers.listen(tell)
+    def listen(self, tell: Callable[[], object] | None, offer: Callable[[Sequence[Piece]], bool] | None = None) -> None:
+        """As `Answers.listen`, for after the first `take`."""
+        self._answers.listen(tell, offer)
 
     async def __aenter__(self) -> BundledCall:
         return self

@@ -23,6 +23,7 @@ from mii.entrypoints.http.app import build_app, request_id
 from mii.entrypoints.http.backend import Call, Piece, error_of_answer
 from mii.entrypoints.http.bodies import InvalidBodyError, body_schema
 from mii.entrypoints.http.health import add_health
+from mii.entrypoints.http.metrics import Counts
 from mii.entrypoints.http.metrics_page import add_metrics
 from mii.entrypoints.http.service import HttpService, json_response
 from mii.entrypoints.http.settings import HttpSettings
@@ -57,7 +58,7 @@ class _Frames:
             raise error_of_answer(wrong)
         return b"".join(self._event(piece.index, piece.response) for piece in pieces if piece.response)
 
-    def closing(self) -> bytes:
+    def closing(self, counts: Counts) -> bytes:
         return b""
 
     def _event(self, index: int, text: str) -> bytes:

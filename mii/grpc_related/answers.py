@@ -35,6 +35,7 @@ class Answers:
         self._failure: Exception | None = None
         self._reader: asyncio.Future[None] | None = None
         self._tell: Callable[[], object] | None = None
+        self._offer: Callable[[Sequence[Piece]], bool] | None = None
         self._asked = False
 
     @property
@@ -42,15 +43,20 @@ class Answers:
         """Whether everything was taken."""
         return not self._pieces and not self._parts
 
-    def listen(self, tell: Callable[[], object] | None) -> None:
-        """Has `tell` called, in place of a reader who waits in `take`, whenever something has come or all has."""
-        self._tell = tell
+    def listen(self, tell: Callable[[], object] | None, offer: Callable[[Sequence[Piece]], bool] | None = None) -> None:
+        """Has `tell` called, in place of a reader who waits in `take`, whenever there is something to `take_now` or all
+        has come. What comes while nothing waits is given to `offer`, where there is one, and waits if that returns
+        False.
+        """
+        self._tell, self._offer = tell, offer
         if tell is not None:
             tell()
 
     def push(self, pieces: Sequence[Piece]) -> None:
         """Takes in what has come."""
         self.started = True
+        if self._offer is not None and not self._pieces and self._offer(pieces):
+            return
         self._pieces.extend(pieces)
         if len(self._pieces) > self._most:
             self._pieces = merged(self._pieces)

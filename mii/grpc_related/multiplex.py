@@ -1,4 +1,4 @@
-"""The server's side of `Multiplex` at a replica: what is new of all calls goes out in one message, once a step."""
+"""The server's side of `Multiplex` at a replica: what is new of all calls goes out together, a few times a step."""
 
 from __future__ import annotations
 
@@ -28,6 +28,10 @@ __all__ = ["Calls", "Multiplexer"]
 
 # One call's reply may have this many bytes, so that it never makes a message that is refused, with all that is in it.
 _REPLY_BYTES = MAX_MESSAGE_BYTES // 2
+# A step's tokens go out in so many messages, so that the processes behind this one work on the first while it makes the
+# last. A message is about so many calls at least: one costs what a few tokens cost.
+_MESSAGES_A_STEP = 2
+_CALLS_A_MESSAGE = 8
 
 
 @dataclass
@@ -140,6 +144,8 @@ class Multiplexer:
         if not self._fresh:
             self._outlet.wake()
         self._fresh[number] = None
+        if len(self._fresh) >= max(_CALLS_A_MESSAGE, len(self._calls) // _MESSAGES_A_STEP):
+            self._outlet.flush()
 
     def _cancel(self, number: int) -> None:
         call = self._calls.pop(number, None)

@@ -72,6 +72,11 @@ class Outlet:
             self._due = True
             self._loop.call_soon(self._advance)
 
+    def flush(self) -> None:
+        """Says now what `wake` was called for, and not when the loop comes round to it."""
+        if self._due:
+            self._advance()
+
     async def run(self) -> None:
         """Sends until it is over.
 

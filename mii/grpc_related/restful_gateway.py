@@ -25,6 +25,7 @@ from mii.entrypoints.http.backend import Call, Piece, error_of_answer
 from mii.entrypoints.http.bodies import ApiModel, body_schema
 from mii.entrypoints.http.errors import ApiError
 from mii.entrypoints.http.health import add_health
+from mii.entrypoints.http.metrics import Counts
 from mii.entrypoints.http.metrics_page import add_metrics
 from mii.entrypoints.http.service import HttpService, json_response
 from mii.entrypoints.http.settings import HttpSettings
@@ -82,7 +83,7 @@ class _Frames:
             return b""
         return b"data: " + _encode([{**_response(piece), "index": piece.index} for piece in pieces]) + b"\n\n"
 
-    def closing(self) -> bytes:
+    def closing(self, counts: Counts) -> bytes:
         return b""
 
 

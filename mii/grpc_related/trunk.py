@@ -95,10 +95,11 @@ class Bundle:
         await self._trunk.close()
 
     def _deliver(self, raw: bytes, message: ServerMessage) -> None:
-        fresh: dict[int, Sequence[SingleGenerationReply]] = {}
+        fresh: dict[int, list[SingleGenerationReply]] = {}
         for reply in message.replies:
+            call = reply.call
             # A server that could not send for a while says several things of a call in one message.
-            fresh[reply.call] = [*fresh[reply.call], *reply.response] if reply.call in fresh else reply.response
+            fresh[call] = [*fresh[call], *reply.response] if call in fresh else list(reply.response)
         for call, pieces in fresh.items():
             take = self._takers.get(call)
             if take is not None:

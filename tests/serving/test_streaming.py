@@ -22,6 +22,7 @@ class Source:
         self.failure: ApiError | None = None
         self.closed: list[int] = []
         self._tell: Callable[[], object] | None = None
+        self.offer: Callable[[Any], bool] | None = None
 
     def put(self, events: bytes, *, over: bool = False) -> None:
         self.waiting, self.over = self.waiting + events, over
@@ -38,10 +39,15 @@ class Source:
         events, self.waiting = self.waiting, b""
         return events
 
-    def listen(self, tell: Callable[[], object] | None) -> None:
-        self._tell = tell
+    def listen(self, tell: Callable[[], object] | None, offer: Callable[[Any], bool] | None) -> None:
+        self._tell, self.offer = tell, offer
         if tell is not None:
             tell()
+
+    def events(self, offered: Any) -> bytes:
+        if isinstance(offered, ApiError):
+            raise offered
+        return bytes(offered)
 
     async def close(self, status: int) -> None:
         self.closed.append(status)
@@ -88,6 +94,39 @@ def test_an_event_is_sent_before_put_returns() -> None:
         await running
         assert client.parts == [b"first", b"a", b"b", b""] and client.ended
         assert source.closed == [200]
+
+    in_loop(main())
+
+
+def test_what_is_offered_is_sent_at_once_unless_something_waits() -> None:
+    async def main() -> None:
+        source, client = Source(), Client()
+        running = await begin(source, client)
+        assert source.offer is not None and source.offer(b"a") and source.offer(b"")
+        assert client.parts == [b"first", b"a"] and client.sends == 3  # the head of the answer is the first
+        client.room.clear()
+        assert source.offer(b"b") and not source.offer(b"c")  # the first waits for room
+        source.put(b"c")
+        client.room.set()
+        while len(client.parts) < 4:
+            await asyncio.sleep(0)
+        assert source.offer(b"d")
+        source.put(b"e", over=True)
+        await running
+        assert client.parts == [b"first", b"a", b"b", b"c", b"d", b"e", b""]
+        assert source.offer is None
+
+    in_loop(main())
+
+
+def test_an_error_of_what_is_offered_ends_the_stream() -> None:
+    async def main() -> None:
+        source, client = Source(), Client()
+        running = await begin(source, client)
+        error = ApiError(500, "broken", code="generation_failed")
+        assert source.offer is not None and source.offer(error) and not source.offer(b"a")
+        await running
+        assert client.parts == [b"first", error.event(), b""] and source.closed == [500]
 
     in_loop(main())
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from mii.entrypoints.http.backend import Piece
 
-__all__ = ["Measured", "Meter"]
+__all__ = ["Counts", "Measured", "Meter"]
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 _TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5)
@@ -60,6 +60,24 @@ class Meter:
         return Measured(self, route)
 
 
+class Counts:
+    """Tokens of a request's prompts and answers, by what the pieces of the answers say."""
+
+    def __init__(self) -> None:
+        self.prompts: dict[int, int] = {}
+        """Of the prompt of each answer, by the answer's index."""
+        self.generated: dict[int, int] = {}
+        """Of each answer so far."""
+
+    def add(self, pieces: Iterable[Piece]) -> None:
+        """Takes in what has come."""
+        for piece in pieces:
+            index = piece.index
+            if index not in self.prompts:
+                self.prompts[index] = piece.prompt_tokens
+            self.generated[index] = piece.generated_tokens
+
+
 class Measured:
     """One request, from its beginning to `end`."""
 
@@ -67,21 +85,13 @@ class Measured:
         self._meter, self._route = meter, route
         self._started = time.monotonic()
         self._first = 0.0
-        self._prompts: dict[int, int] = {}
-        self._generated: dict[int, int] = {}
+        self.counts = Counts()
+        """To be kept up to date by whoever has the answers."""
         meter.running.labels(route).inc()
 
-    def add(self, pieces: Sequence[Piece]) -> None:
-        """Counts what has come of a stream."""
-        if not self._first:
-            self._first = time.monotonic()
-        self.add_answers(pieces)
-
-    def add_answers(self, pieces: Sequence[Piece]) -> None:
-        """Counts what has come all at once."""
-        for piece in pieces:
-            self._prompts[piece.index] = piece.prompt_tokens
-            self._generated[piece.index] = piece.generated_tokens
+    def begin(self) -> None:
+        """The first of a stream has come."""
+        self._first = time.monotonic()
 
     def end(self, status: int) -> None:
         """The request is over.
@@ -90,14 +100,14 @@ class Measured:
             status: of HTTP, or what a stream that had begun ended with.
         """
         meter, route, now = self._meter, self._route, time.monotonic()
-        generated = sum(self._generated.values())
+        generated = self.counts.generated.values()
         meter.running.labels(route).dec()
         meter.requests.labels(route, str(status)).inc()
-        meter.prompt_tokens.labels(route).inc(sum(self._prompts.values()))
-        meter.generated_tokens.labels(route).inc(generated)
+        meter.prompt_tokens.labels(route).inc(sum(self.counts.prompts.values()))
+        meter.generated_tokens.labels(route).inc(sum(generated))
         meter.whole.labels(route).observe(now - self._started)
         if self._first:
             meter.first_token.labels(route).observe(self._first - self._started)
-            longest = max(self._generated.values(), default=0)
+            longest = max(generated, default=0)
             if longest > 1:
                 meter.per_token.labels(route).observe((now - self._first) / (longest - 1))

@@ -14,7 +14,7 @@ from mii.backend.bundled import BundledCall
 from mii.entrypoints.http.backend import Backend, Call, Piece
 from mii.entrypoints.http.bodies import ApiModel, read_body
 from mii.entrypoints.http.errors import CLIENT_GONE, ApiError, api_error
-from mii.entrypoints.http.metrics import Measured, Meter
+from mii.entrypoints.http.metrics import Counts, Measured, Meter
 from mii.entrypoints.http.settings import HttpSettings
 from mii.entrypoints.http.streaming import DONE, ClientGoneError, EventStream, while_connected
 from mii.errors import MIIError
@@ -38,8 +38,8 @@ class EventFrames(Protocol):
             ApiError: the stream cannot go on.
         """
 
-    def closing(self) -> bytes:
-        """Events that come when everything has."""
+    def closing(self, counts: Counts) -> bytes:
+        """Events that come when everything has, and these are its tokens."""
 
 
 class HttpService:
@@ -75,7 +75,7 @@ class HttpService:
         status = 500
         try:
             answers = await while_connected(request, self.backend.generate(call))
-            measured.add_answers(answers)
+            measured.counts.add(answers)
             status = 200
         except (ApiError, ClientGoneError) as error:
             status = _status_of(error)
@@ -116,6 +116,7 @@ class _Events:
 
     def __init__(self, call: BundledCall, frames: EventFrames, measured: Measured) -> None:
         self._call, self._frames, self._measured = call, frames, measured
+        self._counts = measured.counts
         self.over = False
 
     async def begin(self) -> bytes:
@@ -128,23 +129,26 @@ class _Events:
             pieces = await self._call.take()
         except MIIError as error:
             raise api_error(error) from error
-        self._measured.add(pieces)
-        return self._frames.opening() + self._frames.pieces(pieces)
+        self._measured.begin()
+        return self._frames.opening() + self.events(pieces)
 
     def take(self) -> bytes:
         try:
             pieces = self._call.take_now()
         except MIIError as error:
             raise api_error(error) from error
-        self._measured.add(pieces)
-        events = self._frames.pieces(pieces)
+        events = self.events(pieces)
         if self._call.over and not self.over:
             self.over = True
-            events += self._frames.closing() + DONE
+            events += self._frames.closing(self._counts) + DONE
         return events
 
-    def listen(self, tell: Callable[[], object] | None) -> None:
-        self._call.listen(tell)
+    def listen(self, tell: Callable[[], object] | None, offer: Callable[[Any], bool] | None) -> None:
+        self._call.listen(tell, offer)
+
+    def events(self, offered: Sequence[Piece]) -> bytes:
+        self._counts.add(offered)
+        return self._frames.pieces(offered)
 
     async def close(self, status: int) -> None:
         await self._call.close()

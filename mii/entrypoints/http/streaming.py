@@ -68,8 +68,17 @@ class EventSource(Protocol):
             ApiError: the stream cannot go on.
         """
 
-    def listen(self, tell: Callable[[], object] | None) -> None:
-        """Has `tell` called whenever there is something to take, or the stream is over."""
+    def listen(self, tell: Callable[[], object] | None, offer: Callable[[Any], bool] | None) -> None:
+        """Has `tell` called whenever there is something to take, or the stream is over. What comes while nothing waits
+        is first given to `offer`, which makes `events` of it at once or returns False.
+        """
+
+    def events(self, offered: Any) -> bytes:
+        """Whole events of what was offered; may be nothing.
+
+        Raises:
+            ApiError: the stream cannot go on.
+        """
 
     async def close(self, status: int) -> None:
         """Ends what makes the events.
@@ -141,7 +150,7 @@ class _Pump:
         Raises:
             Exception: the source's, or what went wrong in sending.
         """
-        self._source.listen(self._advance)
+        self._source.listen(self._advance, self._take_now)
         try:
             while not await self._ended():
                 waiting, self._waiting = self._waiting, None
@@ -150,7 +159,7 @@ class _Pump:
                 self._turn = asyncio.get_running_loop().create_future()
                 self._advance()
         finally:
-            self._source.listen(None)
+            self._source.listen(None, None)
             if self._waiting is not None:
                 self._waiting.close()
 
@@ -165,13 +174,27 @@ class _Pump:
         if self._turn.done():
             return
         try:
-            events = self._source.take()
-            if events:
-                self._waiting = begin(self._send({"type": "http.response.body", "body": events, "more_body": True}))
+            self._put(self._source.take())
         except Exception as error:
             self._failure = error
         if self._failure is not None or self._waiting is not None or self._source.over:
             self._turn.set_result(None)
+
+    def _take_now(self, offered: Any) -> bool:
+        """Sends what has just come, unless something before it waits."""
+        if self._turn.done():
+            return False
+        try:
+            self._put(self._source.events(offered))
+        except Exception as error:
+            self._failure = error
+        if self._failure is not None or self._waiting is not None:
+            self._turn.set_result(None)
+        return True
+
+    def _put(self, events: bytes) -> None:
+        if events:
+            self._waiting = begin(self._send({"type": "http.response.body", "body": events, "more_body": True}))
 
 
 async def _hung_up(receive: Receive) -> None:

@@ -12,8 +12,9 @@ from starlette.responses import Response
 from mii.entrypoints.http.app import request_id
 from mii.entrypoints.http.backend import Call, Piece, error_of_answer
 from mii.entrypoints.http.errors import bad_request, unknown_model
+from mii.entrypoints.http.metrics import Counts
 from mii.entrypoints.http.service import HttpService, json_response
-from mii.entrypoints.openai.frames import FINGERPRINT, ChatFrames, Usage, new_id
+from mii.entrypoints.openai.frames import FINGERPRINT, ChatFrames, new_id, usage
 from mii.entrypoints.openai.logprobs import chat_logprobs
 from mii.entrypoints.openai.protocol import ChatCompletionRequest
 from mii.errors import RequestError
@@ -57,12 +58,12 @@ def _call(service: HttpService, request: Request, body: ChatCompletionRequest) -
 
 
 def _completion(body: ChatCompletionRequest, answers: Sequence[Piece], role: str) -> dict[str, Any]:
-    usage = Usage(body.choices)
+    counts = Counts()
+    counts.add(answers)
     choices = []
     for answer in answers:
         if answer.error:
             raise error_of_answer(answer)
-        usage.add(answer)
         choices.append(_choice(answer, role, bool(body.logprobs)))
     return {
         "id": new_id("chatcmpl"),
@@ -71,7 +72,7 @@ def _completion(body: ChatCompletionRequest, answers: Sequence[Piece], role: str
         "model": body.model,
         "system_fingerprint": FINGERPRINT,
         "choices": choices,
-        "usage": usage.numbers(),
+        "usage": usage(counts, body.choices),
     }
 
 

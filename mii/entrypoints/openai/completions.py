@@ -13,9 +13,10 @@ from starlette.responses import Response
 from mii.entrypoints.http.app import request_id
 from mii.entrypoints.http.backend import Call, Piece, error_of_answer
 from mii.entrypoints.http.errors import unknown_model
+from mii.entrypoints.http.metrics import Counts
 from mii.entrypoints.http.service import HttpService, json_response
 from mii.entrypoints.http.streaming import DONE
-from mii.entrypoints.openai.frames import FINGERPRINT, CompletionFrames, Usage, new_id
+from mii.entrypoints.openai.frames import FINGERPRINT, CompletionFrames, new_id, usage
 from mii.entrypoints.openai.logprobs import completion_logprobs
 from mii.entrypoints.openai.protocol import CompletionRequest
 
@@ -41,8 +42,10 @@ async def create_completion(service: HttpService, request: Request) -> Response:
     if body.stream and (not body.echo or (len(texts) == len(prompts) and body.logprobs is None)):
         return await service.stream(request, call, _ROUTE, frames)
     answers = await service.generate(request, _with_prompts(body, call), _ROUTE)
-    completion = _completion(body, answers, frames.usage)
-    return _at_once(completion, frames, body) if body.stream else json_response(completion)
+    counts = Counts()
+    counts.add(answers)
+    completion = _completion(body, answers, counts)
+    return _at_once(completion, frames, body, counts) if body.stream else json_response(completion)
 
 
 def prompts_of(body: CompletionRequest) -> list[str | list[int]]:
@@ -57,18 +60,17 @@ def _with_prompts(body: CompletionRequest, call: Call) -> Call:
     return replace(call, options={**call.options, "return_full_text": True}) if body.echo else call
 
 
-def _at_once(completion: dict[str, Any], frames: CompletionFrames, body: CompletionRequest) -> Response:
+def _at_once(completion: dict[str, Any], frames: CompletionFrames, body: CompletionRequest, counts: Counts) -> Response:
     """A stream of what is all there: what is said of a prompt comes late, and before the answer."""
-    events = b"".join(map(frames.choice, completion["choices"])) + frames.closing(not body.scores_only)
+    events = b"".join(map(frames.choice, completion["choices"])) + frames.closing(counts, not body.scores_only)
     return Response(events + DONE, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
 
-def _completion(body: CompletionRequest, answers: Sequence[Piece], usage: Usage) -> dict[str, Any]:
+def _completion(body: CompletionRequest, answers: Sequence[Piece], counts: Counts) -> dict[str, Any]:
     choices = []
     for answer in answers:
         if answer.error:
             raise error_of_answer(answer)
-        usage.add(answer)
         choices.append(_choice(body, answer))
     return {
         "id": new_id("cmpl"),
@@ -77,7 +79,7 @@ def _completion(body: CompletionRequest, answers: Sequence[Piece], usage: Usage)
         "model": body.model,
         "system_fingerprint": FINGERPRINT,
         "choices": choices,
-        "usage": usage.numbers(not body.scores_only),
+        "usage": usage(counts, body.choices, not body.scores_only),
     }
 
 

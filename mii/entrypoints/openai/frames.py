@@ -14,9 +14,11 @@ import msgspec
 
 import mii
 from mii.entrypoints.http.backend import Piece, error_of_answer
+from mii.entrypoints.http.metrics import Counts
 from mii.entrypoints.openai.logprobs import chat_logprobs, completion_logprobs
+from mii.grpc_related.answers import runs
 
-__all__ = ["FINGERPRINT", "ChatFrames", "CompletionFrames", "Frames", "Usage", "new_id"]
+__all__ = ["FINGERPRINT", "ChatFrames", "CompletionFrames", "Frames", "new_id", "usage"]
 
 _encode = msgspec.json.Encoder().encode
 FINGERPRINT = f"mii-{mii.__version__}"
@@ -28,26 +30,17 @@ def new_id(kind: str) -> str:
     return f"{kind}-{uuid.uuid4().hex}"
 
 
-class Usage:
-    """Counts of tokens, by what the pieces of the answers say.
+def usage(counts: Counts, choices: int, answers: bool = True) -> dict[str, int]:
+    """The object `usage`.
 
     Args:
-        choices: answers to each prompt; a prompt counts once.
+        counts: tokens of each answer.
+        choices: answers to each prompt, which counts once.
+        answers: false where they were thrown away.
     """
-
-    def __init__(self, choices: int) -> None:
-        self._choices = choices
-        self._prompts: dict[int, int] = {}
-        self._generated: dict[int, int] = {}
-
-    def add(self, piece: Piece) -> None:
-        self._prompts[piece.index // self._choices] = piece.prompt_tokens
-        self._generated[piece.index] = piece.generated_tokens
-
-    def numbers(self, answers: bool = True) -> dict[str, int]:
-        """The object `usage`. `answers`: false where they were thrown away."""
-        prompts, generated = sum(self._prompts.values()), sum(self._generated.values()) if answers else 0
-        return {"prompt_tokens": prompts, "total_tokens": prompts + generated, "completion_tokens": generated}
+    by_prompt = {index // choices: tokens for index, tokens in counts.prompts.items()}
+    prompts, generated = sum(by_prompt.values()), sum(counts.generated.values()) if answers else 0
+    return {"prompt_tokens": prompts, "total_tokens": prompts + generated, "completion_tokens": generated}
 
 
 class Frames:
@@ -65,8 +58,7 @@ class Frames:
         head = {"id": name, "object": kind, "created": int(time.time()), "model": model}
         self._head = b"data: " + _encode({**head, "system_fingerprint": FINGERPRINT})[:-1]
         self._tail = b',"usage":null}\n\n' if include_usage else b"}\n\n"
-        self._include_usage = include_usage
-        self.usage = Usage(choices)
+        self._choices, self._include_usage = choices, include_usage
         self._affixes: dict[int, tuple[bytes, bytes]] = {}
 
     def opening(self) -> bytes:
@@ -81,31 +73,34 @@ class Frames:
         """
         return b"".join(map(self._piece, pieces))
 
-    def closing(self, answers: bool = True) -> bytes:
-        """Events that come after everything else. `answers`: see `Usage.numbers`."""
+    def closing(self, counts: Counts, answers: bool = True) -> bytes:
+        """Events that come after everything else. `counts`, `answers`: see `usage`."""
         if not self._include_usage:
             return b""
-        return self._head + b',"choices":[],"usage":' + _encode(self.usage.numbers(answers)) + b"}\n\n"
+        return self._head + b',"choices":[],"usage":' + _encode(usage(counts, self._choices, answers)) + b"}\n\n"
 
     def choice(self, choice: dict[str, Any]) -> bytes:
         """An event with one choice."""
         return self._head + b',"choices":[' + _encode(choice) + b"]" + self._tail
 
     def _piece(self, piece: Piece) -> bytes:
-        if piece.error:
-            raise error_of_answer(piece)
-        self.usage.add(piece)
-        text = self._text(piece) if piece.response or piece.logprobs else b""
-        return text if piece.finish_reason in ("none", "") else text + self._end(piece)
+        if not runs(piece):
+            if piece.error:
+                raise error_of_answer(piece)
+            return self._text(piece) + self._end(piece)
+        return self._text(piece)
 
     def _text(self, piece: Piece) -> bytes:
+        text, index = piece.response, piece.index
         if piece.logprobs:
-            return self.choice(self._content(piece.index, piece.response, self._logprobs(piece)))
-        affixes = self._affixes.get(piece.index)
+            return self.choice(self._content(index, text, self._logprobs(piece)))
+        if not text:
+            return b""
+        affixes = self._affixes.get(index)
         if affixes is None:
-            before, _, after = self.choice(self._content(piece.index, "\0", None)).partition(rb'"\u0000"')
-            affixes = self._affixes[piece.index] = before, after
-        return affixes[0] + _encode(piece.response) + affixes[1]
+            before, _, after = self.choice(self._content(index, "\0", None)).partition(rb'"\u0000"')
+            affixes = self._affixes[index] = before, after
+        return affixes[0] + _encode(text) + affixes[1]
 
     def _content(self, index: int, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         raise NotImplementedError
@@ -127,7 +122,7 @@ class ChatFrames(Frames):
 
     def __init__(self, model: str, choices: int, include_usage: bool, role: str) -> None:
         super().__init__(new_id("chatcmpl"), "chat.completion.chunk", model, choices, include_usage)
-        self._role, self._choices = role, choices
+        self._role = role
 
     def opening(self) -> bytes:
         delta = {"role": self._role, "content": ""}
