@@ -212,7 +212,7 @@ def test_what_nvcc_adds_to_its_command_compiles_its_sources_again(
     write(tmp_path, "csrc/cuda/kernel.cu", "")
     assert "cuda/kernel.o" in compiled(run(build))
     assert compiled(run(build)) == set()
-    monkeypatch.setenv("NVCC_APPEND_FLAGS", "-Ofast-compile=max")
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", "--Ofast-compile=max")
     assert compiled(run(build)) == {"cuda/kernel.o"}
 
 

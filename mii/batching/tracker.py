@@ -70,13 +70,6 @@ class _Answer:
             return text + (self.stops.look_ahead(self.detokenizer.draft) or "")
         return text
 
-    def go_on(self, output: TokenOutput) -> TextEvent | None:
-        """As `_event`, of tokens that do not end the answer where no stop string is looked for: those of most steps."""
-        ids, push = output.token_ids, self.detokenizer.push
-        text = push(ids[0]) if len(ids) == 1 else "".join(map(push, ids))
-        self.length += len(ids)
-        return self.more(output.uid, text)
-
     def more(self, uid: int, text: str) -> TextEvent | None:
         """Tells of text that does not end the answer, or keeps it for the end."""
         if not self.whole:
@@ -157,19 +150,20 @@ class RequestTracker:
 
     def take(self, step: StepOutput) -> list[TextEvent]:
         """The text of a step's tokens, of requests that have not ended and were added here."""
-        answers, events = self._answers, []
-        for uid, token_id in zip(step.uids, step.token_ids, strict=True):
-            answer = answers.get(uid)
-            if answer is None:
-                continue
-            answer.length += 1
-            text = answer.push(token_id)
-            if answer.stops.matched is not None:
-                events.append(answer.event(uid, text, GenerationFinishReason.STOP, abort=True))
-                self.discard(uid)
-            elif (event := answer.more(uid, text)) is not None:
-                events.append(event)
-        return events + [event for event in map(self.update, step.others) if event is not None]
+        events = [*map(self.push, step.uids, step.token_ids), *map(self.update, step.others)]
+        return [event for event in events if event is not None]
+
+    def push(self, uid: int, token_id: int) -> TextEvent | None:
+        """As `update`, of a token after which the engine goes on: those of most steps."""
+        answer = self._answers.get(uid)
+        if answer is None:
+            return None
+        answer.length += 1
+        text = answer.push(token_id)
+        if answer.stops.matched is not None:
+            self.discard(uid)
+            return answer.event(uid, text, GenerationFinishReason.STOP, abort=True)
+        return answer.more(uid, text)
 
     def update(self, output: TokenOutput) -> TextEvent | None:
         """The text of new tokens; None if it is kept, or the request has ended or was never added."""
@@ -177,8 +171,8 @@ class RequestTracker:
         if answer is None:
             return None
         scored = output.logprobs is not None or output.prompt_logprobs is not None
-        if output.finish_reason is None and not scored and not answer.stops.looks:
-            return answer.go_on(output)
+        if output.finish_reason is None and not scored and len(output.token_ids) == 1:
+            return self.push(output.uid, output.token_ids[0])
         event = _event(answer, output)
         if scored:
             event = self._with_logprobs(event, output)

@@ -44,7 +44,7 @@ class Switchboard:
     ) -> None:
         self._dispatcher, self._status, self._ended = dispatcher, status, ended
         self._calls: dict[int, asyncio.Task[None]] = {}
-        self._shards: dict[int, Shard] = {}
+        self._silent: dict[int, Shard] = {}  # the calls that replicas have, of which nothing has come yet
         self._trunks: WeakKeyDictionary[Link, Trunk] = WeakKeyDictionary()  # replicas may come and go
         self._outbox: deque[bytes] = deque()
         self._room = asyncio.Event()
@@ -103,13 +103,13 @@ class Switchboard:
             shards = await self._dispatcher.split(start.request)
             if len(shards[0].places) != 1 or len(shards) > 1:
                 raise RequestError("a call in a stream of many has one prompt; make several calls")
-            shard = self._shards[start.call] = shards[0]
+            shard = self._silent[start.call] = shards[0]
             await self._dispatcher.carry(shard, partial(self._run, start), start.request_id or "without an id")
             self._end(start.call, (grpc.StatusCode.OK, "", ()))
         except Exception as error:
             self._end(start.call, self._status(error))
         finally:
-            self._shards.pop(start.call, None)
+            self._silent.pop(start.call, None)
 
     async def _run(self, start: CallStart, link: Link) -> None:
         trunk = self._trunks.get(link)
@@ -119,10 +119,11 @@ class Switchboard:
 
     def _deliver(self, raw: bytes, message: ServerMessage) -> None:
         """Passes on what a replica says. It comes when nothing waits here: in the replica, what waits is merged."""
-        for reply in message.replies:
-            shard = self._shards.get(reply.call)
-            if shard is not None:
-                shard.sent = True
+        if self._silent:
+            for reply in message.replies:
+                shard = self._silent.pop(reply.call, None)
+                if shard is not None:
+                    shard.sent = True
         if message.ends:
             raw = ServerMessage(replies=message.replies).SerializeToString()
         if raw:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ import msgspec
 from mii import errors
 from mii.backend.engine_client import EngineClient
 from mii.backend.messages import EngineInfo, Refused
-from mii.batching.data_classes import TokenOutput
+from mii.batching.data_classes import StepOutput, TokenOutput
 from mii.batching.generation.detokenizer import TokenDecoder
 from mii.batching.intake import Intake, PreparedRequest, name_prompt
 from mii.batching.tracker import RequestTracker, TextEvent
@@ -225,24 +225,30 @@ class TextSession:
         self._ready.set()
         self.on_state(True)
 
-    def on_outputs(self, outputs: Iterable[TokenOutput]) -> None:
-        now, aborts, tokens = time.monotonic(), [], 0
-        for output in outputs:
+    def on_outputs(self, outputs: StepOutput) -> None:
+        now, push = time.monotonic(), self._tracker.push
+        for uid, token_id in zip(outputs.uids, outputs.token_ids, strict=True):
+            try:
+                event = push(uid, token_id)
+            except Exception as error:
+                event = self._without_text(TokenOutput(uid, [token_id]), error)
+            if event is not None:
+                self._pass_on(event, now)
+        for output in outputs.others:
             try:
                 event = self._tracker.update(output)
             except Exception as error:
                 event = self._without_text(output, error)
-            if event is None:
-                continue
-            tokens += event.new_tokens
-            ended = self._generations[event.uid].push(event, now)
-            if event.abort:
-                aborts.append(event.uid)
-            if ended:
-                self._end(event.uid, event.finish_reason if event.error is None else "error", now)
-        self.metrics.generated_tokens += tokens
-        if aborts:
-            self.engine.abort(aborts)
+            if event is not None:
+                self._pass_on(event, now)
+
+    def _pass_on(self, event: TextEvent, now: float) -> None:
+        self.metrics.generated_tokens += event.new_tokens
+        ended = self._generations[event.uid].push(event, now)
+        if event.abort:
+            self.engine.abort([event.uid])
+        if ended:
+            self._end(event.uid, event.finish_reason if event.error is None else "error", now)
 
     def on_refused(self, refused: Refused) -> None:
         generation = self._generations.get(refused.uid)
