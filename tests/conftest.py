@@ -57,8 +57,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """What `pytest -n auto` starts: two workers more than cores, as many tests wait for processes; four at most."""
-    return min(4, len(os.sched_getaffinity(0)) + 2)
+    """What `pytest -n auto` starts: a worker more than cores, as many tests wait for processes; four at most."""
+    return min(4, len(os.sched_getaffinity(0)) + 1)
 
 
 @pytest.hookimpl(optionalhook=True)
