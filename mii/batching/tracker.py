@@ -150,8 +150,8 @@ class RequestTracker:
 
     def take(self, step: StepOutput) -> list[TextEvent]:
         """The text of a step's tokens, of requests that have not ended and were added here."""
-        events = [*map(self.push, step.uids, step.token_ids), *map(self.update, step.others)]
-        return [event for event in events if event is not None]
+        events = [self.push(uid, token_id) for uid, token_id in zip(step.uids, step.token_ids, strict=True)]
+        return [event for event in (*events, *map(self.update, step.others)) if event is not None]
 
     def push(self, uid: int, token_id: int) -> TextEvent | None:
         """As `update`, of a token after which the engine goes on: those of most steps."""

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import signal
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,17 +17,14 @@ import pytest
 from mii.backend.bundled import BundledCall
 from mii.entrypoints.http.backend import Backend, Call
 from mii.errors import ServerUnavailableError
-from mii.grpc_related.answers import Answers, Piece, merged
 from mii.grpc_related.convert import pack_request
 from mii.grpc_related.dispatch import Dispatcher
 from mii.grpc_related.links import Link
-from mii.grpc_related.multiplex import Calls, Multiplexer
 from mii.grpc_related.options import CHANNEL_OPTIONS, SERVICE_NAME
-from mii.grpc_related.proto.modelresponse_pb2 import CallerMessage, CallReply, CallStart, ServerMessage, TokenLogprob
+from mii.grpc_related.proto.modelresponse_pb2 import CallerMessage, CallStart, ServerMessage
 from mii.grpc_related.statuses import status_of
 from mii.grpc_related.switchboard import Switchboard
 from mii.grpc_related.trunk import Trunk
-from mii.grpc_related.wire import reply_bytes
 from tests.serving.calls import in_loop
 from tests.serving.clusters import Cluster, shared_cluster
 from tests.serving.crowd import stand_in_text
@@ -291,102 +288,6 @@ def test_a_drain_lets_calls_end_and_refuses_new_ones(cluster: Cluster) -> None:
             return stopped
 
     cluster.wait_back(cluster.balancer, in_loop(main()))
-
-
-# What waits at the HTTP server
-
-
-def piece(index: int, text: str, tokens: int, reason: str = "none", logprobs: int = 0) -> Piece:
-    entries = [TokenLogprob(token_id=at) for at in range(logprobs)]
-    return Piece(index=index, response=text, generated_tokens=tokens, finish_reason=reason, logprobs=entries)
-
-
-def test_pieces_that_wait_are_merged_by_answer_and_last_pieces_stay() -> None:
-    waiting = [piece(0, "a", 1, logprobs=1), piece(1, "x", 1), piece(0, "b", 2, logprobs=2), piece(0, "", 2, "stop")]
-    first, second, last = merged(waiting)
-    assert (first.response, first.generated_tokens, len(first.logprobs)) == ("ab", 2, 3)
-    assert (second.index, second.response) == (1, "x")
-    assert (last.index, last.finish_reason) == (0, "stop")
-
-
-def test_a_reader_who_never_comes_has_as_much_waiting_as_there_is_text() -> None:
-    async def main() -> None:
-        answers = Answers(1)
-        for number in range(10_000):
-            answers.push([piece(0, "x", number + 1)])
-        waiting = await answers.take()
-        assert "".join(each.response for each in waiting) == "x" * 10_000
-        assert len(waiting) <= 17
-
-    in_loop(main())
-
-
-def test_what_comes_is_offered_unless_something_waits() -> None:
-    async def main() -> None:
-        answers, offered, takes = Answers(1), [], True
-
-        def offer(pieces: Any) -> bool:
-            offered.extend(each.response for each in pieces)
-            return takes
-
-        answers.push([piece(0, "a", 1)])
-        answers.listen(lambda: None, offer)
-        answers.push([piece(0, "b", 2)])
-        assert offered == []  # it would come before what waits
-        assert [each.response for each in answers.take_now()] == ["a", "b"]
-        answers.push([piece(0, "c", 3)])
-        assert offered == ["c"] and answers.take_now() == []
-        takes = False
-        answers.push([piece(0, "d", 4)])
-        assert [each.response for each in answers.take_now()] == ["d"]
-
-    in_loop(main())
-
-
-class Said:
-    """A call's generation that always has something to say."""
-
-    ended = False
-
-
-def test_a_step_goes_out_in_parts_while_it_is_being_made() -> None:
-    async def main() -> None:
-        tells: list[Callable[[], object]] = []
-        sent: list[list[int]] = []
-
-        async def open_call(request: Any, tell: Callable[[], object]) -> Any:
-            tells.append(tell)
-            return Said()
-
-        async def send(message: bytes) -> None:
-            sent.append([reply.call for reply in ServerMessage.FromString(message).replies])
-
-        def write(number: int, generation: Any, seconds: float) -> bytes:
-            return reply_bytes(CallReply(call=number))
-
-        async def messages() -> AsyncIterator[CallerMessage]:
-            yield CallerMessage(starts=[CallStart(call=number) for number in range(1, 41)])
-            await asyncio.sleep(60)
-
-        calls = Calls(open=open_call, close=lambda generation: None, write=write, ended=lambda *_: None)
-        serving = asyncio.ensure_future(Multiplexer(calls, send).serve(messages()))
-        while len(tells) < 40:
-            await asyncio.sleep(0)
-        await asyncio.sleep(0)
-        for tell in tells[:35]:  # what a step's tokens do
-            tell()
-        assert sent == [list(range(1, 21))]
-        await asyncio.sleep(0)
-        assert sent[1:] == [list(range(21, 36))]
-        for tell in tells[:5]:
-            tell()
-        assert len(sent) == 2  # few are worth no message of their own
-        await asyncio.sleep(0)
-        assert sent[2:] == [list(range(1, 6))]
-        serving.cancel()
-        await asyncio.wait((serving,))
-
-    in_loop(main())
 
 
 class LostCall:

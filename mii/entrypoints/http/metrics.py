@@ -61,13 +61,18 @@ class Meter:
 
 
 class Counts:
-    """Tokens of a request's prompts and answers, by what the pieces of the answers say."""
+    """Tokens of a request's prompts and answers, by what the pieces of the answers say.
 
-    def __init__(self) -> None:
+    Args:
+        pieces: to begin with.
+    """
+
+    def __init__(self, pieces: Iterable[Piece] = ()) -> None:
         self.prompts: dict[int, int] = {}
         """Of the prompt of each answer, by the answer's index."""
         self.generated: dict[int, int] = {}
         """Of each answer so far."""
+        self.add(pieces)
 
     def add(self, pieces: Iterable[Piece]) -> None:
         """Takes in what has come."""

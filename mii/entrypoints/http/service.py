@@ -116,7 +116,6 @@ class _Events:
 
     def __init__(self, call: BundledCall, frames: EventFrames, measured: Measured) -> None:
         self._call, self._frames, self._measured = call, frames, measured
-        self._counts = measured.counts
         self.over = False
 
     async def begin(self) -> bytes:
@@ -140,14 +139,14 @@ class _Events:
         events = self.events(pieces)
         if self._call.over and not self.over:
             self.over = True
-            events += self._frames.closing(self._counts) + DONE
+            events += self._frames.closing(self._measured.counts) + DONE
         return events
 
     def listen(self, tell: Callable[[], object] | None, offer: Callable[[Any], bool] | None) -> None:
         self._call.listen(tell, offer)
 
     def events(self, offered: Sequence[Piece]) -> bytes:
-        self._counts.add(offered)
+        self._measured.counts.add(offered)
         return self._frames.pieces(offered)
 
     async def close(self, status: int) -> None:

@@ -171,30 +171,26 @@ class _Pump:
         return self._waiting is None
 
     def _advance(self) -> None:
-        if self._turn.done():
-            return
-        try:
-            self._put(self._source.take())
-        except Exception as error:
-            self._failure = error
-        if self._failure is not None or self._waiting is not None or self._source.over:
-            self._turn.set_result(None)
+        if not self._turn.done():
+            self._put(self._source.take)
 
     def _take_now(self, offered: Any) -> bool:
         """Sends what has just come, unless something before it waits."""
         if self._turn.done():
             return False
-        try:
-            self._put(self._source.events(offered))
-        except Exception as error:
-            self._failure = error
-        if self._failure is not None or self._waiting is not None:
-            self._turn.set_result(None)
+        self._put(self._source.events, offered)
         return True
 
-    def _put(self, events: bytes) -> None:
-        if events:
-            self._waiting = begin(self._send({"type": "http.response.body", "body": events, "more_body": True}))
+    def _put(self, make: Callable[..., bytes], *arguments: Any) -> None:
+        """Sends the events that `make` gives, if there are some."""
+        try:
+            events = make(*arguments)
+            if events:
+                self._waiting = begin(self._send({"type": "http.response.body", "body": events, "more_body": True}))
+        except Exception as error:
+            self._failure = error
+        if self._failure is not None or self._waiting is not None or self._source.over:
+            self._turn.set_result(None)
 
 
 async def _hung_up(receive: Receive) -> None:

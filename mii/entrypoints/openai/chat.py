@@ -58,8 +58,6 @@ def _call(service: HttpService, request: Request, body: ChatCompletionRequest) -
 
 
 def _completion(body: ChatCompletionRequest, answers: Sequence[Piece], role: str) -> dict[str, Any]:
-    counts = Counts()
-    counts.add(answers)
     choices = []
     for answer in answers:
         if answer.error:
@@ -72,7 +70,7 @@ def _completion(body: ChatCompletionRequest, answers: Sequence[Piece], role: str
         "model": body.model,
         "system_fingerprint": FINGERPRINT,
         "choices": choices,
-        "usage": usage(counts, body.choices),
+        "usage": usage(Counts(answers), body.choices),
     }
 
 

@@ -42,8 +42,7 @@ async def create_completion(service: HttpService, request: Request) -> Response:
     if body.stream and (not body.echo or (len(texts) == len(prompts) and body.logprobs is None)):
         return await service.stream(request, call, _ROUTE, frames)
     answers = await service.generate(request, _with_prompts(body, call), _ROUTE)
-    counts = Counts()
-    counts.add(answers)
+    counts = Counts(answers)
     completion = _completion(body, answers, counts)
     return _at_once(completion, frames, body, counts) if body.stream else json_response(completion)
 
