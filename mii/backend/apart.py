@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import _thread
 import contextlib
-from collections.abc import Generator
+import threading
+from collections.abc import Callable, Generator
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -62,7 +63,7 @@ def apart(items: Generator[_T, None, None], handle: Handle) -> Generator[_T, Non
         wanted.put(True)
     more = True
     try:
-        _thread.start_new_thread(_work, (items, results, wanted))
+        _start("mii-call", _work, items, results, wanted)
         while more:
             more, result = results.get()
             if more:
@@ -72,9 +73,15 @@ def apart(items: Generator[_T, None, None], handle: Handle) -> Generator[_T, Non
         if more:
             wanted.put(False)
             with contextlib.suppress(RuntimeError):  # no thread can be started while the interpreter ends
-                _thread.start_new_thread(handle.end, ())
+                _start("mii-cancel", handle.end)
     if result is not None:
         raise result
+
+
+def _start(name: str, work: Callable[..., object], *arguments: Any) -> None:
+    """Has a thread started by another one, which waits for it in place of this."""
+    thread = threading.Thread(target=work, args=arguments, name=name, daemon=True)
+    _thread.start_new_thread(thread.start, ())
 
 
 def _work(items: Generator[_T, None, None], results: SimpleQueue[tuple[bool, Any]], wanted: SimpleQueue[bool]) -> None:
