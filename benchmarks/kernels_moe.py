@@ -1,4 +1,4 @@
-"""Mixture of experts at the sizes of Mixtral 8x7B and Qwen3-30B-A3B: routing, each product by each kernel, a layer.
+"""Mixture of experts at the sizes of Mixtral 8x7B and Qwen3-30B-A3B: routing, the products by each kernel, a layer.
 
 Bytes count the weights of the experts that are hit, once; the routing is random, the same in every run.
 """
@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from benchmarks.timing import Call, Case, run_cases
 from mii.ops import abi
-from mii.ops.moe import moe_combine, moe_down, moe_up, pack_experts, stream_rows
+from mii.ops.moe import moe_combine, moe_down, moe_mlp, moe_up, pack_experts, stream_rows
 from mii.ops.moe_routing import ExpertLists, ExpertRows, Routing, route
 
 KERNELS = {
@@ -58,7 +59,7 @@ def _cases(hopper: bool) -> Iterator[Case]:
         yield _routing(QWEN3, tokens)
     for shape, counts in ((QWEN3, (1, 4, 16, 64, 256, 512)), (MIXTRAL, (1, 4, 16, 64))):
         for tokens in counts:
-            yield from _products(shape, tokens, abi.MOE_STREAM, stream_rows(shape.routing, tokens))
+            yield _both(shape, tokens, stream_rows(shape.routing, tokens))
     for kernel in (abi.MOE_MMA, abi.MOE_WGMMA) if hopper else (abi.MOE_MMA,):
         for shape in (QWEN3, MIXTRAL):
             yield from _products(shape, 8192, kernel, 128)
@@ -87,7 +88,7 @@ class Layer:
     kernel: int
     tile_rows: int
     device: torch.device
-    parts: tuple[str, ...] = ("up", "down")
+    parts: tuple[str, ...]
 
     def __post_init__(self) -> None:
         shape, pairs = self.shape, self.tokens * self.shape.routing.top_k
@@ -116,43 +117,55 @@ class Layer:
     def multiply_down(self) -> None:
         moe_down(self.sums, self.hidden, self.down, self.rows, self.shape.routing)
 
+    def multiply(self) -> None:
+        moe_mlp(self.sums, self.hidden, self.x, self.up, self.down, self.rows, self.shape.routing, "silu")
+
     def all(self) -> None:
         self.route()
-        self.multiply_up()
-        self.multiply_down()
+        self.multiply()
         moe_combine(self.out, self.sums, top_k=self.shape.routing.top_k)
 
 
 def _routing(shape: Shape, tokens: int) -> Case:
     pairs = tokens * shape.routing.top_k
     moved = 2 * tokens * shape.routing.experts + 12 * pairs
-    return Case("moe route", f"{shape.name}, {tokens} tokens", moved, _maker(shape, tokens, abi.MOE_STREAM, 64, ()))
+    return Case(
+        "moe route", f"{shape.name}, {tokens} tokens", moved, _maker(shape, tokens, abi.MOE_STREAM, 64, (), Layer.route)
+    )
 
 
 def _products(shape: Shape, tokens: int, kernel: int, tile_rows: int) -> Iterator[Case]:
     pairs, text = tokens * shape.routing.top_k, f"{shape.name}, {tokens} tokens, {KERNELS[kernel]} {tile_rows}"
-    for part, matrices, moved in (
-        ("up", 2, 2 * (tokens * shape.hidden + pairs * shape.width)),
-        ("down", 1, 2 * pairs * (shape.hidden + shape.width)),
+    for part, matrices, moved, call in (
+        ("up", 2, 2 * (tokens * shape.hidden + pairs * shape.width), Layer.multiply_up),
+        ("down", 1, 2 * pairs * (shape.hidden + shape.width), Layer.multiply_down),
     ):
         flops = 2 * pairs * matrices * shape.hidden * shape.width
         total = shape.weight_bytes(tokens, matrices) + moved
-        yield Case(f"moe {part}", text, total, _maker(shape, tokens, kernel, tile_rows, (part,)), flops)
+        yield Case(f"moe {part}", text, total, _maker(shape, tokens, kernel, tile_rows, (part,), call), flops)
+
+
+def _both(shape: Shape, tokens: int, tile_rows: int) -> Case:
+    pairs = tokens * shape.routing.top_k
+    moved = shape.weight_bytes(tokens, 3) + 4 * (tokens * shape.hidden + pairs * (shape.width + shape.hidden // 2))
+    make = _maker(shape, tokens, abi.MOE_STREAM, tile_rows, ("up", "down"), Layer.multiply)
+    flops = 6 * pairs * shape.hidden * shape.width
+    return Case("moe products", f"{shape.name}, {tokens} tokens, stream {tile_rows}", moved, make, flops)
 
 
 def _layer(shape: Shape, tokens: int, kernel: int, tile_rows: int) -> Case:
     flops = 6 * tokens * shape.routing.top_k * shape.hidden * shape.width
     text = f"{shape.name}, {tokens} tokens, {KERNELS[kernel]}"
     moved = shape.weight_bytes(tokens, 3) + 4 * tokens * shape.hidden
-    return Case("moe layer", text, moved, _maker(shape, tokens, kernel, tile_rows, ("up", "down")), flops)
+    return Case("moe layer", text, moved, _maker(shape, tokens, kernel, tile_rows, ("up", "down"), Layer.all), flops)
 
 
 def _maker(
-    shape: Shape, tokens: int, kernel: int, tile_rows: int, parts: tuple[str, ...]
+    shape: Shape,
+    tokens: int,
+    kernel: int,
+    tile_rows: int,
+    parts: tuple[str, ...],
+    call: Callable[[Layer], None],
 ) -> Callable[[torch.device], Call]:
-    def make(device: torch.device) -> Call:
-        layer = Layer(shape, tokens, kernel, tile_rows, device, parts)
-        calls = {(): layer.route, ("up",): layer.multiply_up, ("down",): layer.multiply_down}
-        return calls.get(parts, layer.all)
-
-    return make
+    return lambda device: partial(call, Layer(shape, tokens, kernel, tile_rows, device, parts))

@@ -48,8 +48,6 @@ int32_t mii_moe_up(const MiiMoeLinear* args, void*) {
 
 int32_t mii_moe_down(const MiiMoeLinear* args, void*) { return product("moe_down", *args, false); }
 
-int64_t mii_moe_workspace_bytes(const MiiMoeLinear*) { return 0; }
-
 int32_t mii_moe_combine(const MiiMoeCombine* args, void*) {
   const int32_t status = check("moe_combine", args->dtype, args->top_k, args->top_k);
   return status != MII_OK ? status : active_kernels().moe_combine(*args, tokens_of(args->counts, args->tokens));

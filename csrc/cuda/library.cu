@@ -79,7 +79,7 @@ int64_t mii_struct_size(const char* name) {
       {"MiiMoeCombine", sizeof(MiiMoeCombine)}, {"MiiAllReduce", sizeof(MiiAllReduce)},
       {"MiiAllReduceNorm", sizeof(MiiAllReduceNorm)}, {"MiiAllGather", sizeof(MiiAllGather)},
       {"MiiPeerMemory", sizeof(MiiPeerMemory)}, {"MiiEventWait", sizeof(MiiEventWait)},
-      {"MiiSampleShard", sizeof(MiiSampleShard)},
+      {"MiiSampleShard", sizeof(MiiSampleShard)}, {"MiiMoeStream", sizeof(MiiMoeStream)},
   };
   for (const Entry& entry : entries) {
     if (std::strcmp(entry.name, name) == 0) return entry.size;

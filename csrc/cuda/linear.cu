@@ -27,8 +27,7 @@ int32_t linear(const MiiLinearStreamed& a, void* stream) {
       static_cast<const T*>(p.weight),
       static_cast<const T*>(p.bias),
       static_cast<const char*>(a.next),
-      static_cast<int*>(p.workspace),
-      reinterpret_cast<float4*>(static_cast<int*>(p.workspace) + kWorkCounters),
+      static_cast<float4*>(p.workspace),
       p.x_stride,
       p.out_stride,
       a.next_bytes,
@@ -51,8 +50,7 @@ extern "C" int32_t mii_linear_streamed(const MiiLinearStreamed* a, void* stream)
   if (const int32_t status = check_linear("mii_linear_streamed", *a, 16); status != MII_OK) return status;
   MII_REQUIRE(p.rows <= kStreamTokens && p.workspace && aligned(p.workspace, 16), MII_UNSUPPORTED,
               "mii_linear_streamed: up to %d rows, with a workspace", kStreamTokens);
-  const bool counted = p.out_features <= int64_t(kStreamTileRows) * kWorkCounters;
-  MII_REQUIRE(counted && p.in_features < (int64_t(1) << 24), MII_UNSUPPORTED,
+  MII_REQUIRE(p.out_features < (int64_t(1) << 24) && p.in_features < (int64_t(1) << 24), MII_UNSUPPORTED,
               "mii_linear_streamed: a weight of %lld x %lld is too large", static_cast<long long>(p.out_features),
               static_cast<long long>(p.in_features));
   MII_REQUIRE(!a->gated || a->activation != MII_SOFTCAP, MII_UNSUPPORTED, "mii_linear_streamed: a gate has no soft cap");
@@ -61,6 +59,5 @@ extern "C" int32_t mii_linear_streamed(const MiiLinearStreamed* a, void* stream)
 
 extern "C" int64_t mii_linear_workspace_bytes(const MiiLinear*) {
   using namespace mii;
-  const int64_t each = 2 * kStreamConsumers * int64_t(sizeof(float4));  // of each CTA two tiles
-  return kWorkCounters * int64_t(sizeof(int)) + card().sms * each;
+  return card().sms * kStreamConsumers * int64_t(sizeof(float4));
 }

@@ -11,10 +11,11 @@
 namespace mii {
 namespace {
 
-constexpr int kMostStreamedRows = 64;
+constexpr int kMostStreamedRows = 64, kMostTogether = 16;  // rows of a tile of the stream; of one whose products are one launch
 constexpr int kRowsCtas = 2;  // a multiprocessor: those of the next kernel find room beside them
 
-int64_t moe_partial_bytes() { return int64_t(card().sms) * 2 * (kMostStreamedRows / 8) * kMoeThreads * sizeof(float4); }
+// Partial sums of the stream: two places for each CTA.
+int64_t moe_partial_sums(int tile_rows) { return int64_t(card().sms) * 2 * (tile_rows / 8) * kMoeThreads; }
 
 // Tokens of a CTA: so few that every multiprocessor has some.
 int route_chunk(int64_t tokens) {
@@ -63,15 +64,12 @@ int32_t route(const MiiMoeRoute& a, void* stream) {
 
 template <typename T>
 MoeArgs<T> moe_args(const MiiMoeLinear& a) {
-  int* arrived = static_cast<int*>(a.workspace);
   return {static_cast<T*>(a.out),
           static_cast<const T*>(a.x),
           static_cast<const T*>(a.weight),
           a.pair_weights,
           a.pairs,
           reinterpret_cast<const int4*>(a.tiles),
-          arrived,
-          reinterpret_cast<float4*>(arrived + kMoeMostCtas),
           a.x_stride,
           a.out_stride,
           static_cast<int>(a.out_features),
@@ -84,14 +82,6 @@ template <typename T, bool Up>
 int32_t launch_simple(const MiiMoeLinear& a, void* stream) {
   const Shape shape = {dim3(card().sms * 4), dim3(kSimpleThreads)};
   return launch("mii_moe (simple)", moe_simple<T, Up>, shape, stream, moe_args<T>(a));
-}
-
-template <typename T, int Tokens, bool Up>
-int32_t launch_stream(const MiiMoeLinear& a, void* stream) {
-  constexpr int kShared = MoeStreamShape<Tokens>::kSharedBytes;
-  if (const int32_t status = grant_shared<moe_stream<T, Tokens, Up>>("mii_moe", kShared); status != MII_OK) return status;
-  const Shape shape = {dim3(card().sms), dim3(kMoeThreads), kShared};
-  return launch("mii_moe (stream)", moe_stream<T, Tokens, Up>, shape, stream, moe_args<T>(a));
 }
 
 template <typename T, bool Up>
@@ -121,21 +111,12 @@ template <typename T, bool Up>
 int32_t product_16_bit(const MiiMoeLinear& a, void* stream) {
   WideGate gate = {};
   if (a.kernel == MII_MOE_WGMMA && (!Up || gate_of(a.activation, &gate))) return launch_wide<T, Up>(a, gate, stream);
-  if (a.kernel == MII_MOE_MMA || a.kernel == MII_MOE_WGMMA) return launch_mma<T, Up>(a, stream);
-  switch (a.tile_rows) {
-    case 8:
-      return launch_stream<T, 8, Up>(a, stream);
-    case 16:
-      return launch_stream<T, 16, Up>(a, stream);
-    case kMostStreamedRows:
-      return launch_stream<T, kMostStreamedRows, Up>(a, stream);
-    default:
-      return fail(MII_INVALID, "mii_moe: the stream takes tiles of 8, 16 or 64 rows, not %d", a.tile_rows);
-  }
+  return launch_mma<T, Up>(a, stream);
 }
 
 int32_t check_moe(const char* name, const MiiMoeLinear& a) {
-  MII_REQUIRE(a.kernel >= MII_MOE_SIMPLE && a.kernel <= MII_MOE_WGMMA, MII_UNSUPPORTED, "%s: kernel %d", name, a.kernel);
+  MII_REQUIRE(a.kernel == MII_MOE_SIMPLE || a.kernel == MII_MOE_MMA || a.kernel == MII_MOE_WGMMA, MII_UNSUPPORTED,
+              "%s: kernel %d", name, a.kernel);
   const int64_t pairs = a.tokens * a.top_k;
   MII_REQUIRE(pairs < (int64_t(1) << 31) && a.in_features < (int64_t(1) << 30) && a.out_features < (int64_t(1) << 30),
               MII_UNSUPPORTED, "%s: %lld pairs of %lld x %lld are too many", name, static_cast<long long>(pairs),
@@ -143,13 +124,57 @@ int32_t check_moe(const char* name, const MiiMoeLinear& a) {
   if (a.kernel == MII_MOE_SIMPLE) return MII_OK;
   MII_REQUIRE(a.dtype == MII_BF16 || a.dtype == MII_F16, MII_UNSUPPORTED, "%s: tensor cores take 16-bit formats", name);
   const bool steps = a.in_features % 8 == 0 && a.x_stride % 8 == 0 && a.in_features > 0;
-  MII_REQUIRE(steps && aligned(a.x, 16) && aligned(a.weight, 16) && aligned(a.workspace, 16), MII_UNSUPPORTED,
+  MII_REQUIRE(steps && aligned(a.x, 16) && aligned(a.weight, 16), MII_UNSUPPORTED,
               "%s: rows of x and weight must be whole chunks of 16 bytes", name);
-  MII_REQUIRE(a.kernel == MII_MOE_STREAM || a.tile_rows == kMoeTileRows, MII_INVALID,
-              "%s: tiles of %d rows; kernel %d takes %d", name, a.tile_rows, a.kernel, kMoeTileRows);
+  MII_REQUIRE(a.tile_rows == kMoeTileRows, MII_INVALID, "%s: tiles of %d rows; kernel %d takes %d", name, a.tile_rows,
+              a.kernel, kMoeTileRows);
   MII_REQUIRE(a.kernel != MII_MOE_WGMMA || (card().major == 9 && card().minor == 0), MII_UNSUPPORTED,
               "%s: warpgroup products are those of compute capability 9.0", name);
   return MII_OK;
+}
+
+// A workspace begins with this many ints, the counters of tiles and that of the grid, before the partial sums.
+constexpr int kMoeCounters = kMoeMostCtas + 4;
+
+template <typename T, int Tokens, MoePart Part>
+int32_t launch_stream(const MoeStreamArgs<T>& args, void* stream) {
+  using Stream = MoeStreamShape<Tokens>;
+  constexpr auto kernel = moe_stream<T, Tokens, Part>;
+  const bool hopper = card().major == 9 && card().minor == 0;  // of another one this library holds the code of 8.0
+  const int shared = Stream::stages(hopper ? kMoeRingBytes : kMoeSmallRingBytes) * Stream::kStageBytes;
+  if (const int32_t status = grant_shared<kernel>("mii_moe_stream", shared); status != MII_OK) return status;
+  const Shape shape = {dim3(card().sms), dim3(kMoeThreads), static_cast<size_t>(shared)};
+  return launch("mii_moe_stream", kernel, shape, stream, args);
+}
+
+template <typename T>
+int32_t stream_products(const MiiMoeStream& a, void* stream) {
+  int* counters = static_cast<int*>(a.workspace);
+  const auto tiles = reinterpret_cast<const int4*>(a.tiles);
+  const auto partial = reinterpret_cast<float4*>(counters + kMoeCounters);
+  T* hidden = static_cast<T*>(a.hidden);
+  const int width = static_cast<int>(a.width), features = static_cast<int>(a.in_features);
+  const MoeStreamArgs<T> args = {
+      {hidden, static_cast<const T*>(a.x), static_cast<const T*>(a.up), a.pair_weights, a.pairs, tiles, a.x_stride,
+       a.hidden_stride, width, features, a.top_k, a.activation},
+      {static_cast<T*>(a.out), hidden, static_cast<const T*>(a.down), a.pair_weights, a.pairs, tiles, a.hidden_stride,
+       a.out_stride, features, width, a.top_k, a.activation},
+      reinterpret_cast<uint32_t*>(counters + kMoeMostCtas),
+      counters,
+      partial,
+      partial + moe_partial_sums(kMostStreamedRows)};
+  switch (a.tile_rows) {
+    case 8:
+      return launch_stream<T, 8, kMoeBoth>(args, stream);
+    case 16:
+      return launch_stream<T, 16, kMoeBoth>(args, stream);
+    case kMostStreamedRows: {
+      const int32_t status = launch_stream<T, kMostStreamedRows, kMoeUp>(args, stream);
+      return status == MII_OK ? launch_stream<T, kMostStreamedRows, kMoeDown>(args, stream) : status;
+    }
+    default:
+      return fail(MII_INVALID, "mii_moe_stream: tiles of 8, 16 or 64 rows, not %d", a.tile_rows);
+  }
 }
 
 template <bool Up>
@@ -212,9 +237,32 @@ extern "C" int32_t mii_moe_down(const MiiMoeLinear* a, void* stream) {
   return mii::expert_product<false>("mii_moe_down", *a, stream);
 }
 
-extern "C" int64_t mii_moe_workspace_bytes(const MiiMoeLinear*) {
+extern "C" int32_t mii_moe_stream(const MiiMoeStream* a, void* stream) {
   using namespace mii;
-  return kMoeMostCtas * int64_t(sizeof(int)) + moe_partial_bytes();
+  MII_REQUIRE(a->activation >= MII_SILU && a->activation <= MII_RELU2, MII_INVALID, "mii_moe_stream: activation %d",
+              a->activation);
+  const int64_t pairs = a->tokens * a->top_k;
+  MII_REQUIRE(pairs < (int64_t(1) << 31) && a->in_features < (int64_t(1) << 30) && a->width < (int64_t(1) << 30),
+              MII_UNSUPPORTED, "mii_moe_stream: %lld pairs of %lld x %lld are too many", static_cast<long long>(pairs),
+              static_cast<long long>(a->width), static_cast<long long>(a->in_features));
+  MII_REQUIRE(a->dtype == MII_BF16 || a->dtype == MII_F16, MII_UNSUPPORTED, "mii_moe_stream: 16-bit formats");
+  const bool chunks = a->in_features % 8 == 0 && a->width % 8 == 0 && a->x_stride % 8 == 0 && a->hidden_stride % 8 == 0;
+  const bool starts = aligned(a->x, 16) && aligned(a->hidden, 16) && aligned(a->up, 16) && aligned(a->down, 16) &&
+                      aligned(a->workspace, 16);
+  MII_REQUIRE(chunks && starts && a->in_features > 0 && a->width > 0, MII_UNSUPPORTED,
+              "mii_moe_stream: rows of x, hidden and the weights must be whole chunks of 16 bytes");
+  if (a->tokens == 0) return MII_OK;
+  return dispatch_dtype(a->dtype, [&](auto tag) -> int32_t {
+    using T = decltype(tag);
+    if constexpr (sizeof(T) == 2) return stream_products<T>(*a, stream);
+    return MII_UNSUPPORTED;
+  });
+}
+
+extern "C" int64_t mii_moe_workspace_bytes(const MiiMoeStream*) {
+  using namespace mii;
+  const int64_t sums = moe_partial_sums(kMostStreamedRows) + moe_partial_sums(kMostTogether);
+  return kMoeCounters * int64_t(sizeof(int)) + sums * int64_t(sizeof(float4));
 }
 
 extern "C" int32_t mii_moe_combine(const MiiMoeCombine* a, void* stream) {

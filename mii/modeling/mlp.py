@@ -15,7 +15,7 @@ from mii.modeling.spec import ExpertsSpec, ModelSpec
 from mii.ops.activation import activation
 from mii.ops.all_reduce import Group, all_reduce
 from mii.ops.linear import pieces
-from mii.ops.moe import moe_combine, moe_down, moe_up
+from mii.ops.moe import moe_combine, moe_mlp
 from mii.ops.moe_routing import route
 
 
@@ -107,8 +107,7 @@ class ExpertsMLP(Module):
             gate = self.shared_gate(buffers.shared_gate, x)
         bias = None if self.choice_bias is None else self.choice_bias.tensor
         route(rows, logits, routing, bias=bias, counts=counts)
-        moe_up(buffers.hidden, x, self.up.weights, rows, routing, self.kind)
-        moe_down(buffers.parts, buffers.hidden, self.down.weights, rows, routing)
+        moe_mlp(buffers.parts, buffers.hidden, x, self.up.weights, self.down.weights, rows, routing, self.kind)
         moe_combine(out, buffers.parts, top_k=routing.top_k, shared=shared, shared_gate=gate, counts=counts)
         if self._group is not None and self._sums:
             all_reduce(out, self._group)

@@ -125,9 +125,15 @@ MiiMoeRoute = _struct(
 )
 MiiMoeLinear = _struct(
     "MiiMoeLinear",
-    (c_void_p, "out x weight pair_weights offsets pairs tiles workspace"),
+    (c_void_p, "out x weight pair_weights offsets pairs tiles"),
     (c_int64, "tokens in_features out_features x_stride out_stride"),
     (c_int32, "experts top_k tile_rows activation kernel dtype"),
+)
+MiiMoeStream = _struct(
+    "MiiMoeStream",
+    (c_void_p, "out hidden x up down pair_weights pairs tiles workspace"),
+    (c_int64, "tokens in_features width x_stride hidden_stride out_stride"),
+    (c_int32, "top_k tile_rows activation dtype"),
 )
 MiiMoeCombine = _struct(
     "MiiMoeCombine",
@@ -194,7 +200,8 @@ FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "mii_moe_route": MiiMoeRoute,
     "mii_moe_up": MiiMoeLinear,
     "mii_moe_down": MiiMoeLinear,
-    "mii_moe_workspace_bytes": MiiMoeLinear,
+    "mii_moe_stream": MiiMoeStream,
+    "mii_moe_workspace_bytes": MiiMoeStream,
     "mii_moe_combine": MiiMoeCombine,
     "mii_moe_pack": MiiMoePack,
     "mii_moe_packed_bytes": MiiMoePack,

@@ -2,12 +2,13 @@
 
     hidden[row] = act(x[token] @ gate^T) * (x[token] @ up^T)        moe_up: gathers each expert's tokens on the way
     parts[pair] = weight[pair] * (hidden[row] @ down^T)             moe_down
+                                                                    moe_mlp: both
     out[token]  = sum of its parts + sigmoid(shared_gate) * shared  moe_combine: in float, in the order of the choices
 
 Rows, pairs and tiles are those of `mii.ops.moe_routing`. On the CPU every expert's weight is packed into the panels of
 `mii.ops.linear` (csrc/cpu/isa/moe.cpp). On a GPU the weights stay as they are, and `choose_kernel` picks by the number
-of tokens: a stream of the weights of the experts that are hit (csrc/include/mii/moe_stream.cuh), or tensor-core tiles
-(moe_mma.cuh; moe_wide.cuh on compute capability 9.0).
+of tokens: a stream of the weights of the experts that are hit, which does both products in one launch
+(csrc/include/mii/moe_stream.cuh), or tensor-core tiles (moe_mma.cuh; moe_wide.cuh on compute capability 9.0).
 """
 
 from __future__ import annotations
@@ -126,6 +127,57 @@ def pack_experts(weight: torch.Tensor, *, gated: bool) -> ExpertWeights:
     return ExpertWeights(data, experts, out_features, in_features, weight.dtype, gated, packed)
 
 
+def moe_mlp(
+    out: torch.Tensor,
+    hidden: torch.Tensor,
+    x: torch.Tensor,
+    up: ExpertWeights,
+    down: ExpertWeights,
+    rows: ExpertRows,
+    routing: Routing,
+    kind: str,
+) -> None:
+    """`moe_up` of x into hidden and `moe_down` of that into out, in one launch where the step's kernel is the stream.
+
+    Raises:
+        ValueError: Shapes or dtypes that do not fit together.
+    """
+    pairs = rows.tokens * routing.top_k
+    if rows.kernel != abi.MOE_STREAM:
+        moe_up(hidden, x, up, rows, routing, kind)
+        moe_down(out, hidden, down, rows, routing)
+        return
+    _check("moe_up", hidden, (pairs, up.out_features), x, (rows.tokens, up.in_features), up, gated=True)
+    _check("moe_down", out, (pairs, down.out_features), hidden, (pairs, down.in_features), down, gated=False)
+    library = native.library(x.device)
+    if library is not None and library.has("mii_moe_stream") and up.dtype in abi.DTYPE_CODES:
+        args = abi.MiiMoeStream(
+            out.data_ptr(),
+            hidden.data_ptr(),
+            x.data_ptr(),
+            up.data.data_ptr(),
+            down.data.data_ptr(),
+            rows.weights.data_ptr(),
+            rows.pairs.data_ptr(),
+            rows.tiles.data_ptr(),
+            _workspace(library, x.device).data_ptr(),
+            rows.tokens,
+            up.in_features,
+            up.out_features,
+            x.stride(0),
+            hidden.stride(0),
+            out.stride(0),
+            routing.top_k,
+            rows.tile_rows,
+            abi.ACTIVATIONS[kind],
+            abi.DTYPE_CODES[up.dtype],
+        )
+        if library.call("mii_moe_stream", args, native.stream(x.device)):
+            return
+    moe_up_reference(hidden, x, up, rows, routing, kind)
+    moe_down_reference(out, hidden, down, rows)
+
+
 def moe_up(
     out: torch.Tensor, x: torch.Tensor, weight: ExpertWeights, rows: ExpertRows, routing: Routing, kind: str
 ) -> None:
@@ -203,7 +255,6 @@ def _native(
         rows.offsets.data_ptr(),
         rows.pairs.data_ptr(),
         rows.tiles.data_ptr(),
-        _workspace(library, x.device).data_ptr() if x.is_cuda else None,
         rows.tokens,
         weight.in_features,
         weight.out_features,
@@ -225,7 +276,7 @@ _workspaces: dict[torch.device, torch.Tensor] = {}
 def _workspace(library: native.Library, device: torch.device) -> torch.Tensor:
     """Partial sums and their counters, one for each device: the calls of an engine follow one another in a stream."""
     if device not in _workspaces:
-        size = library.bytes("mii_moe_workspace_bytes", abi.MiiMoeLinear())
+        size = library.bytes("mii_moe_workspace_bytes", abi.MiiMoeStream())
         _workspaces[device] = torch.zeros(size, dtype=torch.uint8, device=device)
     return _workspaces[device]
 

@@ -46,7 +46,7 @@ _WARNED_ABOUT = frozenset(
     f"mii_{name}"
     for name in (
         *("prepare", "embedding", "norm", "rope_kv", "attention", "activation", "sample"),
-        *("moe_route", "moe_up", "moe_down", "moe_combine"),
+        *("moe_route", "moe_stream", "moe_up", "moe_down", "moe_combine"),
     )
 )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mii.ops import abi, native
-from mii.ops.moe import moe_combine, moe_down, moe_down_reference, moe_up, moe_up_reference
+from mii.ops.moe import moe_combine, moe_down_reference, moe_mlp, moe_up_reference
 from mii.ops.moe_routing import Routing, route
 from tests.ops.moe_cases import MoeCase, lists
 
@@ -40,12 +40,12 @@ def check_products(case: MoeCase, kernel: int, tile_rows: int, dtype: torch.dtyp
         rows, x = lists(case, "cuda", kernel, tile_rows), case.x(dtype, "cuda", seed)
         route(rows, case.logits(dtype, "cuda", seed), routing, counts=case.counts("cuda"))
         hidden, expected = (torch.full((pairs, case.width), torch.nan, dtype=dtype, device="cuda") for _ in range(2))
-        moe_up(hidden, x, up, rows, routing, kind)
+        parts = torch.full((pairs, case.hidden), torch.nan, dtype=dtype, device="cuda")
+        moe_mlp(parts, hidden, x, up, down, rows, routing, kind)
         moe_up_reference(expected, x, up, rows, routing, kind)
         assert_near(hidden[:routed], expected[:routed])
         assert hidden[routed:].isnan().all()
-        parts, expected = (torch.full((pairs, case.hidden), torch.nan, dtype=dtype, device="cuda") for _ in range(2))
-        moe_down(parts, hidden, down, rows, routing)
+        expected = torch.full_like(parts, torch.nan)
         moe_down_reference(expected, hidden, down, rows)
         assert_near(parts[:routed], expected[:routed])
         assert parts[routed:].isnan().all()
@@ -73,8 +73,7 @@ class Layer:
     def __call__(self) -> torch.Tensor:
         routing = self.case.routing
         route(self.rows, self.logits, routing, counts=self.counts)
-        moe_up(self.hidden, self.x, self.up, self.rows, routing, "silu")
-        moe_down(self.parts, self.hidden, self.down, self.rows, routing)
+        moe_mlp(self.parts, self.hidden, self.x, self.up, self.down, self.rows, routing, "silu")
         moe_combine(self.out, self.parts, top_k=routing.top_k, counts=self.counts)
         return self.out
 

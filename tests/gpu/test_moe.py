@@ -8,7 +8,7 @@ import torch
 from mii.ops import abi
 from mii.ops import moe as module
 from mii.ops import moe_routing as routing_module
-from mii.ops.moe import moe_combine, moe_combine_reference, moe_up, moe_up_reference
+from mii.ops.moe import moe_combine, moe_combine_reference
 from mii.ops.moe_routing import Routing, route
 from tests.gpu.moe_checks import MANY, MORE, SMALL, assert_near, check_graph, check_products
 from tests.ops.kernel_checks import DTYPES
@@ -85,16 +85,11 @@ def test_tensor_core_tiles_equal_reference(case: MoeCase, dtype: torch.dtype) ->
     check_products(case, abi.MOE_MMA, 128, dtype)
 
 
+@pytest.mark.usefixtures("kernels_only")
 @pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "gelu_quick", "relu", "relu2"])
 @pytest.mark.parametrize("kernel", [(abi.MOE_SIMPLE, 8), (abi.MOE_STREAM, 8), (abi.MOE_MMA, 128)])
 def test_every_activation_equals_reference(kernel: tuple[int, int], kind: str) -> None:
-    case = MoeCase(8, 64, 48, Routing(4, 2))
-    rows, (up, _) = lists(case, "cuda", *kernel), case.weights(torch.bfloat16, "cuda")
-    route(rows, case.logits(torch.bfloat16, "cuda"), case.routing)
-    hidden, expected = (torch.empty(16, 48, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-    moe_up(hidden, case.x(torch.bfloat16, "cuda"), up, rows, case.routing, kind)
-    moe_up_reference(expected, case.x(torch.bfloat16, "cuda"), up, rows, case.routing, kind)
-    assert_near(hidden, expected)
+    check_products(MoeCase(8, 64, 48, Routing(4, 2)), *kernel, torch.bfloat16, kind)
 
 
 @pytest.mark.usefixtures("kernels_only")

@@ -9,8 +9,8 @@
 // of a unit at a time, by bulk copies that need no layout of the weight but its own; rows lie 16 bytes further apart in
 // shared memory than they are long, so that fragments load without bank conflicts. Four more multiply.
 //
-// A CTA whose run ends inside a tile leaves float partial sums; the last of a tile's CTAs to arrive adds them up in their
-// order, so runs repeat bit for bit, and resets the tile's counter for the next launch.
+// A CTA whose run begins inside a tile leaves float partial sums for the one that has the tile's beginning, which adds them
+// up in the order of their CTAs (partial_sums.cuh), so runs repeat bit for bit.
 //
 // With programmatic dependent launch the ring fills with weights before the kernel before this one ends: weights are
 // constants, only x has to be waited for. While a CTA finishes it brings weights of the next product into L2.
@@ -33,10 +33,9 @@ constexpr int kStreamThreads = kStreamConsumers + kStreamCopyWarps * kWarp;
 constexpr int kStreamRowBytes = 2 * kStreamDepth + 16;
 constexpr int kStreamWeightBytes = kStreamTileRows * kStreamRowBytes;
 constexpr int kStreamUnitBytes = kStreamWeightBytes + kStreamTokens * kStreamRowBytes;
-constexpr int kStreamRingOffset = 256;  // barriers and a flag come before the ring
-constexpr int kStreamFlagOffset = 2 * kStreamUnits * kBarrierBytes;
+constexpr int kStreamRingOffset = 256;  // barriers come before the ring
 constexpr int kStreamSharedBytes = kStreamRingOffset + kStreamUnits * kStreamUnitBytes;
-static_assert(kStreamTileRows == 16 * kStreamWarps && kStreamFlagOffset + 4 <= kStreamRingOffset);
+static_assert(kStreamTileRows == 16 * kStreamWarps && 2 * kStreamUnits * kBarrierBytes <= kStreamRingOffset);
 
 template <typename T>
 struct LinearStreamArgs {
@@ -45,8 +44,7 @@ struct LinearStreamArgs {
   const T* weight;
   const T* bias;     // or null
   const char* next;  // what to bring into L2 at the end, about `next_fetch` of `next_bytes`, or null
-  int* arrived;      // [kWorkCounters], zero between launches
-  float4* partial;
+  float4* partial;   // [kStreamConsumers] for each CTA, zeros between launches
   int64_t x_stride, out_stride, next_bytes, next_fetch;
   int rows, n, k;
   int activation;  // a MiiActivationKind, or kPlain
@@ -203,51 +201,23 @@ MII_DEVICE void store_tile(const Stream<T>& s, const StreamSums& sums, int tile)
   if (token + 1 < s.a.rows) store_pair(s, tile, row, token + 1, sums[1], sums[3]);
 }
 
-// Leaves this CTA's partial sums of a tile. True in every thread of the CTA that has the total then.
 template <typename T>
-MII_DEVICE bool merge_tile(const Stream<T>& s, StreamSums& sums, int tile, int* last) {
-#if MII_SUMS_BY_WORDS
-  return merge_by_words(reinterpret_cast<float(&)[1][4]>(sums), s.runs, tile, [&](int cta) {
-    return [place = s.a.partial + cta * kStreamConsumers + threadIdx.x](int) { return place; };
-  });
-#else
-  const auto at = [&](int cta) { return s.a.partial + s.runs.place(cta, tile) * kStreamConsumers + threadIdx.x; };
-  __stcg(at(blockIdx.x), make_float4(sums[0], sums[1], sums[2], sums[3]));
-  __threadfence();
-  threads_wait(1, kStreamConsumers);
-  const int first_cta = s.runs.cta_of(tile * s.runs.steps), last_cta = s.runs.cta_of((tile + 1) * s.runs.steps - 1);
-  if (threadIdx.x == 0) *last = atomicAdd(s.a.arrived + tile, 1) == last_cta - first_cta;
-  threads_wait(1, kStreamConsumers);
-  const bool mine = *last != 0;
-  threads_wait(1, kStreamConsumers);  // nobody writes `last` for the next tile before everybody has read it
-  if (!mine) return false;
-  __threadfence();
-  if (threadIdx.x == 0) s.a.arrived[tile] = 0;
-  sums[0] = sums[1] = sums[2] = sums[3] = 0.0f;
-  for (int cta = first_cta; cta <= last_cta; ++cta) {
-    const float4 one = __ldcg(at(cta));
-    sums[0] += one.x, sums[1] += one.y, sums[2] += one.z, sums[3] += one.w;
-  }
-  return true;
-#endif
-}
-
-template <typename T>
-MII_DEVICE void multiply_units(const Stream<T>& s, int* last) {
+MII_DEVICE void multiply_units(const Stream<T>& s) {
   wait_for_previous();  // before anything is written that the kernel before this one may still read
-  StreamSums sums = {};
+  StreamSums sums[1] = {};
+  const auto place = [&](int cta, int) { return s.a.partial + cta * kStreamConsumers + threadIdx.x; };
   int run_start = s.begin;  // first unit of the tile that `sums` belongs to
   for (int unit = s.begin; unit < s.end; ++unit) {
     barrier_wait_forever(s.full(unit), s.round(unit) & 1);
-    multiply_unit<T>(sums, s.stage(unit), s.depth(unit));
+    multiply_unit<T>(sums[0], s.stage(unit), s.depth(unit));
     __syncwarp();
     if (threadIdx.x % kWarp == 0) barrier_arrive(s.empty(unit));
     const int tile = s.tile(unit);
     if (tile == s.tile(unit + 1) && unit + 1 != s.end) continue;
     const bool whole = unit + 1 - run_start == s.runs.steps;
-    if (whole || merge_tile(s, sums, tile, last)) store_tile(s, sums, tile);
+    if (whole || merge_by_words(sums, s.runs, tile, place)) store_tile(s, sums[0], tile);
     run_start = unit + 1;
-    sums[0] = sums[1] = sums[2] = sums[3] = 0.0f;
+    sums[0][0] = sums[0][1] = sums[0][2] = sums[0][3] = 0.0f;
   }
 }
 
@@ -267,7 +237,7 @@ __global__ void __launch_bounds__(kStreamThreads) linear_stream(const LinearStre
   if (threadIdx.x >= kStreamConsumers) {
     copy_units(s);
   } else {
-    multiply_units(s, reinterpret_cast<int*>(dynamic_shared() + kStreamFlagOffset));
+    multiply_units(s);
   }
 #endif
 }

@@ -18,8 +18,6 @@ struct MoeArgs {
   const float* pair_weights;  // down
   const int32_t* pairs;
   const int4* tiles;          // the first is (their number, ..), the others (expert, first row, rows, 0)
-  int* arrived;               // the stream's counters and partial sums
-  float4* partial;
   int64_t x_stride, out_stride;
   int n, k, top_k, activation;  // n: columns of out
 };

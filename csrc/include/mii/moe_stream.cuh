@@ -1,13 +1,17 @@
 // Experts' products of a few rows each: a stream of the weights of the experts that are hit, as linear_stream.cuh is for
 // one weight.
 //
-// Work is cut into units of 128 weight rows by 64 of k of one tile of rows, in the order of the list of tiles, and every
-// CTA streams an equal run of them whatever experts are hit (stream-K: Osama et al., arXiv 2301.03598). A CTA whose run
-// ends inside a tile leaves float partial sums; the last of the tile's CTAs to arrive adds them up in their order, so runs
-// repeat bit for bit, and resets the counter for the next launch. For moe_up the 128 weight rows are 64 of gate and the same 64
-// of up, eight of each in turn: both halves of an output then lie in the same thread (rows r and r + 8 of a fragment), and
-// the activation is part of the epilogue.
+// Work is cut into units of 128 weight rows by 64 of k of one tile of rows, in the order of the list of tiles, and of each
+// product every CTA streams an equal run whatever experts are hit (stream-K: Osama et al., arXiv 2301.03598). CTAs leave one
+// another float partial sums of tiles that they share, which one of them adds up in their order, so runs repeat bit for bit.
+// For the first product the 128 weight rows are 64 of gate and the same 64 of up, eight of each in turn: both halves of an
+// output then lie in the same thread (rows r and r + 8 of a fragment), and the activation is part of the epilogue.
+//
+// With tiles of up to 16 rows one launch does both products. Weights of the second follow those of the first through the same
+// ring, since which ones is known from the routing: memory is busy while sums are added up and all CTAs wait for one another,
+// until the ring is full, 6 us of a copy. Larger tiles are bound by their products, and two launches serve them better.
 #pragma once
+#include "mii/grid_barrier.cuh"
 #include "mii/moe_product.cuh"
 #include "mii/partial_sums.cuh"
 #include "mii/stream_runs.cuh"
@@ -19,13 +23,34 @@ constexpr int kUnitDepth = 64;     // k of a unit: one line of 128 bytes a row
 constexpr int kMoeThreads = 256;  // 8 warps
 constexpr int kMoeMostCtas = 1024;  // counters: one for each CTA that may begin a row tile which others finish
 
+// Bytes of a multiprocessor's shared memory that a ring may have: on compute capability 9.0, and on 8.0.
+constexpr int kMoeRingBytes = 226 * 1024, kMoeSmallRingBytes = 162 * 1024;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr int kMoeRingHere = kMoeRingBytes;
+#else
+constexpr int kMoeRingHere = kMoeSmallRingBytes;
+#endif
+
+enum MoePart { kMoeBoth, kMoeUp, kMoeDown };  // of the two products, what a launch does
+
 template <int Tokens>
 struct MoeStreamShape {
-  static constexpr int kGroups = Tokens / 8;
-  static constexpr int kStages = Tokens <= 16 ? 6 : 4;
+  static constexpr bool kTogether = Tokens <= 16;
+  static constexpr int kChains = kTogether ? 2 : 1;  // of sums that a thread adds up beside each other
   static constexpr int kWeightBytes = kUnitRows * kUnitDepth * 2;
   static constexpr int kStageBytes = kWeightBytes + Tokens * kUnitDepth * 2;
-  static constexpr int kSharedBytes = kStages * kStageBytes;
+  // Apart, the ring is so small that the second launch finds room beside the first.
+  static constexpr int stages(int ring) { return kTogether ? ring / kStageBytes : 4; }
+  static constexpr int kStages = stages(kMoeRingHere);
+};
+
+template <typename T>
+struct MoeStreamArgs {
+  MoeArgs<T> up, down;
+  uint32_t* met;    // of grid_barrier.cuh
+  int* arrived;     // [kMoeMostCtas], zero between launches
+  float4* partial;  // two places for each CTA
+  float4* words;    // of products together: two places for each CTA, zeros between launches
 };
 
 // The 128 x 64 units of weight that both products load: this thread copies rows thread / 8 + 32 i, 16-byte chunk
@@ -113,9 +138,13 @@ struct MoeLoader {
   }
 };
 
+template <int Tokens>
+using MoeSums = float[MoeStreamShape<Tokens>::kChains][Tokens / 8][4];
+
 // sums += (16 weight rows of this warp) x (the tile's rows, in eights) over one unit in shared memory.
 template <typename T, int Tokens>
-MII_DEVICE void multiply_moe_unit(float (&sums)[Tokens / 8][4], uint32_t stage, int rows) {
+MII_DEVICE void multiply_moe_unit(MoeSums<Tokens>& sums, uint32_t stage, int rows) {
+  constexpr int kLast = MoeStreamShape<Tokens>::kChains - 1;
   using Rows = HeadRows<kUnitDepth>;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const uint32_t weight = stage + Rows::lane_offset(warp * 16 + lane % 16, lane / 16);
@@ -130,20 +159,16 @@ MII_DEVICE void multiply_moe_unit(float (&sums)[Tokens / 8][4], uint32_t stage, 
       if (group > 0 && group * 8 >= rows) continue;
       uint32_t b[4];
       load_matrices(b, tokens + Rows::offset(group * 8 + lane % 8, 4 * pair + lane / 8));
-      multiply_add<T>(sums[group], left, b[0], b[1]);
-      multiply_add<T>(sums[group], right, b[2], b[3]);
+      multiply_add<T>(sums[0][group], left, b[0], b[1]);
+      multiply_add<T>(sums[kLast][group], right, b[2], b[3]);
     }
   }
 }
 
-// Leaves this CTA's partial sums of a tile. True in every thread of the CTA that has the total then.
+// Leaves this CTA's partial sums of a tile to the last of its CTAs to arrive. True in every thread of the CTA that has the
+// total then.
 template <typename T, int Groups>
-MII_DEVICE bool merge_moe_tile(const MoeArgs<T>& a, float (&sums)[Groups][4], const StreamRuns& runs, int tile) {
-#if MII_SUMS_BY_WORDS
-  return merge_by_words(sums, runs, tile, [&](int cta) {
-    return [first = a.partial + cta * Groups * kMoeThreads + threadIdx.x](int g) { return first + g * kMoeThreads; };
-  });
-#else
+MII_DEVICE bool merge_by_count(const MoeStreamArgs<T>& a, float (&sums)[Groups][4], const StreamRuns& runs, int tile) {
   __shared__ int last;
   const auto at = [&](int cta, int group) {
     return a.partial + (int64_t(runs.place(cta, tile)) * Groups + group) * kMoeThreads + threadIdx.x;
@@ -173,7 +198,6 @@ MII_DEVICE bool merge_moe_tile(const MoeArgs<T>& a, float (&sums)[Groups][4], co
     sums[group][0] = total.x, sums[group][1] = total.y, sums[group][2] = total.z, sums[group][3] = total.w;
   }
   return true;
-#endif
 }
 
 // Rounds a tile's sums and stores them: rows of weight are columns of out.
@@ -202,78 +226,166 @@ MII_DEVICE void store_moe_tile(const MoeArgs<T>& a, const float (&sums)[Tokens /
   }
 }
 
-// Grid: one CTA a multiprocessor. Dynamic shared memory: MoeStreamShape<Tokens>::kSharedBytes.
-//
-// moe_down begins with its weights before the kernel before it (moe_up) ends: by then the lists, which were written before
-// that kernel began, are there (the rules in common.cuh).
+// One of the two products as a CTA has it: its run of units.
 template <typename T, int Tokens, bool Up>
-__global__ void __launch_bounds__(kMoeThreads, 1) moe_stream(const MoeArgs<T> a) {
+struct MoeRun {
+  const MoeArgs<T>& a;
+  int tiles, begin, end;  // tiles: of weight rows
+  StreamRuns runs;
+
+  MII_DEVICE MoeRun(const MoeArgs<T>& args, int groups) : a(args) {
+    const int steps = (a.k + kUnitDepth - 1) / kUnitDepth;
+    tiles = (a.n + WeightUnit<T, Up>::kColumns - 1) / WeightUnit<T, Up>::kColumns;
+    const int64_t units = int64_t(groups) * tiles * steps;
+    runs = {units, static_cast<int>(min(int64_t(gridDim.x), units)), steps};
+    const bool idle = static_cast<int>(blockIdx.x) >= runs.ctas;
+    begin = idle ? 0 : runs.begin(blockIdx.x), end = idle ? 0 : runs.begin(blockIdx.x + 1);
+  }
+  MII_DEVICE int size() const { return end - begin; }
+  MII_DEVICE MoeLoader<T, Tokens, Up> loader() const { return {a, begin, tiles, runs.steps}; }
+};
+
+template <int Tokens>
+MII_DEVICE uint32_t moe_stage(uint32_t ring, int place) {
   using Shape = MoeStreamShape<Tokens>;
-  const uint32_t shared = shared_address(dynamic_shared());
-  if constexpr (Up) {
-    wait_for_previous();
-    start_next();
-  }
-  const int steps = (a.k + kUnitDepth - 1) / kUnitDepth;
-  const int tiles = (a.n + WeightUnit<T, Up>::kColumns - 1) / WeightUnit<T, Up>::kColumns;
-  const int64_t units = int64_t(a.tiles[0].x) * tiles * steps;
-  const int ctas = static_cast<int>(min(int64_t(gridDim.x), units));
-  const StreamRuns runs = {units, ctas, steps};
-  const bool idle = static_cast<int>(blockIdx.x) >= ctas;
-  const int begin = idle ? 0 : runs.begin(blockIdx.x), end = idle ? 0 : runs.begin(blockIdx.x + 1);
-  if (idle) {
-    if constexpr (!Up) {
-      wait_for_previous();
-      start_next();
-    }
-    return;
-  }
-  const auto stage = [&](int unit) { return shared + (unit - begin) % Shape::kStages * Shape::kStageBytes; };
+  return ring + place % Shape::kStages * Shape::kStageBytes;
+}
 
-  MoeLoader<T, Tokens, Up> loader(a, begin, tiles, steps);
-  if constexpr (!Up) {  // the first weights, while what writes x still runs
-    MoeLoader<T, Tokens, Up> early(a, begin, tiles, steps);
-    for (int unit = begin; unit < min(end, begin + Shape::kStages - 1); ++unit) {
-      early.load_weight(stage(unit));
-      early.advance(unit + 1 < end);
-    }
-    wait_for_previous();
-    start_next();
+// This CTA's part in a tile that it shares with others: true where it has the whole sums then.
+template <typename T, int Tokens, bool Up>
+MII_DEVICE bool merge_moe_tile(const MoeStreamArgs<T>& a, float (&sums)[Tokens / 8][4], const StreamRuns& runs, int tile) {
+  if constexpr (MoeStreamShape<Tokens>::kTogether) {
+    return merge_by_words(sums, runs, tile, [&](int cta, int group) {
+      return a.words + ((2 * cta + Up) * (Tokens / 8) + group) * kMoeThreads + threadIdx.x;
+    });
+  } else {
+    return merge_by_count(a, sums, runs, tile);
   }
-  for (int unit = begin; unit < begin + Shape::kStages - 1; ++unit) {
-    if (unit < end) {
-      if constexpr (Up) loader.load_weight(stage(unit));
-      loader.load_rows(stage(unit));
-      loader.advance(unit + 1 < end);
-    }
-    copy_async_commit();
-  }
+}
 
-  float sums[Tokens / 8][4] = {};
-  int run_start = begin;  // first unit of the tile that `sums` belongs to
-  MoeCursor at(begin, tiles, steps);
-  int4 rows = a.tiles[1 + at.group];
-  for (int unit = begin; unit < end; ++unit) {
-    copy_async_wait<Shape::kStages - 2>();
+// Multiplies a run's units, the first of which has place `place` among all that come through the ring. ask(p) starts the
+// copies for place p.
+template <typename T, int Tokens, bool Up, typename Ask>
+MII_DEVICE void multiply_run(const MoeStreamArgs<T>& a, const MoeRun<T, Tokens, Up>& run, uint32_t ring, int place, Ask&& ask) {
+  constexpr int kAhead = MoeStreamShape<Tokens>::kStages - 1, kChains = MoeStreamShape<Tokens>::kChains;
+  MoeSums<Tokens> sums = {};
+  int run_start = run.begin;  // first unit of the tile that `sums` belongs to
+  MoeCursor at(run.begin, run.tiles, run.runs.steps);
+  int4 rows = run.a.tiles[1 + at.group];
+  for (int unit = run.begin; unit < run.end; ++unit, ++place) {
+    copy_async_wait<kAhead - 1>();
     __syncthreads();
-    if (const int next = unit + Shape::kStages - 1; next < end) {
-      loader.load_weight(stage(next));
-      loader.load_rows(stage(next));
-      loader.advance(next + 1 < end);
-    }
-    copy_async_commit();
-    multiply_moe_unit<T, Tokens>(sums, stage(unit), rows.z);
+    ask(place + kAhead);
+    multiply_moe_unit<T, Tokens>(sums, moe_stage<Tokens>(ring, place), rows.z);
     const int group = at.group, tile = at.tile;
-    const bool finished = at.advance(tiles, steps);
-    if (!finished && unit + 1 != end) continue;
-    const bool whole = unit + 1 - run_start == steps;
-    if (whole || merge_moe_tile(a, sums, runs, group * tiles + tile)) {
-      store_moe_tile<T, Tokens, Up>(a, sums, rows, tile);
+    const bool finished = at.advance(run.tiles, run.runs.steps);
+    if (!finished && unit + 1 != run.end) continue;
+    if constexpr (kChains == 2) {
+#pragma unroll
+      for (int i = 0; i < Tokens / 2; ++i) sums[0][i / 4][i % 4] += sums[1][i / 4][i % 4];
+    }
+    const bool whole = unit + 1 - run_start == run.runs.steps;
+    if (whole || merge_moe_tile<T, Tokens, Up>(a, sums[0], run.runs, group * run.tiles + tile)) {
+      store_moe_tile<T, Tokens, Up>(run.a, sums[0], rows, tile);
     }
     run_start = unit + 1;
 #pragma unroll
-    for (int g = 0; g < Tokens / 8; ++g) sums[g][0] = sums[g][1] = sums[g][2] = sums[g][3] = 0;
-    if (at.group != group && unit + 1 < end) rows = a.tiles[1 + at.group];
+    for (int i = 0; i < kChains * Tokens / 2; ++i) sums[i / (Tokens / 2)][i / 4 % (Tokens / 8)][i % 4] = 0;
+    if (at.group != group && unit + 1 < run.end) rows = run.a.tiles[1 + at.group];
+  }
+}
+
+// The rows of the second product's first units, whose weights are asked for before these rows are there. By plain loads:
+// copies would be waited for with those of the weights, in the order in which they began.
+template <typename T, int Tokens>
+struct EarlyRows {
+  using Shape = MoeStreamShape<Tokens>;
+  static constexpr int kChunks = Tokens * 8, kMost = ((Shape::kStages - 1) * kChunks + kMoeThreads - 1) / kMoeThreads;
+
+  int count;               // of chunks of 16 bytes
+  const T* sources[kMost];  // of those that this thread copies; null: zeros
+
+  // Finds out where they will be.
+  MII_DEVICE EarlyRows(const MoeRun<T, Tokens, false>& down) : count(min(Shape::kStages - 1, down.size()) * kChunks) {
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+      const int index = threadIdx.x + i * kMoeThreads, row = index % kChunks / 8;
+      sources[i] = nullptr;
+      if (index >= count) continue;
+      const MoeCursor at(down.begin + index / kChunks, down.tiles, down.runs.steps);
+      const int4 tile = down.a.tiles[1 + at.group];
+      const int k = at.step * kUnitDepth + index % 8 * 8;
+      if (row < tile.z && k < down.a.k) sources[i] = down.a.x + (tile.y + row) * down.a.x_stride + k;
+    }
+  }
+  MII_DEVICE void copy(uint32_t ring, int place) const {
+    uint4 values[kMost];
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+      values[i] = {0, 0, 0, 0};
+      if (sources[i] != nullptr) values[i] = __ldcg(reinterpret_cast<const uint4*>(sources[i]));
+    }
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+      const int index = threadIdx.x + i * kMoeThreads;
+      if (index >= count) continue;
+      const uint32_t rows = moe_stage<Tokens>(ring, place + index / kChunks) + Shape::kWeightBytes;
+      store_chunk(rows + HeadRows<kUnitDepth>::offset(index % kChunks / 8, index % 8), values[i]);
+    }
+  }
+};
+
+// Grid: one CTA a multiprocessor, all at once. Dynamic shared memory: MoeStreamShape<Tokens>::stages of kStageBytes.
+//
+// The second product by itself begins with its weights before the kernel before it, the first product, ends: by then the
+// lists, which were written before that kernel began, are there (the rules in common.cuh).
+template <typename T, int Tokens, MoePart Part>
+__global__ void __launch_bounds__(kMoeThreads, 1) moe_stream(const MoeStreamArgs<T> a) {
+  constexpr int kAhead = MoeStreamShape<Tokens>::kStages - 1;
+  constexpr bool kUp = Part != kMoeDown, kDown = Part != kMoeUp;
+  const uint32_t ring = shared_address(dynamic_shared());
+  const auto begin = [] {
+    wait_for_previous();
+    start_next();
+  };
+  if constexpr (kUp) begin();
+  const int groups = a.up.tiles[0].x;
+  if (groups == 0) {
+    if constexpr (!kUp) begin();
+    return;
+  }
+  const MoeRun<T, Tokens, true> up(a.up, groups);
+  const MoeRun<T, Tokens, false> down(a.down, groups);
+  auto up_loader = up.loader();
+  auto down_loader = down.loader();
+  const int first_down = kUp ? up.size() : 0, places = first_down + (kDown ? down.size() : 0);
+  bool has_rows = false;  // of the second product
+  const auto ask = [&](int place) {
+    const uint32_t stage = moe_stage<Tokens>(ring, place);
+    if (kUp && place < first_down) {
+      up_loader.load_weight(stage);
+      up_loader.load_rows(stage);
+      up_loader.advance(place + 1 < first_down);
+    } else if (kDown && place < places) {
+      down_loader.load_weight(stage);
+      if (has_rows) down_loader.load_rows(stage);
+      down_loader.advance(place + 1 < places);
+    }
+    copy_async_commit();
+  };
+  for (int place = 0; place < kAhead; ++place) ask(place);
+  if constexpr (kUp) multiply_run(a, up, ring, 0, ask);
+  if constexpr (kDown) {
+    const uint32_t before = kUp ? arrive_at_grid(a.met) : 0;
+    const EarlyRows<T, Tokens> early(down);
+    if constexpr (kUp) {
+      wait_for_grid(a.met, before);
+    } else {
+      begin();
+    }
+    early.copy(ring, first_down);
+    has_rows = true;
+    multiply_run(a, down, ring, first_down, ask);
   }
 }
 

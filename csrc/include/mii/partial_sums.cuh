@@ -5,16 +5,10 @@
 // Which CTA of those that share a tile adds them up: the one that has its first unit (stream_runs.cuh). A run begins with
 // what is left of a tile that others began, and ends with the beginning of one that others finish; so what a CTA waits for at
 // its end is what those after it did first, and none waits for one before it.
-//
-// With -DMII_SUMS_BY_WORDS=1 the streams of weights use this in place of counters. Right on an emulated card; not measured
-// on a real one yet, so 0 is what is built.
+// All CTAs of the launch have to be on the card at the same time.
 #pragma once
 #include "mii/attention_mma.cuh"
 #include "mii/peer_words.cuh"
-
-#ifndef MII_SUMS_BY_WORDS
-#define MII_SUMS_BY_WORDS 0
-#endif
 
 namespace mii {
 
@@ -55,16 +49,17 @@ __device__ __forceinline__ void take_sums(float (&sums)[Groups][4], Place&& plac
   }
 }
 
-// This CTA's part in a tile that it shares with others: true where it has the whole sums then. place_of(cta)(g).
-template <int Groups, typename Runs, typename PlaceOf>
-__device__ __forceinline__ bool merge_by_words(float (&sums)[Groups][4], const Runs& runs, int tile, PlaceOf&& place_of) {
+// This CTA's part in a tile that it shares with others: true where it has the whole sums then. place(cta, g): where this
+// thread's sums of group g lie that a CTA leaves.
+template <int Groups, typename Runs, typename Place>
+__device__ __forceinline__ bool merge_by_words(float (&sums)[Groups][4], const Runs& runs, int tile, Place&& place) {
   const int cta = static_cast<int>(blockIdx.x);
   if (runs.begin(cta) > tile * runs.steps) {
-    leave_sums(sums, place_of(cta));
+    leave_sums(sums, [&](int g) { return place(cta, g); });
     return false;
   }
   const int last = runs.cta_of((tile + 1) * runs.steps - 1);
-  for (int other = cta + 1; other <= last; ++other) take_sums(sums, place_of(other));
+  for (int other = cta + 1; other <= last; ++other) take_sums(sums, [&](int g) { return place(other, g); });
   return true;
 }
 

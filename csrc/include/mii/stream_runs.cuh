@@ -4,8 +4,6 @@
 
 namespace mii {
 
-constexpr int kWorkCounters = 16384;  // of tiles, with which a product's workspace begins
-
 // The runs of units: CTA c of `ctas` has [begin(c), begin(c + 1)).
 struct StreamRuns {
   int64_t units;

@@ -4,10 +4,6 @@
 
 #include "mii/partial_sums.cuh"
 
-// What the places of partial sums hold at first.
-constexpr float kAny = MII_SUMS_BY_WORDS ? 0.0f : NAN;
-constexpr float4 kNothing = {kAny, kAny, kAny, kAny};
-
 inline void run_at_once(int ctas, int threads, const std::function<void()>& kernel) {
   const unsigned seed = card::chance();
   std::vector<std::thread> all;

@@ -261,6 +261,11 @@ inline void __threadfence() { card::yield(); }
 inline void __stcg(float4* address, float4 value) { card::must_have_waited(), *address = value; }
 inline float4 __ldcg(const float4* address) { return card::must_have_waited(), *address; }
 inline int __ldcg(const int* address) { return card::must_have_waited(), *address; }
+inline uint4 __ldcg(const uint4* address) { return card::must_have_waited(), *address; }
+inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  card::must_have_waited();
+  return __atomic_fetch_add(address, value, __ATOMIC_SEQ_CST);
+}
 inline int atomicAdd(int* address, int value) {
   card::must_have_waited();
   return __atomic_fetch_add(address, value, __ATOMIC_SEQ_CST);

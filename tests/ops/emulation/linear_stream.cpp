@@ -1,43 +1,33 @@
-// Runs csrc/include/mii/linear_stream.cuh on the host against a plain product, each case twice: counters and partial sums
-// have to be left so that the second run gives the same bits.
+// Runs csrc/include/mii/linear_stream.cuh on the host against a plain product, each case twice: places of partial sums have
+// to be left so that the second run gives the same bits.
 #include "at_once.h"
 #include "linear.h"
 #include "mii/linear_stream.cuh"
 
 namespace {
 
-struct Workspace {
-  std::vector<int> arrived = std::vector<int>(mii::kWorkCounters);
-  std::vector<float4> partial;
-
-  explicit Workspace(const Case& c) : partial(size_t(c.ctas) * 2 * mii::kStreamConsumers, kNothing) {}
-};
-
-void run(const Case& c, Tensors& t, Workspace& w) {
+void run(const Case& c, Tensors& t, std::vector<float4>& partial) {
   std::fill(t.out.begin(), t.out.end(), kUntouched);
   mii::LinearStreamArgs<Half> args = {};
   args.out = t.out.data(), args.x = t.x.data(), args.weight = t.weight.data();
   args.bias = c.bias ? t.bias.data() : nullptr;
   args.next = t.next.data(), args.next_bytes = static_cast<int64_t>(t.next.size()), args.next_fetch = 40000 * c.ctas;
-  args.arrived = w.arrived.data(), args.partial = w.partial.data();
+  args.partial = partial.data();
   args.x_stride = c.x_stride(), args.out_stride = c.out_stride();
   args.rows = c.rows, args.n = c.n, args.k = c.k;
   args.activation = c.gated ? int(MII_SILU) : mii::kPlain;
-  (MII_SUMS_BY_WORDS ? run_at_once : run_grid)(c.ctas, mii::kStreamThreads, [&] { mii::linear_stream<Half>(args); });
-  if (MII_SUMS_BY_WORDS) must_be_empty(w.partial);
-  for (const int count : w.arrived) {
-    if (count != 0) card::refuse("a counter was not reset");
-  }
+  run_at_once(c.ctas, mii::kStreamThreads, [&] { mii::linear_stream<Half>(args); });
+  must_be_empty(partial);
 }
 
 void check(const Case& c) {
   Tensors t(c);
-  Workspace w(c);
-  run(c, t, w);
+  std::vector<float4> partial(size_t(c.ctas) * mii::kStreamConsumers);
+  run(c, t, partial);
   if (card::fetched == 0) card::refuse("fetched nothing of what comes next");
   compare(c, t);
   const std::vector<Half> first = t.out;
-  run(c, t, w);
+  run(c, t, partial);
   if (std::memcmp(first.data(), t.out.data(), first.size() * sizeof(Half)) != 0) card::refuse("a second run differs");
   say_right(c);
 }

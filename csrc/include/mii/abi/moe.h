@@ -3,8 +3,9 @@
 #include "mii/abi/activation.h"
 
 // Every token goes to `top_k` of the `experts`. A pair is a token and one of its choices: number token * top_k + choice.
-// mii_moe_route scores, chooses and sorts the pairs by expert; mii_moe_up and mii_moe_down are products of each expert's
-// rows with its own weights; mii_moe_combine adds up each token's choices. A row is a place in the sorted list of pairs.
+// mii_moe_route scores, chooses and sorts the pairs by expert; mii_moe_up and mii_moe_down, or mii_moe_stream in one launch, are
+// products of each expert's rows with its own weights; mii_moe_combine adds up each token's choices. A row is a place in the
+// sorted list of pairs.
 //   score = softmax or sigmoid of the logits, in float; chosen are the top_k largest score + bias, ties to the lower expert
 //   weight = scale * score, divided before by the sum of the token's chosen scores where `renormalise` says so
 // Of several groups of neighbouring experts only those of the `top_groups` best ones are chosen from: a group counts by its
@@ -35,7 +36,7 @@ MII_API int32_t mii_moe_route(const struct MiiMoeRoute* args, void* stream);
 // CPU: weights as packed by mii_moe_pack. CUDA: row-major and contiguous, one expert after the other.
 enum MiiMoeKernel {
   MII_MOE_SIMPLE = 0,  // any format and size, on the plain cores
-  MII_MOE_STREAM = 1,  // few rows for each expert: a stream of the weights of the experts that are hit
+  MII_MOE_STREAM = 1,  // few rows for each expert: mii_moe_stream does both products
   MII_MOE_MMA = 2,     // many rows: tensor cores by mma.sync
   MII_MOE_WGMMA = 3,   // many rows: tensor cores of compute capability 9.0, by mma.sync with a gate that they do not apply
 };
@@ -47,13 +48,28 @@ struct MiiMoeLinear {
   const int32_t* offsets;     // these three as mii_moe_route wrote them
   const int32_t* pairs;
   const int32_t* tiles;
-  void* workspace;            // CUDA: of mii_moe_workspace_bytes(), zero before its first use; one for calls of one stream
   int64_t tokens, in_features, out_features, x_stride, out_stride;
   int32_t experts, top_k, tile_rows, activation, kernel, dtype;
 };
 MII_API int32_t mii_moe_up(const struct MiiMoeLinear* args, void* stream);
 MII_API int32_t mii_moe_down(const struct MiiMoeLinear* args, void* stream);
-MII_API int64_t mii_moe_workspace_bytes(const struct MiiMoeLinear* args);
+
+// CUDA: both products of few rows for each expert, a stream of the weights of the experts that are hit.
+struct MiiMoeStream {
+  void* out;                  // [tokens * top_k, in_features] by pair, row stride out_stride
+  void* hidden;               // [tokens * top_k, width] by row, row stride hidden_stride
+  const void* x;              // [tokens, in_features], row stride x_stride
+  const void* up;             // [experts][gate; up], as of mii_moe_up
+  const void* down;           // [experts][in_features, width]
+  const float* pair_weights;  // these three as mii_moe_route wrote them
+  const int32_t* pairs;
+  const int32_t* tiles;       // of 8, 16 or 64 rows
+  void* workspace;            // of mii_moe_workspace_bytes(), zero before its first use; one for calls of one stream
+  int64_t tokens, in_features, width, x_stride, hidden_stride, out_stride;
+  int32_t top_k, tile_rows, activation, dtype;
+};
+MII_API int32_t mii_moe_stream(const struct MiiMoeStream* args, void* stream);
+MII_API int64_t mii_moe_workspace_bytes(const struct MiiMoeStream* args);
 
 // out[t] = sum over choices of parts[t * top_k + choice] + sigmoid(shared_gate[t]) * shared[t]; padding becomes zeros.
 // Added in float in the order of the choices, so runs repeat bit for bit.

@@ -106,6 +106,10 @@ inline void copy_async(uint32_t target, const void* source, bool valid) {
   if (card::chance() % 2) land(copy);
   else copies[card::current].open.push_back(copy);
 }
+inline void store_chunk(uint32_t target, uint4 value) {
+  if (target % 16 || target + 16 > card::kSharedBytes) card::refuse("a chunk is not aligned, or leaves shared memory");
+  std::memcpy(card::shared + target, &value, 16);
+}
 inline void copy_async_commit() {
   Copies& mine = copies[card::current];
   mine.groups.push_back(std::exchange(mine.open, {}));
