@@ -339,6 +339,7 @@ class Runner:
             batch=batch,
             plans=self.plans,
             buffers=self.arena.views(tokens, sequences),
+            halves=self.model.halves(tokens),
         )
 
     # -- from plan to tensors -----------------------------------------------------------------------------------------

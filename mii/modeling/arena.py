@@ -107,6 +107,8 @@ def _lives(spec: ModelSpec, in_pieces: bool) -> dict[str, Life]:
     lives["hidden"] = BLOCKS[spec.block].hidden_life
     if in_pieces:  # the first piece's results are there while the last one's are computed
         lives |= {name: lives[name] | life(("up", "down")) for name in ("hidden", "up") if "up" in lives[name]}
+    if spec.shard is not None:  # sums of a half are on their way while the other half is computed
+        lives["branch"] = ALWAYS
     if spec.experts is not None:  # they read what a dense MLP has done with by then
         lives["hidden"] |= life(("up", "experts_up"))
     return lives

@@ -52,6 +52,16 @@ class Attention(Module):
         assert self.output is not None
         return self.output(out, self.attend(forward, x))
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether queries, keys and values are one product of the stream, of which a part can come first."""
+        return isinstance(self.qkv, Linear)
+
+    def project(self, forward: Forward, rows: slice, x: torch.Tensor) -> None:
+        """Queries, keys and values of a part of the tokens, x [their number, hidden], for `attend_projected`."""
+        assert isinstance(self.qkv, Linear)
+        self.qkv(forward.buffers.qkv[rows], x)
+
     def leave_sum(self) -> Group | None:
         """As `Linear.leave_sum`."""
         assert self.output is not None
@@ -59,12 +69,18 @@ class Attention(Module):
 
     def attend(self, forward: Forward, x: torch.Tensor) -> torch.Tensor:
         """The heads' results for `x`, in the step's buffer for them, [tokens, heads * head size]."""
+        buffers = forward.buffers
+        if isinstance(self.qkv, LatentInputs):
+            self.qkv(buffers.qkv, buffers.latent, x)
+        else:
+            self.qkv(buffers.qkv, x)
+        return self.attend_projected(forward)
+
+    def attend_projected(self, forward: Forward) -> torch.Tensor:
+        """As `attend`, once queries, keys and values are in their buffer."""
         spec, buffers = self.spec, forward.buffers
         k_cache, v_cache = forward.caches[self.layer]
-        if isinstance(self.qkv, LatentInputs):
-            qkv = self.qkv(buffers.qkv, buffers.latent, x)
-        else:
-            qkv = self.qkv(buffers.qkv, x)
+        qkv = buffers.qkv
         if self._norms_apart:
             self._norm_slices(qkv)
         rope_kv(

@@ -16,7 +16,7 @@ from mii.modeling.liveness import Life, life
 from mii.modeling.mlp import MLP, DenseMLP, make_mlp
 from mii.modeling.parameters import JointLinear, Module, Placement
 from mii.modeling.spec import ModelSpec
-from mii.ops.all_reduce import Group
+from mii.ops.all_reduce import Group, start_all_reduce
 
 
 class Block(Protocol):
@@ -24,7 +24,7 @@ class Block(Protocol):
 
     `adds_later`: whether its last branch is still to be added to the stream when it returns. `norms_branch`: whether
     that branch is normed before it is added; the weight then belongs to the norm that adds it. `hidden_life`: when it
-    needs the buffer `hidden`.
+    needs the buffer `hidden`. `works_in_halves`: whether it heeds `Forward.halves`.
     """
 
     adds_later: ClassVar[bool]
@@ -33,6 +33,9 @@ class Block(Protocol):
 
     @property
     def mlp(self) -> MLP: ...
+
+    @property
+    def works_in_halves(self) -> bool: ...
 
     def follow(self, before: Block) -> None:
         """Called once with the layer before: its last branch is summed over the ranks here where that saves a step."""
@@ -59,6 +62,7 @@ class SequentialBlock(Module):
         self.attention = Attention(place, spec, layer)
         self.mlp_norm = Norm(place, spec, branch=self.norms_branch)
         self.mlp = make_mlp(place, spec, layer)
+        self._sums_left: Group | None = None  # of the ranks, where the sum of the MLP is left to the layer that follows
         self._share_sums()
 
     def _share_sums(self) -> None:
@@ -68,15 +72,44 @@ class SequentialBlock(Module):
         self.attention_norm.add_up(before)
 
     def leave_sum(self) -> Group | None:
-        return self.mlp.leave_sum()
+        self._sums_left = self.mlp.leave_sum()
+        return self._sums_left
+
+    @property
+    def works_in_halves(self) -> bool:
+        plain = type(self) is SequentialBlock and isinstance(self.mlp, DenseMLP) and self.attention.is_linear
+        return plain and self.mlp_norm.group is not None
 
     def __call__(self, forward: Forward, first: bool) -> None:
+        if forward.halves:
+            self._by_halves(forward, first)
+            return
         buffers = forward.buffers
         hidden, residual, branch = buffers.hidden, buffers.residual, buffers.branch
         _norm_stream(self.attention_norm, forward, first)
         self.attention(forward, branch, hidden)
         self.mlp_norm(hidden, branch, residual)
         self.mlp(forward, branch, hidden)
+
+    def _by_halves(self, forward: Forward, first: bool) -> None:
+        """The same; while a half's sum over the ranks is on its way, the other half is computed."""
+        buffers, halves, output = forward.buffers, forward.halves, self.attention.output
+        hidden, residual, branch = buffers.hidden, buffers.residual, buffers.branch
+        assert output is not None
+        for index, half in enumerate(halves):
+            if first:
+                self.attention_norm(hidden[half], residual[half])
+            else:
+                forward.sums[index]()
+                self.attention_norm(hidden[half], branch[half], residual[half], is_sum=True)
+            self.attention.project(forward, half, hidden[half])
+        heads = self.attention.attend_projected(forward)
+        sums = [start_all_reduce(output(branch[half], heads[half]), self.mlp_norm.group) for half in halves]
+        forward.sums = later = []
+        for half, wait in zip(halves, sums, strict=True):
+            wait()
+            self.mlp_norm(hidden[half], branch[half], residual[half], is_sum=True)
+            later.append(start_all_reduce(self.mlp(forward, branch[half], hidden[half]), self._sums_left))
 
 
 class SandwichBlock(SequentialBlock):
@@ -88,6 +121,7 @@ class SandwichBlock(SequentialBlock):
 class NormedBranchBlock(Module):
     """`x += norm(attention(x)); x += norm(mlp(x))`: OLMo-2, EXAONE-4."""
 
+    works_in_halves: ClassVar[bool] = False
     adds_later: ClassVar[bool] = True
     norms_branch: ClassVar[bool] = True
     hidden_life: ClassVar[Life] = life()
@@ -154,6 +188,7 @@ class PostNormBlock(SequentialBlock):
 class ParallelBlock(Module):
     """`y = norm(x); x += attention(y) + mlp(y)`, the sum being one product: GPT-J, Falcon-7B, Phi-2."""
 
+    works_in_halves: ClassVar[bool] = False
     adds_later: ClassVar[bool] = True
     norms_branch: ClassVar[bool] = False
     hidden_life: ClassVar[Life] = life(("norm", "up"))

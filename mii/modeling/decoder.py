@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -14,6 +15,7 @@ from mii.modeling.parameters import Linear, Module, Placement
 from mii.modeling.spec import ModelSpec
 from mii.ops.activation import activation
 from mii.ops.gather import gather
+from mii.ops.linear import pieces
 
 
 class Decoder(Module):
@@ -28,6 +30,7 @@ class Decoder(Module):
         self.norm = Norm(place, spec, branch=self.blocks[-1].norms_branch) if spec.final_norm else None
         self.projection = Linear(place, spec.hidden_size, {"": spec.embedding_size}) if spec.embedding_size else None
         self.head = self._make_head()
+        self._works_in_halves = all(block.works_in_halves for block in self.blocks)
         self.up_width = max(block.mlp.up_width for block in self.blocks)
 
     def _make_head(self) -> Linear | TiedHead:
@@ -35,6 +38,14 @@ class Decoder(Module):
         if spec.tied_embeddings:
             return TiedHead(self.place, spec.vocab_span, bias=spec.head_bias)
         return Linear(self.place, spec.embedding_size or spec.hidden_size, {"": spec.vocab_span}, bias=spec.head_bias)
+
+    def halves(self, tokens: int) -> Sequence[slice]:
+        """The two pieces of a step of so many tokens whose sums over the ranks are worth overlapping; else none."""
+        group, place = self.place.group, self.place
+        num_bytes = tokens // 2 * self.spec.hidden_size * place.dtype.itemsize
+        if group is None or not self._works_in_halves or not group.overlaps(num_bytes):
+            return ()
+        return list(pieces(tokens, -(-tokens // 2)))
 
     def forward(self, forward: Forward) -> torch.Tensor:
         buffers = forward.buffers

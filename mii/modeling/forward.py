@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,9 @@ class Forward:
     """One step as the layers see it: what `prepare` wrote, the cache, the attention plans by window, the buffers.
 
     `cos_sin` has the rotary table of every layer, None for no rotation; `rope_rows` are the rows that the tokens take.
+
+    `halves`: two pieces of a large step among ranks, each computed while sums of the other are on their way; else none.
+    `sums`: what to call before a half of `branch`, in their order.
     """
 
     step: StepTensors
@@ -57,3 +61,5 @@ class Forward:
     batch: AttentionBatch
     plans: dict[int, AttentionPlan]
     buffers: Activations
+    halves: Sequence[slice] = ()
+    sums: Sequence[Callable[[], object]] = ()

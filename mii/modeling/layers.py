@@ -42,19 +42,22 @@ class Norm(Module):
         self.weight = Parameter(place.empty(width)) if spec.norm_weight else None
         self.bias = Parameter(place.empty(width)) if spec.norm_bias else None
         self.eps, self.kind = spec.norm_eps, abi.NORMS[spec.norm]
-        self._group: Group | None = None
+        self.group: Group | None = None
 
     def add_up(self, part: PartOfSum) -> None:
         """Takes over the sum over the ranks of what it adds."""
         if self.branch is None:
-            self._group = part.leave_sum()
+            self.group = part.leave_sum()
 
-    def __call__(self, out: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self, out: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None = None, *, is_sum: bool = False
+    ) -> torch.Tensor:
+        """Norms x into out, after adding it to the residual; `is_sum`: x has been summed over the ranks before."""
         weight = None if self.weight is None else self.weight.tensor
         bias = None if self.bias is None else self.bias.tensor
-        if self._group is not None and residual is not None:
+        if self.group is not None and residual is not None and not is_sum:
             options: dict[str, Any] = {"eps": self.eps, "bias": bias, "residual": residual, "kind": self.kind}
-            all_reduce_norm(out, x, weight, group=self._group, **options)
+            all_reduce_norm(out, x, weight, group=self.group, **options)
             return out
         x_weight = None if self.branch is None else self.branch.tensor
         norm(out, x, weight, eps=self.eps, bias=bias, residual=residual, kind=self.kind, x_weight=x_weight)

@@ -8,7 +8,7 @@ What serves is the group's matter: memory that the ranks share, or a library.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -31,6 +31,12 @@ class Group(Protocol):
 
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sums a tensor over the ranks, in place."""
+
+    def overlaps(self, num_bytes: int) -> bool:
+        """Whether a sum of so many bytes that is begun early goes on beside what the device computes next."""
+
+    def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], object] | None:
+        """Begins to sum a tensor over the ranks, in place; what to call before it is used. None: the sum is there."""
 
     def all_reduce_norm(self, norm: ctypes.Structure) -> bool:
         """Sums the x of an `abi.MiiNorm` over the ranks and norms the sum. False: nothing was done."""
@@ -67,10 +73,33 @@ def all_reduce(x: torch.Tensor, group: Group) -> None:
     Raises:
         ValueError: not contiguous.
     """
-    if not x.is_contiguous():
-        raise ValueError(f"all_reduce: x must be contiguous; it is {tuple(x.shape)} with strides {x.stride()}")
+    _check(x)
     if x.numel():
         group.all_reduce(x)
+
+
+def start_all_reduce(x: torch.Tensor, group: Group | None) -> Callable[[], object]:
+    """Begins `all_reduce(x, group)`; None: x is a sum already.
+
+    Returns:
+        What to call before anything reads x or writes to it.
+
+    Raises:
+        ValueError: as `all_reduce`.
+    """
+    if group is None or not x.numel():
+        return _wait_for_nothing
+    _check(x)
+    return group.start_all_reduce(x) or _wait_for_nothing
+
+
+def _wait_for_nothing() -> None:
+    pass
+
+
+def _check(x: torch.Tensor) -> None:
+    if not x.is_contiguous():
+        raise ValueError(f"all_reduce: x must be contiguous; it is {tuple(x.shape)} with strides {x.stride()}")
 
 
 def all_reduce_norm(

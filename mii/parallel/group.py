@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from mii.ops import native
 from mii.parallel.meeting import meet, this_machine
 from mii.parallel.pages import STEP_SECONDS, SharedPages, open_pages
-from mii.parallel.peers import PeerMemory, open_peers
+from mii.parallel.peers import MOST_BYTES, PeerMemory, open_peers
 
 
 class Group:
@@ -37,14 +38,15 @@ class Group:
         """How many ranks are on this machine."""
         self.is_local = self.local_size == size
         self._store = PrefixStore("peers", store)
+        self._is_cuda = device.type == "cuda"
         self._peers: PeerMemory | SharedPages | None
-        if device.type == "cuda":
+        if self._is_cuda:
             self._peers = open_peers(self._store, rank, size, device, self.is_local)
         else:
             self._peers = open_pages(self._store, rank, size, self.is_local)
         self._ranks = (
             _nccl(store, rank, size)
-            if device.type == "cuda"
+            if self._is_cuda
             else _gloo(store, rank, size, "127.0.0.1" if self.is_local else address)
         )
         meet(store, rank, size, "connected", "")  # who goes on alone may end while others still connect to it
@@ -58,6 +60,17 @@ class Group:
         """Sums a tensor over the ranks, in place."""
         if self._peers is None or not self._peers.all_reduce(tensor):
             native.aside(lambda: self._ranks.allreduce([tensor]).wait())
+
+    def overlaps(self, num_bytes: int) -> bool:
+        """See `mii.ops.all_reduce.Group`: sums by NCCL, which has a stream of its own."""
+        return self._is_cuda and (self._peers is None or num_bytes > MOST_BYTES)
+
+    def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], object] | None:
+        """See `mii.ops.all_reduce.Group`."""
+        if self.overlaps(tensor.nbytes):
+            return self._ranks.allreduce([tensor]).wait
+        self.all_reduce(tensor)
+        return None
 
     def all_reduce_norm(self, norm: ctypes.Structure) -> bool:
         """See `mii.ops.all_reduce.Group`."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mii.batching.data_classes import EngineRequest, SamplingParams, TokenLogprob
 from mii.errors import PlacementError
+from mii.parallel.group import Group
 from tests.oracle import assert_greedy_but_for_ties, generate, random_prompts, small_engine
 from tests.parallel.threads import ranked_engine
 from tests.variants import Variant, all_variants, deepseek_v2
@@ -137,3 +140,36 @@ def test_smollm2_says_the_same_on_two_and_on_four_ranks(smollm2: Path) -> None:
 def test_more_ranks_than_heads_are_refused_with_what_would_do(tiny_llama: Path) -> None:
     with pytest.raises(PlacementError, match=r"has 3 attention heads.*use 1 to 3"), ranked_engine(tiny_llama, 4):
         pass
+
+
+HALVES = (
+    "Llama-heads_of_64",
+    "Qwen3-biases",
+    "GPT-2-plain",
+    "Bloom-normed",
+    "Gemma_2-soft",
+    "OPT-post-norm",
+    "Mixtral-one",
+)
+
+
+@pytest.mark.parametrize("variant", [each for each in all_variants() if str(each).startswith(HALVES)], ids=str)
+def test_steps_in_halves_say_the_same_however_late_sums_come(
+    variant: Variant, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = variant.make(tmp_path)
+    with ranked_engine(folder, 2) as first:
+        prompts = random_prompts(first.vocab_size, LENGTHS)
+        expected = generate(first, prompts, 16)  # type: ignore[arg-type]
+    begun = []
+
+    def start(group: Group, tensor: torch.Tensor) -> Callable[[], object]:
+        begun.append(len(tensor))
+        return partial(group.all_reduce, tensor)
+
+    monkeypatch.setattr(Group, "overlaps", lambda group, num_bytes: True)
+    monkeypatch.setattr(Group, "start_all_reduce", start)
+    with ranked_engine(folder, 2) as first:
+        assert generate(first, prompts, 16) == expected  # type: ignore[arg-type]
+        assert bool(begun) == bool(first.runner.model.halves(2))
+    assert bool(begun) == str(variant).startswith(HALVES[:3])
