@@ -57,6 +57,10 @@ def line(case: dict[str, Any]) -> str:
     return f"{name} {microseconds:10,.1f} us {case['share']:5.0%}  {' '.join(rates)}"
 
 
+def _selection(only: list[str] | None) -> list[str]:
+    return ["--only", *only] if only else []
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Runs the kernel benchmarks.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
@@ -75,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         report = {
             "benchmark": "kernels",
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": f"python benchmarks/run_kernels.py --device {args.device}",
+            "command": " ".join(["python benchmarks/run_kernels.py --device", args.device, *_selection(args.only)]),
             "machine": describe_machine(device),
             "versions": versions(),
             "limits": {

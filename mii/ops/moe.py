@@ -187,7 +187,7 @@ def moe_up(
         out: [tokens * top_k, out_features] by row; rows may be strided. Rows past the last one stay untouched.
         x: [tokens, in_features], rows may be strided; the weight's dtype.
         weight: Gated, from `pack_experts`.
-        rows: From `route`.
+        rows: From `route`. The stream's kernel does both products at once: see `moe_mlp`.
         kind: The activation, one of `abi.ACTIVATIONS`.
 
     Raises:
