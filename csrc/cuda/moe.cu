@@ -12,7 +12,6 @@ namespace mii {
 namespace {
 
 constexpr int kMostStreamedRows = 64, kMostTogether = 16;  // rows of a tile of the stream; of one whose products are one launch
-constexpr int kRowsCtas = 2;  // a multiprocessor: those of the next kernel find room beside them
 
 // Partial sums of the stream: two places for each CTA.
 int64_t moe_partial_sums(int tile_rows) { return int64_t(card().sms) * 2 * (tile_rows / 8) * kMoeThreads; }
