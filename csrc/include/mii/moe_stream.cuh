@@ -23,8 +23,8 @@ constexpr int kUnitDepth = 64;     // k of a unit: one line of 128 bytes a row
 constexpr int kMoeThreads = 256;  // 8 warps
 constexpr int kMoeMostCtas = 1024;  // counters: one for each CTA that may begin a row tile which others finish
 
-// Bytes of a multiprocessor's shared memory that a ring may have: on compute capability 9.0, and on 8.0.
-constexpr int kMoeRingBytes = 226 * 1024, kMoeSmallRingBytes = 162 * 1024;
+// Bytes of shared memory that a ring may have: on compute capability 9.0, and on every other one, of which 8.6 has the least.
+constexpr int kMoeRingBytes = 226 * 1024, kMoeSmallRingBytes = 98 * 1024;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 constexpr int kMoeRingHere = kMoeRingBytes;
 #else
