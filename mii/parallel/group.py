@@ -19,6 +19,9 @@ from mii.parallel.meeting import meet, this_machine
 from mii.parallel.pages import STEP_SECONDS, SharedPages, open_pages
 from mii.parallel.peers import MOST_BYTES, PeerMemory, open_peers
 
+# Bytes of a sum up to which it is not begun early: what computes a half meanwhile would read all weights for few rows.
+MOST_ALONE = MOST_BYTES
+
 
 class Group:
     """One rank's place among those that share a copy of a model; see `mii.ops.all_reduce.Group`.
@@ -62,8 +65,8 @@ class Group:
             native.aside(lambda: self._ranks.allreduce([tensor]).wait())
 
     def overlaps(self, num_bytes: int) -> bool:
-        """See `mii.ops.all_reduce.Group`: sums by NCCL, which has a stream of its own."""
-        return self._is_cuda and (self._peers is None or num_bytes > MOST_BYTES)
+        """See `mii.ops.all_reduce.Group`: on GPUs, by NCCL, which has a stream of its own."""
+        return self._is_cuda and num_bytes > MOST_ALONE
 
     def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], object] | None:
         """See `mii.ops.all_reduce.Group`."""

@@ -20,12 +20,18 @@ from tests.serving.deployments import wait_until
 OPTIONS = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 1024}
 
 
-@pytest.mark.parametrize(("peers", "capture"), [("0", ""), ("1", ""), ("0", "1"), ("1", "1")])
+HALVES = "import mii.parallel.group\nmii.parallel.group.MOST_ALONE = 0\n"  # however small a step is
+
+
+@pytest.mark.parametrize(
+    ("peers", "capture", "before"), [("0", "", ""), ("1", "", HALVES), ("0", "1", HALVES), ("1", "1", "")]
+)
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_on_gpus_say_what_one_gpu_says(
     size: int,
     peers: str,
     capture: str,
+    before: str,
     make_checkpoint: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -35,7 +41,7 @@ def test_ranks_on_gpus_say_what_one_gpu_says(
     folder = make_checkpoint(**OPTIONS)
     monkeypatch.setenv("MII_PEER_REDUCE", peers)
     monkeypatch.setenv("MII_CAPTURE_RANKS", capture)
-    done = launch([*TORCHRUN, str(size)], tmp_path, folder, {"device": "cuda"})
+    done = launch([*TORCHRUN, str(size)], tmp_path, folder, {"device": "cuda"}, before=before)
     assert done.returncode == 0, done.stderr
     assert "NCCL adds up" not in done.stderr
     assert by_rank(done.stdout)[0][0]["said"] == expected(folder, "cuda")

@@ -35,11 +35,11 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def launch(
-    command: list[str], tmp_path: Path, folder: Path, *options: dict[str, Any]
+    command: list[str], tmp_path: Path, folder: Path, *options: dict[str, Any], before: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the script with one pipeline after the other, one for each of `options`."""
+    """Runs the script with one pipeline after the other, one for each of `options`; `before`: what it does first."""
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
+    script.write_text(before + SCRIPT)
     environment = {**os.environ, "MII_LOG_LEVEL": "warning", "OMP_NUM_THREADS": "1"}
     arguments = [str(script), str(folder), json.dumps(options or [{}]), json.dumps(CALLS)]
     return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, timeout=240)
