@@ -272,6 +272,7 @@ def _drain_seconds(folder: DeploymentFolder) -> float:
 def _start_supervisor(folder: DeploymentFolder) -> tuple[subprocess.Popen[bytes], socket.socket]:
     here, there = socket.socketpair()
     lock = acquire(folder.lock_file)
+    os.ftruncate(lock, 0)  # a supervisor that was killed has left its number, which may be longer than the next one's
     changes = {**python_environment(os.environ), STARTER_ENV: f"{there.fileno()}:{lock}"}
     merged = {**os.environ, **changes}
     try:
