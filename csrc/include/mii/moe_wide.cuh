@@ -36,8 +36,6 @@ struct MoeWide {
       : a(args), ring(shared), items{args.moe.tiles[0].x, (args.moe.n + kColumns - 1) / kColumns} {}
   MII_DEVICE int steps() const { return (a.moe.k + kWideDepth - 1) / kWideDepth; }
   MII_DEVICE int4 tile(int item) const { return a.moe.tiles[1 + items.at(item).x]; }
-  // Of this CTA's next item, or whatever where there is none.
-  MII_DEVICE int4 tile_after(int item) const { return tile(min(item + static_cast<int>(gridDim.x), items.count() - 1)); }
 
   // ---- the copying warpgroup
   MII_DEVICE void copy_boxes(const int4 tile, int column_tile, int step, int place) const {
@@ -57,84 +55,55 @@ struct MoeWide {
     }
     barrier_arrive_after_copies(ring.full(place));
   }
-  // The rows of x that this thread gathers for a tile; -1: none.
-  MII_DEVICE void find_tokens(int (&tokens)[kGathered], const int4 at) const {
-#pragma unroll
-    for (int i = 0; i < kGathered; ++i) {
-      const int row = threadIdx.x % kWarpgroup / 8 + kAtOnce * i;
-      tokens[i] = row < at.z ? static_cast<int>(source_row<T, Up>(a.moe, at.y + row)) : -1;
-    }
-  }
-  // What a tile is and which rows it gathers is read while the one before is copied: two reads, the second of what the first
-  // one says, in which the ring would run dry.
   MII_DEVICE void copy_tiles() const {
     const bool leader = threadIdx.x % kWarpgroup == 0;
-    if ((!Up && !leader) || static_cast<int>(blockIdx.x) >= items.count()) return;
-    const int steps = this->steps(), middle = steps / 2;
+    if (!Up && !leader) return;
     RingPlace<Shape::kStages> place;
-    int turns = 0, tokens[kGathered], later[kGathered];
-    int4 at = tile(blockIdx.x);
-    if constexpr (Up) find_tokens(tokens, at);
+    int turns = 0;
     for (int item = blockIdx.x; item < items.count(); item += gridDim.x) {
-      const int4 after = tile_after(item);
-      for (int step = 0; step < steps; ++step, ++turns, place.next()) {
-        if (turns >= Shape::kStages) barrier_wait(ring.empty(place.at), place.parity ^ 1);
-        if (leader) copy_boxes(at, items.at(item).y, step, place.at);
-        if constexpr (Up) {
-          gather(tokens, step, place.at);
-          if (step == middle) find_tokens(later, after);
-        }
-      }
-      at = after;
+      const int4 at = tile(item);
+      int tokens[kGathered];
       if constexpr (Up) {
 #pragma unroll
-        for (int i = 0; i < kGathered; ++i) tokens[i] = later[i];
+        for (int i = 0; i < kGathered; ++i) {
+          const int row = threadIdx.x % kWarpgroup / 8 + kAtOnce * i;
+          tokens[i] = row < at.z ? static_cast<int>(source_row<T, Up>(a.moe, at.y + row)) : -1;
+        }
+      }
+      for (int step = 0; step < steps(); ++step, ++turns, place.next()) {
+        if (turns >= Shape::kStages) barrier_wait(ring.empty(place.at), place.parity ^ 1);
+        if (leader) copy_boxes(at, items.at(item).y, step, place.at);
+        if constexpr (Up) gather(tokens, step, place.at);
       }
     }
   }
 
   // ---- the multiplying warpgroups
-  // Nothing that is read per tile is waited for where the tensor cores would: what the next tile is and the weights of this
-  // one's pairs come while this one is multiplied, the next one's pairs while this one's sums are stored.
   MII_DEVICE void multiply_tiles() const {
-    if (static_cast<int>(blockIdx.x) >= items.count()) return;
     RingPlace<Shape::kStages> place;
     WideSums<Shape> sums;
-    int pairs[2];
-    float weights[2];
-    int4 at = tile(blockIdx.x);
-    find_pairs(pairs, at);
     for (int item = blockIdx.x; item < items.count(); item += gridDim.x) {
-      const int4 after = tile_after(item);
-      if constexpr (!Up) {
-#pragma unroll
-        for (int low = 0; low < 2; ++low) weights[low] = a.moe.pair_weights[pairs[low]];
-      }
+      const int4 at = tile(item);
       multiply_tile<T, Up>(ring, sums, steps(), place, threadIdx.x / kWarpgroup * 64 < at.z);
-      int later[2];
-      find_pairs(later, after);
-      store_tile(sums, at, pairs, weights, items.at(item).y * kColumns);
-      at = after, pairs[0] = later[0], pairs[1] = later[1];
+      store_tile(sums, at, items.at(item).y * kColumns);
     }
   }
-  // Of this thread's two rows of a tile, in moe_down; rows past the tile's have those of its first.
-  MII_DEVICE void find_pairs(int (&pairs)[2], const int4 at) const {
-    if constexpr (!Up) for_rows<Shape>([&](int row, int low) { pairs[low] = a.moe.pairs[at.y + (row < at.z ? row : 0)]; });
-  }
-  MII_DEVICE void store_tile(WideSums<Shape>& sums, const int4 at, const int (&pairs)[2], const float (&weights)[2],
-                             int first) const {
+  MII_DEVICE void store_tile(WideSums<Shape>& sums, const int4 at, int first) const {
     const WideOut<T> out = {a.moe.out, a.moe.out_stride, a.moe.n};
     for_rows<Shape>([&](int row, int low) {
       const bool valid = row < at.z;
+      const int to = at.y + (valid ? row : 0);
       if constexpr (Up) {
-        store_row<T, Shape>(out, at.y + (valid ? row : 0), valid, first, [&](int, int i) {
+        store_row<T, Shape>(out, to, valid, first, [&](int, int i) {
           return a.gate(sums.at(0, i + 2 * low)) * sums.at(1, i + 2 * low);
         });
       } else {
+        const int pair = a.moe.pairs[to];
+        const float weight = a.moe.pair_weights[pair];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          store_row<T, Shape>(out, pairs[low], valid, first + half * Shape::kHalf,
-                              [&](int, int i) { return weights[low] * sums.at(half, i + 2 * low); });
+          store_row<T, Shape>(out, pair, valid, first + half * Shape::kHalf,
+                              [&](int, int i) { return weight * sums.at(half, i + 2 * low); });
         }
       }
     });
