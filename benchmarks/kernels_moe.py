@@ -147,7 +147,7 @@ def _products(shape: Shape, tokens: int, kernel: int, tile_rows: int) -> Iterato
 
 def _both(shape: Shape, tokens: int, tile_rows: int) -> Case:
     pairs = tokens * shape.routing.top_k
-    moved = shape.weight_bytes(tokens, 3) + 4 * (tokens * shape.hidden + pairs * (shape.width + shape.hidden // 2))
+    moved = shape.weight_bytes(tokens, 3) + 2 * (tokens * shape.hidden + pairs * (2 * shape.width + shape.hidden))
     make = _maker(shape, tokens, abi.MOE_STREAM, tile_rows, ("up", "down"), Layer.multiply)
     flops = 6 * pairs * shape.hidden * shape.width
     return Case("moe products", f"{shape.name}, {tokens} tokens, stream {tile_rows}", moved, make, flops)

@@ -57,10 +57,6 @@ def line(case: dict[str, Any]) -> str:
     return f"{name} {microseconds:10,.1f} us {case['share']:5.0%}  {' '.join(rates)}"
 
 
-def _selection(only: list[str] | None) -> list[str]:
-    return ["--only", *only] if only else []
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Runs the kernel benchmarks.")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
@@ -70,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device(args.device)
     limits = measure_limits(device, torch.bfloat16)
     print(f"limits: {limits.bandwidth / 1e9:,.1f} GB/s, {limits.matmul / 1e12:,.2f} TFLOP/s ({limits.how})")
+    selection = f" --only {' '.join(args.only)}" if args.only else ""
     cases = []
     for name in args.only or names():
         for case in load(name).run(device):
@@ -79,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         report = {
             "benchmark": "kernels",
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "command": " ".join(["python benchmarks/run_kernels.py --device", args.device, *_selection(args.only)]),
+            "command": f"python benchmarks/run_kernels.py --device {args.device}{selection}",
             "machine": describe_machine(device),
             "versions": versions(),
             "limits": {

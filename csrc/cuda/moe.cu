@@ -11,7 +11,7 @@
 namespace mii {
 namespace {
 
-constexpr int kMostStreamedRows = 64, kMostTogether = 16;  // rows of a tile of the stream; of one whose products are one launch
+constexpr int kMostStreamedRows = 64;  // of a tile of the stream
 
 // Partial sums of the stream: two places for each CTA.
 int64_t moe_partial_sums(int tile_rows) { return int64_t(card().sms) * 2 * (tile_rows / 8) * kMoeThreads; }
@@ -113,13 +113,18 @@ int32_t product_16_bit(const MiiMoeLinear& a, void* stream) {
   return launch_mma<T, Up>(a, stream);
 }
 
+int32_t check_sizes(const char* name, int64_t pairs, int64_t out_features, int64_t in_features) {
+  MII_REQUIRE(pairs < (int64_t(1) << 31) && in_features < (int64_t(1) << 30) && out_features < (int64_t(1) << 30),
+              MII_UNSUPPORTED, "%s: %lld pairs of %lld x %lld are too many", name, static_cast<long long>(pairs),
+              static_cast<long long>(out_features), static_cast<long long>(in_features));
+  return MII_OK;
+}
+
 int32_t check_moe(const char* name, const MiiMoeLinear& a) {
   MII_REQUIRE(a.kernel == MII_MOE_SIMPLE || a.kernel == MII_MOE_MMA || a.kernel == MII_MOE_WGMMA, MII_UNSUPPORTED,
               "%s: kernel %d", name, a.kernel);
-  const int64_t pairs = a.tokens * a.top_k;
-  MII_REQUIRE(pairs < (int64_t(1) << 31) && a.in_features < (int64_t(1) << 30) && a.out_features < (int64_t(1) << 30),
-              MII_UNSUPPORTED, "%s: %lld pairs of %lld x %lld are too many", name, static_cast<long long>(pairs),
-              static_cast<long long>(a.out_features), static_cast<long long>(a.in_features));
+  const int32_t status = check_sizes(name, a.tokens * a.top_k, a.out_features, a.in_features);
+  if (status != MII_OK) return status;
   if (a.kernel == MII_MOE_SIMPLE) return MII_OK;
   MII_REQUIRE(a.dtype == MII_BF16 || a.dtype == MII_F16, MII_UNSUPPORTED, "%s: tensor cores take 16-bit formats", name);
   const bool steps = a.in_features % 8 == 0 && a.x_stride % 8 == 0 && a.in_features > 0;
@@ -240,10 +245,8 @@ extern "C" int32_t mii_moe_stream(const MiiMoeStream* a, void* stream) {
   using namespace mii;
   MII_REQUIRE(a->activation >= MII_SILU && a->activation <= MII_RELU2, MII_INVALID, "mii_moe_stream: activation %d",
               a->activation);
-  const int64_t pairs = a->tokens * a->top_k;
-  MII_REQUIRE(pairs < (int64_t(1) << 31) && a->in_features < (int64_t(1) << 30) && a->width < (int64_t(1) << 30),
-              MII_UNSUPPORTED, "mii_moe_stream: %lld pairs of %lld x %lld are too many", static_cast<long long>(pairs),
-              static_cast<long long>(a->width), static_cast<long long>(a->in_features));
+  const int32_t status = check_sizes("mii_moe_stream", a->tokens * a->top_k, a->width, a->in_features);
+  if (status != MII_OK) return status;
   MII_REQUIRE(a->dtype == MII_BF16 || a->dtype == MII_F16, MII_UNSUPPORTED, "mii_moe_stream: 16-bit formats");
   const bool chunks = a->in_features % 8 == 0 && a->width % 8 == 0 && a->x_stride % 8 == 0 && a->hidden_stride % 8 == 0;
   const bool starts = aligned(a->x, 16) && aligned(a->hidden, 16) && aligned(a->up, 16) && aligned(a->down, 16) &&
@@ -251,16 +254,12 @@ extern "C" int32_t mii_moe_stream(const MiiMoeStream* a, void* stream) {
   MII_REQUIRE(chunks && starts && a->in_features > 0 && a->width > 0, MII_UNSUPPORTED,
               "mii_moe_stream: rows of x, hidden and the weights must be whole chunks of 16 bytes");
   if (a->tokens == 0) return MII_OK;
-  return dispatch_dtype(a->dtype, [&](auto tag) -> int32_t {
-    using T = decltype(tag);
-    if constexpr (sizeof(T) == 2) return stream_products<T>(*a, stream);
-    return MII_UNSUPPORTED;
-  });
+  return a->dtype == MII_BF16 ? stream_products<__nv_bfloat16>(*a, stream) : stream_products<__half>(*a, stream);
 }
 
 extern "C" int64_t mii_moe_workspace_bytes(const MiiMoeStream*) {
   using namespace mii;
-  const int64_t sums = moe_partial_sums(kMostStreamedRows) + moe_partial_sums(kMostTogether);
+  const int64_t sums = moe_partial_sums(kMostStreamedRows) + moe_partial_sums(kMoeMostTogether);
   return kMoeCounters * int64_t(sizeof(int)) + sums * int64_t(sizeof(float4));
 }
 

@@ -9,7 +9,7 @@
 //
 // With tiles of up to 16 rows one launch does both products. Weights of the second follow those of the first through the same
 // ring, since which ones is known from the routing: memory is busy while sums are added up and all CTAs wait for one another,
-// until the ring is full, 6 us of a copy. Larger tiles are bound by their products, and two launches serve them better.
+// until the ring is full, 7 us of a copy. Larger tiles are bound by their products, and two launches serve them better.
 #pragma once
 #include "mii/grid_barrier.cuh"
 #include "mii/moe_product.cuh"
@@ -21,6 +21,7 @@ namespace mii {
 constexpr int kUnitRows = 128;     // weight rows of a unit
 constexpr int kUnitDepth = 64;     // k of a unit: one line of 128 bytes a row
 constexpr int kMoeThreads = 256;  // 8 warps
+constexpr int kMoeMostTogether = 16;  // rows of a tile up to which one launch does both products
 constexpr int kMoeMostCtas = 1024;  // counters: one for each CTA that may begin a row tile which others finish
 
 // Bytes of shared memory that a ring may have: on compute capability 9.0, and on every other one, of which 8.6 has the least.
@@ -35,7 +36,7 @@ enum MoePart { kMoeBoth, kMoeUp, kMoeDown };  // of the two products, what a lau
 
 template <int Tokens>
 struct MoeStreamShape {
-  static constexpr bool kTogether = Tokens <= 16;
+  static constexpr bool kTogether = Tokens <= kMoeMostTogether;
   static constexpr int kChains = kTogether ? 2 : 1;  // of sums that a thread adds up beside each other
   static constexpr int kWeightBytes = kUnitRows * kUnitDepth * 2;
   static constexpr int kStageBytes = kWeightBytes + Tokens * kUnitDepth * 2;
