@@ -55,6 +55,7 @@ struct Shape {
   dim3 grid, block;
   size_t shared = 0;
   bool overlap = true;  // the kernel keeps the rules of programmatic dependent launch (common.cuh)
+  int cluster = 1;      // CTAs of a cluster (Hopper)
 };
 
 // Launches kernel(args...) on the stream; an empty grid is nothing to do. Returns a MiiStatus.
@@ -66,11 +67,18 @@ int32_t launch(const char* name, void (*kernel)(Parameters...), const Shape& sha
   config.blockDim = shape.block;
   config.dynamicSmemBytes = shape.shared;
   config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &attribute;
-  config.numAttrs = shape.overlap && overlap_allowed() ? 1 : 0;
+  cudaLaunchAttribute attributes[2] = {};
+  config.attrs = attributes;
+  if (shape.overlap && overlap_allowed()) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  if (shape.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs].val.clusterDim.x = shape.cluster;
+    attributes[config.numAttrs].val.clusterDim.y = attributes[config.numAttrs].val.clusterDim.z = 1;
+    ++config.numAttrs;
+  }
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(args)...);
   if (error == cudaSuccess) return MII_OK;
   cudaGetLastError();  // an error of this launch alone must not surface in somebody else's next call

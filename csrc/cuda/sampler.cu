@@ -18,23 +18,9 @@ int cluster_size_for(int64_t rows, int64_t vocab) {
 // A cluster of the kernel for each row.
 template <typename Args>
 int32_t launch_rows(const char* name, void (*kernel)(Args), const Args& args, int64_t rows, int64_t vocab, void* stream) {
-  const int size = cluster_size_for(rows, vocab);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(rows * size));
-  config.blockDim = dim3(kThreads);
-  config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0].id = cudaLaunchAttributeClusterDimension;
-  attributes[0].val.clusterDim.x = size;
-  attributes[0].val.clusterDim.y = attributes[0].val.clusterDim.z = 1;
-  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attributes[1].val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = size > 1 ? attributes : attributes + 1;
-  config.numAttrs = (size > 1 ? 1 : 0) + (overlap_allowed() ? 1 : 0);
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, args);
-  if (error == cudaSuccess) return MII_OK;
-  cudaGetLastError();
-  return fail(MII_DEVICE, "%s: CUDA error %d (%s)", name, static_cast<int>(error), cudaGetErrorString(error));
+  Shape shape = {dim3(static_cast<unsigned>(rows * cluster_size_for(rows, vocab))), dim3(kThreads)};
+  shape.cluster = cluster_size_for(rows, vocab);
+  return launch(name, kernel, shape, stream, args);
 }
 
 int32_t check(const char* name, int64_t vocab) {
