@@ -73,6 +73,20 @@ def test_long_and_many(head_dim: int, window: int, lengths: list[tuple[int, int]
     assert torch.equal(case.run_native(plan), first), "the same batch gave other bits"
 
 
+@pytest.mark.parametrize("variant", ["plain", "window", "everything"])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128])
+def test_so_many_short_jobs_that_warps_do_them_alone(head_dim: int, variant: str) -> None:
+    """One in a while is long, and cut."""
+    lengths = [(1 + number % 2, 2 + 37 * number % 400) for number in range(1200)]
+    lengths[::300] = [(1, 3000)] * 4
+    shape = CARD.with_(q_heads=8, kv_heads=2, head_dim=head_dim, block_size=64, **VARIANTS[variant])
+    case = make_case(lengths, shape, max_seqs=2048, max_tokens=4096)
+    plan = case.plan()
+    first = case.run_native(plan)
+    case.check(first)
+    assert torch.equal(case.run_native(plan), first), "the same batch gave other bits"
+
+
 def test_as_many_sequences_and_tokens_as_a_step_may_have() -> None:
     random.seed(1)
     lengths = [(1, random.randint(1, 60)) for _ in range(2000)] + [(q, q + 20) for q in (3000, 9000, 1, 40, 700)]

@@ -63,6 +63,35 @@ def test_short_jobs_one_after_the_other(
     check(library, make_case(lengths, SHAPE.with_(head_dim=head_dim, q_heads=q_heads, block_size=64)), ctas=ctas)
 
 
+FEW, MANY, LONG = [(1, 200)] * 4, [(1, 200)] * 24, [(1, 700)] * 24
+
+
+@pytest.mark.parametrize(
+    ("lengths", "head_dim", "teams"),
+    [(FEW, 128, 1), (MANY, 128, 4), (LONG, 128, 1), (MANY, 192, 1), ([*MANY, (40, 40)], 128, 1)],
+    ids=["few", "many", "long", "large heads", "beside a prompt"],
+)
+def test_warps_do_many_short_jobs_alone(
+    library: ctypes.CDLL, lengths: list[tuple[int, int]], head_dim: int, teams: int
+) -> None:
+    case = make_case(lengths, SHAPE.with_(head_dim=head_dim))
+    assert library.teams_on_host(ctypes.byref(struct_of(case, case.new_out())), 3) == teams
+    check(library, case, ctas=3)
+
+
+@pytest.mark.parametrize("variant", ["window", "everything"])
+@pytest.mark.parametrize("head_dim", [80, 128])
+@pytest.mark.parametrize("q_heads", [2, 8])
+def test_jobs_of_warps_that_are_cut(library: ctypes.CDLL, q_heads: int, head_dim: int, variant: str) -> None:
+    """Long ones among many short ones, and of several rows; heads of one row and of four."""
+    lengths = [(1 + number % 2, 3 + 29 * number % 170) for number in range(40)]
+    lengths[7], lengths[20], lengths[39] = (1, 1500), (2, 700), (1, 900)
+    shape = SHAPE.with_(head_dim=head_dim, q_heads=q_heads, block_size=32, **VARIANTS[variant])
+    case = make_case(lengths, shape)
+    assert library.teams_on_host(ctypes.byref(struct_of(case, case.new_out())), 4) == 4
+    check(library, case, ctas=4)
+
+
 def test_jobs_of_few_and_of_many_rows_take_turns(library: ctypes.CDLL) -> None:
     lengths = [(1 + number % 4, 50 + 37 * number) for number in range(16)]
     check(library, make_case(lengths, SHAPE.with_(head_dim=128, q_heads=8, window=90)), ctas=2)

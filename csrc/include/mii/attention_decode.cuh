@@ -1,22 +1,24 @@
 // Decode attention: few query rows against long keys, bound by reading the cache.
 //
-// A CTA walks its chunk of the decode axis (attention_work.cuh) job by job. Each of its four warps takes 16 keys of
-// every 64 and keeps a running softmax of its own, fed by its own ring of asynchronous copies, which runs ahead
-// across jobs; so warps meet only when a job ends. There the four results become one, and where other CTAs had a
-// share of the job the last of them joins the parts (Flash-Decoding, with the even cut of stream-K).
+// A team walks its chunk of the decode axis (attention_work.cuh) job by job. Every warp keeps a running softmax of its
+// own, fed by its own ring of asynchronous copies, which runs ahead across jobs. Of a CTA that is one team each of the
+// four warps takes 16 keys of every 64; they meet only when a job ends, where the four results become one. A warp that
+// is a team takes all keys of its jobs and meets nobody. Where other teams had a share of a job the last of them joins
+// the parts (Flash-Decoding, with the even cut of stream-K).
 //
 // In a step without prompts the first keys are asked for before the kernel before this one has ended: keys of earlier
 // steps lie there, and so does the work list, whose kernel lets nobody start before it has ended itself.
 #pragma once
 #include "mii/attention_queue.cuh"
 #include "mii/attention_score.cuh"
+#include "mii/quad.cuh"
 
 namespace mii {
 
 template <int D, int kBudget>
 struct DecodeShape {
   using Rows = HeadRows<D>;
-  static constexpr int kWarps = kAttentionThreads / kWarp;
+  static constexpr int kWarps = kAttentionWarps;
   static constexpr int kSlot = kDecodeStep * Rows::kStride;  // bytes of the K or the V of a warp's step
   static constexpr int kMergeFloats = 1024;                  // of each warp, for the end of a job
   static constexpr int kMerge = kWarps * kMergeFloats * int(sizeof(float));
@@ -25,39 +27,71 @@ struct DecodeShape {
   static constexpr int kShared = kMerge + kWarps * 2 * kDepth * kSlot;
   static_assert(kDecodeStep == 16 && kWarps * kDecodeStep == kDecodeTile && kDepth >= 1);
 };
+// The 16-byte chunks of a step that a lane copies: number i of row `row`, at `offset` in the step's slot, `source`
+// elements from its start.
+template <int D>
+struct StepChunks {
+  using Rows = HeadRows<D>;
+  static constexpr int kCount = kDecodeStep * Rows::kChunks / kWarp;
+  // Where a warp copies whole rows at once, of a lane's chunks the later ones follow from the first.
+  static constexpr bool kWhole = Rows::kSwizzled && kWarp % Rows::kChunks == 0;
+  static constexpr int kRows = kWhole ? kWarp / Rows::kChunks : 1;
+  int lane, first;
+
+  MII_DEVICE explicit StepChunks(int lane_) : lane(lane_), first(Rows::offset(lane / Rows::kChunks, lane % Rows::kChunks)) {}
+  MII_DEVICE int row(int i) const {
+    return kWhole ? lane / Rows::kChunks + i * kRows : (lane + i * kWarp) / Rows::kChunks;
+  }
+  MII_DEVICE uint32_t offset(int i) const {
+    if constexpr (kWhole) return i * kRows * Rows::kStride + (first ^ (16 * (i * kRows & 7)));
+    return Rows::offset(row(i), (lane + i * kWarp) % Rows::kChunks);
+  }
+  MII_DEVICE int source(int i) const { return (lane + i * kWarp) * 8; }
+};
+
 // The copying side of a warp: runs ahead of the computing side by the depth of the ring.
 template <typename T, int D>
 struct DecodeLoader {
-  using Rows = HeadRows<D>;
   JobCursor at;
   int block;  // of the cache, of the keys at `at`: looked up a step before it is needed
 
-  MII_DEVICE void look_up(const AttentionParams& p, int warp) {
-    const int key = at.key(warp);
-    if (at.more() && at.live(key)) {
-      block = __ldcg(p.a.block_table + at.seq.slot * p.a.max_blocks + (key >> p.block_bits));
-    }
+  MII_DEVICE DecodeLoader(const AttentionParams& p, const PlanHeader& header, const Team& team) {
+    at.start(p, header, team);
+    find_step(p, team);
   }
 
   MII_DEVICE void load(const AttentionParams& p, const void* cache, uint32_t slot, int thread) const {
-    const int key = at.key(thread / kWarp), lane = thread % kWarp;
-    if (at.more() && at.live(key)) {
+    if (at.more()) {
+      const int lane = thread % kWarp;
+      const StepChunks<D> chunks(lane);
       const int64_t page = static_cast<int64_t>(block) * p.a.kv_heads + at.head;
-      const int64_t row = (page << p.block_bits) + (key & (p.a.block_size - 1));
-      const T* source = static_cast<const T*>(cache) + row * D;
+      const int64_t row = (page << p.block_bits) + (at.key & (p.a.block_size - 1));
+      const T* source = static_cast<const T*>(cache) + row * D + chunks.source(0);
+      if (at.full()) {
 #pragma unroll
-      for (int i = 0; i < kDecodeStep * Rows::kChunks / kWarp; ++i) {
-        const int chunk = lane + i * kWarp, row_in_step = chunk / Rows::kChunks;
-        const bool valid = key + row_in_step >= at.seq.key_begin && key + row_in_step < at.seq.kv_len;
-        copy_async(slot + Rows::offset(row_in_step, chunk % Rows::kChunks), source + chunk * 8, valid);
+        for (int i = 0; i < chunks.kCount; ++i) copy_async(slot + chunks.offset(i), source + i * kWarp * 8, true);
+      } else {
+#pragma unroll
+        for (int i = 0; i < chunks.kCount; ++i) {
+          const int key = at.key + chunks.row(i);
+          copy_async(slot + chunks.offset(i), source + i * kWarp * 8, key >= at.seq.key_begin && key < at.seq.kv_len);
+        }
       }
     }
     copy_async_commit();
   }
 
-  MII_DEVICE void step(const AttentionParams& p, int warp) {
-    if (at.more() && ++at.tile == at.tile_end) at.next_job(p);
-    look_up(p, warp);
+  MII_DEVICE void step(const AttentionParams& p, const Team& team) {
+    const int before = at.key >> p.block_bits;
+    at.key += team.stride;
+    if (at.key >= at.key_end || at.key >> p.block_bits != before) find_step(p, team);
+  }
+
+ private:
+  // Goes on to a job of which this warp has keys, if this one has no more, and looks up their block.
+  MII_DEVICE void find_step(const AttentionParams& p, const Team& team) {
+    while (at.more() && at.key >= at.key_end) at.next_job(p, team);
+    if (at.more()) block = __ldcg(p.a.block_table + at.seq.slot * p.a.max_blocks + (at.key >> p.block_bits));
   }
 };
 
@@ -123,14 +157,18 @@ struct DecodeState {
     }
   }
 
-  // Turns scores (in units of log2) into weights relative to the running maximum.
+  // Turns scores (in units of log2) into weights relative to `top`, which is the running maximum or up to kSlack below
+  // it: as weights may exceed 1, sums need not be brought to a new maximum each time that it rises a little.
   MII_DEVICE void soften(float (&score)[2][4]) {
+    constexpr float kSlack = 8.0f;
+    const bool empty = top[0] == -INFINITY && top[1] == -INFINITY;
     float factor[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float* low = &score[0][2 * half];
       float* high = &score[1][2 * half];
-      const float best = fmaxf(top[half], quad_max(fmaxf(fmaxf(low[0], low[1]), fmaxf(high[0], high[1]))));
+      const float most = quad_max(fmaxf(fmaxf(low[0], low[1]), fmaxf(high[0], high[1])));
+      const float best = most > top[half] + kSlack ? most : top[half];
       const float zero = best == -INFINITY ? 0.0f : best;
       factor[half] = exp2_fast(top[half] - zero);
       top[half] = best;
@@ -140,7 +178,7 @@ struct DecodeState {
       high[1] = exp2_fast(high[1] - zero);
       sum[half] = sum[half] * factor[half] + ((low[0] + low[1]) + (high[0] + high[1]));
     }
-    if (__any_sync(kFullMask, factor[0] != 1.0f || factor[1] != 1.0f)) {
+    if (__any_sync(kFullMask, !empty && (factor[0] != 1.0f || factor[1] != 1.0f))) {
 #pragma unroll
       for (int i = 0; i < D / 8; ++i) {
         out[i][0] *= factor[0];
@@ -191,14 +229,14 @@ MII_DEVICE void finish_scores(const AttentionParams& p, float (&score)[2][4], in
 struct JobParts {
   int first, count;
 
-  MII_DEVICE JobParts(const JobCursor& job, int chunk_units) {
-    if (job.seq.whole()) {
+  MII_DEVICE JobParts(const JobCursor& job, const Team& team) {
+    if (job.seq.tiles <= team.whole) {
       first = 0, count = 1;
       return;
     }
     const int begin = job.base + kJobOverhead;
-    first = begin / chunk_units;
-    count = (begin + job.seq.tiles - 1) / chunk_units - first + 1;
+    first = begin / team.chunk_units;
+    count = (begin + job.seq.tiles - 1) / team.chunk_units - first + 1;
   }
   // A chunk's first slot is for the job that it continues, its second for the one that it starts and does not end.
   template <int D>
@@ -209,14 +247,14 @@ struct JobParts {
 
 // Adds up what the four warps found for a job and stores the result, or this chunk's part of it.
 template <typename T, int D, int kBudget>
-MII_DEVICE void finish_job(const AttentionParams& p, const JobCursor& job, DecodeState<T, D>& state, int chunk,
+MII_DEVICE void finish_job(const AttentionParams& p, const JobCursor& job, DecodeState<T, D>& state, const Team& team,
                            int thread, float* merge, SharedNotes* notes) {
   using Shape = DecodeShape<D, kBudget>;
   const int warp = thread / kWarp, lane = thread % kWarp, rows = job.seq.q_len * p.group;
-  const JobParts parts(job, load_planned(p.work.header).chunk_units);
+  const JobParts parts(job, team);
   // Columns that fit at once: 256 with up to 4 rows, 128 with 8, 64 with 16.
   const int quad_bits = rows <= 4 ? 6 : rows <= 8 ? 5 : 4, columns = 4 << quad_bits;
-  float* part = parts.count > 1 ? parts.part<D>(p, chunk - parts.first) : nullptr;
+  float* part = parts.count > 1 ? parts.part<D>(p, team.chunk - parts.first) : nullptr;
   state.sum[0] = quad_sum(state.sum[0]);
   state.sum[1] = quad_sum(state.sum[1]);
   for (int left = 0; left < D; left += columns) {
@@ -271,28 +309,68 @@ MII_DEVICE void finish_job(const AttentionParams& p, const JobCursor& job, Decod
   }
 }
 
-// All that a chunk of the decode axis asks for.
+// As finish_job, for a warp that is a team.
+template <typename T, int D>
+MII_DEVICE void finish_alone(const AttentionParams& p, const JobCursor& job, DecodeState<T, D>& state, const Team& team,
+                             int lane) {
+  const int rows = job.seq.q_len * p.group;
+  const JobParts parts(job, team);
+  float* part = parts.count > 1 ? parts.part<D>(p, team.chunk - parts.first) : nullptr;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    if (8 * half >= rows) break;
+    const int row = lane / 4 + 8 * half;
+    const float sum = quad_sum(state.sum[half]), factor = 1.0f / sum;
+    T* target = out_row<T, D>(p, job.seq.q_start, job.head, row < rows ? row : 0);
+#pragma unroll
+    for (int left = 0; left < D / 8; left += 4) {
+      uint32_t packs[4] = {};
+#pragma unroll
+      for (int i = left; i < left + 4 && i < D / 8; ++i) {
+        const float two[2] = {state.out[i][2 * half], state.out[i][2 * half + 1]};
+        packs[i - left] = pack_pair<T>(two[0] * factor, two[1] * factor);
+        if (part == nullptr || row >= rows) continue;
+        *reinterpret_cast<float2*>(part + row * D + 8 * i + 2 * (lane % 4)) = make_float2(two[0], two[1]);
+      }
+      if (part != nullptr) continue;
+      transpose_quad(packs);
+      const int column = 8 * (left + lane % 4);
+      if (row >= rows || column >= D) continue;
+      *reinterpret_cast<uint4*>(target + column) = make_uint4(packs[0], packs[1], packs[2], packs[3]);
+    }
+    if (part != nullptr && row < rows && lane % 4 == 0) {
+      *part_scale<D, kDecodeRows>(part, row) = make_float2(state.top[half], sum);
+    }
+  }
+  if (part == nullptr || !last_warp_to_arrive(p.space.decode_arrived + parts.first, parts.count)) return;
+  for (int row = 0; row < rows; ++row) {
+    T* target = out_row<T, D>(p, job.seq.q_start, job.head, row);
+    join_row<T, D, kDecodeRows>(target, row, parts.count, [&](int i) { return parts.part<D>(p, i); });
+  }
+}
+
+// All that the teams of a CTA have of the decode axis; `number`: of the work that it drew.
 template <typename T, int D, bool kExtras, int kBudget>
-MII_DEVICE void decode_chunk(const AttentionParams& p, int chunk, int thread, unsigned char* shared,
-                             SharedNotes* notes) {
+MII_DEVICE void decode_chunks(const AttentionParams& p, int number, int thread, unsigned char* shared,
+                              SharedNotes* notes) {
   using Shape = DecodeShape<D, kBudget>;
   const int warp = thread / kWarp, lane = thread % kWarp;
   const uint32_t ring = shared_address(shared) + Shape::kMerge + warp * (2 * Shape::kDepth * Shape::kSlot);
-  DecodeLoader<T, D> loader;
-  loader.at.start(p, chunk);
+  const PlanHeader header = load_planned(p.work.header);
+  const Team team = Team::of(header, number, warp);
   JobCursor& job = notes->decode.job[warp];
-  if (lane == 0) job = loader.at;
-  loader.look_up(p, warp);
+  if (lane == 0) job.start(p, header, team);
+  DecodeLoader<T, D> loader(p, header, team);
   bool waited = false;
 #pragma unroll 1
   for (int i = 0; i < Shape::kDepth; ++i) {
-    if (!waited && !(loader.at.more() && loader.at.old(loader.at.key(warp)))) {
+    if (!waited && !(loader.at.more() && loader.at.old())) {
       wait_for_previous();
       waited = true;
     }
     loader.load(p, p.a.k_cache, ring + 2 * i * Shape::kSlot, thread);
     loader.load(p, p.a.v_cache, ring + (2 * i + 1) * Shape::kSlot, thread);
-    loader.step(p, warp);
+    if (loader.at.more()) loader.step(p, team);
   }
   wait_for_previous();
   if (thread == 0) Queue::draw(p, notes);
@@ -300,31 +378,33 @@ MII_DEVICE void decode_chunk(const AttentionParams& p, int chunk, int thread, un
   DecodeState<T, D> state;
   for (__syncwarp(); job.more(); __syncwarp()) {
     state.start(p, job, thread, shared);
-    const int end = (job.seq.first_tile + job.tile_end) * kDecodeTile;
-    for (int key = job.key(warp); key < end; key += kDecodeTile) {
+    const int end = job.key_end;
+    for (int key = job.key; key < end; key += team.stride) {
       const int first = job.seq.kv_len - job.seq.q_len;  // position of the first query token
       const WarpKeys keys = WarpKeys::of(first, job.seq.kv_len - 1, kDecodeStep, p.a.window);
       float score[2][4] = {};
       copy_async_wait<2 * Shape::kDepth - 1>();
       __syncwarp();
-      if (keys.has(key)) state.multiply_keys(score, shared_address(shared), slot, lane);
+      state.multiply_keys(score, shared_address(shared), slot, lane);
       __syncwarp();
       loader.load(p, p.a.k_cache, slot, thread);
-      if (keys.has(key)) {
-        finish_scores<kExtras>(p, score, first, job.head, key, keys.cuts(key), lane);
-        state.soften(score);
-      }
+      finish_scores<kExtras>(p, score, first, job.head, key, keys.cuts(key), lane);
+      state.soften(score);
       copy_async_wait<2 * Shape::kDepth - 1>();
       __syncwarp();
-      if (keys.has(key)) state.add_values(score, slot + Shape::kSlot, lane);
+      state.add_values(score, slot + Shape::kSlot, lane);
       __syncwarp();
       loader.load(p, p.a.v_cache, slot + Shape::kSlot, thread);
-      loader.step(p, warp);
+      if (loader.at.more()) loader.step(p, team);
       slot = slot == ring + 2 * (Shape::kDepth - 1) * Shape::kSlot ? ring : slot + 2 * Shape::kSlot;
     }
-    finish_job<T, D, kBudget>(p, job, state, chunk, thread, reinterpret_cast<float*>(shared), notes);
+    if (team.alone()) {
+      finish_alone(p, job, state, team, lane);
+    } else {
+      finish_job<T, D, kBudget>(p, job, state, team, thread, reinterpret_cast<float*>(shared), notes);
+    }
     __syncwarp();
-    if (lane == 0) job.next_job(p);
+    if (lane == 0) job.next_job(p, team);
   }
 }
 

@@ -29,7 +29,7 @@ MII_DEVICE void attend(const AttentionParams& p, unsigned char* shared) {
     if (notes->kind == Queue::kPrefill) {
       prefill_item<T, D, kExtras, kBudget>(p, notes->number, thread, shared, notes);
     } else {
-      decode_chunk<T, D, kExtras, kBudget>(p, notes->number, thread, shared, notes);
+      decode_chunks<T, D, kExtras, kBudget>(p, notes->number, thread, shared, notes);
     }
     __syncthreads();  // the shared memory of this work is free
     if (threadIdx.x == 0) Queue::next(p, notes);

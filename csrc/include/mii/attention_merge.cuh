@@ -22,6 +22,19 @@ MII_DEVICE bool last_to_arrive(int32_t* counter, int parts, int* flag) {
   return *flag != 0;
 }
 
+// The same for a warp.
+MII_DEVICE bool last_warp_to_arrive(int32_t* counter, int parts) {
+  __syncwarp();
+  int last = 0;
+  if (threadIdx.x % kWarp == 0) {
+    __threadfence();
+    last = atomicAdd(counter, 1) == parts - 1;
+    if (last) *counter = 0;
+    __threadfence();
+  }
+  return __shfl_sync(kFullMask, last, 0) != 0;
+}
+
 // The maximum and sum of row `row` in a partial tile of kRows rows.
 template <int D, int kRows>
 MII_DEVICE float2* part_scale(float* part, int row) {

@@ -1,8 +1,9 @@
 // How the CTAs of the attention kernel share a step's work, and what their threads tell each other about it.
 //
-// With decode work alone every CTA takes the chunk of its own number. With prompts in the step both kinds of work are
-// queues: half of the CTAs (a half that shares its multiprocessors with the other) start on prompts, half on decode, so
-// that tensor cores and memory are busy together, and each turns to the other queue when its own is empty.
+// With decode work alone every CTA takes the chunk of its own number, or of as many as it has teams. With prompts in the
+// step both kinds of work are queues: half of the CTAs (a half that shares its multiprocessors with the other) start on
+// prompts, half on decode, so that tensor cores and memory are busy together, and each turns to the other queue when its
+// own is empty.
 #pragma once
 #include "mii/attention_merge.cuh"
 
@@ -22,52 +23,74 @@ struct alignas(16) WarpKeys {
   MII_DEVICE bool cuts(int key) const { return key < clear || key >= clear_end; }
 };
 
-// A position on the decode axis: a job, and which of its tiles fall into the chunk.
+// The warps that share a job, as one of them sees it.
+struct Team {
+  int stride, offset;  // keys from a step of a warp to its next one, and before its first
+  int whole;           // tiles up to which a job belongs to the chunk that it starts in, as a whole
+  int chunk, chunk_units;
+
+  // `number`: of the work that the CTA drew.
+  MII_DEVICE static Team of(const PlanHeader& header, int number, int warp) {
+    const int units = header.chunk_units;
+    if (header.teams == 1) return {kDecodeTile, warp * kDecodeStep, kWholeJob, number, units};
+    return {kDecodeStep, 0, units / kAloneWhole, number * kAttentionWarps + warp, units};
+  }
+  MII_DEVICE bool alone() const { return stride == kDecodeStep; }
+};
+
+// A position on the decode axis: a job, and which of its keys this warp has.
 struct JobCursor {
   DecodeSeq seq;
-  int index, head;     // `seq` is number `index` of the list
-  int base, end;       // first unit of the job, end of the chunk
-  int tile, tile_end;  // counted from seq.first_tile; equal: the chunk is done
+  int index, head;   // `seq` is number `index` of the list
+  int base, end;     // first unit of the job, end of the chunk
+  int key, key_end;  // the warp's next step, if it is before the end of the chunk's keys; end 0: the chunk is done
 
-  MII_DEVICE void start(const AttentionParams& p, int chunk) {
-    const PlanHeader header = load_planned(p.work.header);
-    const int begin = chunk * header.chunk_units;
+  MII_DEVICE void start(const AttentionParams& p, const PlanHeader& header, const Team& team) {
+    key = key_end = 0;
+    if (team.chunk >= header.chunks) return;
+    const int begin = team.chunk * header.chunk_units;
     end = min(begin + header.chunk_units, header.units);
-    index = __ldcg(p.work.chunk_first + chunk);
+    index = __ldcg(p.work.chunk_first + team.chunk);
     seq = load_planned(p.work.decode + index);
     const int units = seq.tiles + kJobOverhead;
     head = (begin - seq.base) / units;
     base = seq.base + head * units;
-    if (seq.whole() && begin > base) return next_job(p);  // the chunk before has this one
-    tile = max(begin - base - kJobOverhead, 0);
-    find_end();
+    if (seq.tiles <= team.whole && begin > base) return next_job(p, team);  // the chunk before has this one
+    find_keys(max(begin - base - kJobOverhead, 0), team);
   }
 
-  MII_DEVICE void next_job(const AttentionParams& p) {
-    tile = tile_end = 0;
+  MII_DEVICE void next_job(const AttentionParams& p, const Team& team) {
+    key_end = 0;
     base += seq.tiles + kJobOverhead;
     if (base >= end) return;
     if (++head == p.a.kv_heads) {
       head = 0;
       seq = load_planned(p.work.decode + ++index);
     }
-    find_end();
+    find_keys(0, team);
   }
-  MII_DEVICE void find_end() { tile_end = seq.whole() ? seq.tiles : min(end - base - kJobOverhead, seq.tiles); }
 
-  MII_DEVICE bool more() const { return tile < tile_end; }
-  // First key of a warp's step in the present tile, and whether anyone sees one of its keys.
-  MII_DEVICE int key(int warp) const { return (seq.first_tile + tile) * kDecodeTile + warp * kDecodeStep; }
-  MII_DEVICE bool live(int key) const { return key < seq.kv_len && key + kDecodeStep > seq.key_begin; }
-  // Whether no key of a warp's step can be of this engine step: of its own new tokens, or of those of a sequence whose
+  // From a tile on, counted from seq.first_tile.
+  MII_DEVICE void find_keys(int tile, const Team& team) {
+    const int tile_end = seq.tiles <= team.whole ? seq.tiles : min(end - base - kJobOverhead, seq.tiles);
+    if (tile >= tile_end) return;
+    key = (seq.first_tile + tile) * kDecodeTile + team.offset;
+    key_end = min((seq.first_tile + tile_end) * kDecodeTile, seq.kv_len);
+    while (key + kDecodeStep <= seq.key_begin) key += team.stride;  // before the window; at most three
+  }
+
+  MII_DEVICE bool more() const { return key_end > 0; }
+  // Whether no key of the step can be of this engine step: of its own new tokens, or of those of a sequence whose
   // block it shares since the same step, who are no more than a job has rows.
-  MII_DEVICE bool old(int key) const { return key + kDecodeStep <= seq.kv_len - seq.q_len - kDecodeRows; }
+  MII_DEVICE bool old() const { return key + kDecodeStep <= seq.kv_len - seq.q_len - kDecodeRows; }
+  // Whether the sequence has all keys of the step.
+  MII_DEVICE bool full() const { return key >= seq.key_begin && key + kDecodeStep <= seq.kv_len; }
 };
 static_assert(kMinChunk > kJobOverhead, "a chunk that begins in a job's empty units holds a tile of it");
 
 struct DecodeNotes {
-  JobCursor job[kAttentionThreads / kWarp];              // where each warp computes
-  float2 scale[kAttentionThreads / kWarp][kDecodeRows];  // maximum and sum of each warp's rows, at the end of a job
+  JobCursor job[kAttentionWarps];              // where each warp computes
+  float2 scale[kAttentionWarps][kDecodeRows];  // maximum and sum of each warp's rows, at the end of a job
 };
 
 // A prefill item for one KV head, with what follows from it.
@@ -105,7 +128,7 @@ struct PrefillTile {
 
 struct PrefillNotes {
   PrefillTile tile;
-  WarpKeys keys[kAttentionThreads / kWarp];
+  WarpKeys keys[kAttentionWarps];
   uint8_t token[kAttentionThreads];  // of each row, from the tile's first on
   float slope[kAttentionThreads];    // ALiBi
 };
@@ -122,10 +145,6 @@ struct SharedNotes {
   };
 };
 
-// With decode work alone every CTA takes the chunk of its own number. With prompts in the step both kinds of work are
-// queues: half of the CTAs (a half that shares its multiprocessors with the other) start on prompts, half on decode, so
-// that tensor cores and memory are busy together, and each turns to the other queue when its own is empty.
-//
 // Thread 0 alone calls these; the others read notes->kind and notes->number after a barrier. All of it lives in shared
 // memory, as the work between wants every register.
 struct Queue {
@@ -133,7 +152,7 @@ struct Queue {
 
   MII_DEVICE static int limit(const AttentionParams& p, int kind) {
     const PlanHeader header = load_planned(p.work.header);
-    if (kind == kDecode) return header.chunks;
+    if (kind == kDecode) return (header.chunks + header.teams - 1) / header.teams;
     return header.prompts_apart ? 0 : header.items * p.a.kv_heads;
   }
 

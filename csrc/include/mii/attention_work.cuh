@@ -2,8 +2,9 @@
 //
 // A sequence whose packed rows (query tokens x query heads of a KV group) fit one mma tile is "decode": all its keys,
 // for all KV heads, are laid end to end on one axis with those of the other decode sequences, and the axis is cut
-// into equal chunks, one for each CTA. Any other sequence is cut into tiles of packed rows, each an item of the
-// prefill list.
+// into equal chunks, one for each team: of few jobs the four warps of a CTA share each, of many every warp has its own,
+// which spares it waiting for the others and joining what they found. Any other sequence is cut into tiles of packed
+// rows, each an item of the prefill list.
 #pragma once
 #include "mii/abi/attention.h"
 #include "mii/common.cuh"
@@ -11,12 +12,17 @@
 namespace mii {
 
 constexpr int kAttentionThreads = 128;
+constexpr int kAttentionWarps = kAttentionThreads / kWarp;
 constexpr int kDecodeRows = 16;     // packed rows of a decode job: one mma tile
 constexpr int kDecodeTile = 64;     // keys of one unit on the axis
 constexpr int kDecodeStep = 16;     // of them, one warp's: k of one mma
 constexpr int kJobOverhead = 1;     // what starting a job costs, in units
 constexpr int kMinChunk = 4;        // units; shorter chunks cost more to join than they save
-constexpr int kWholeJob = 8;        // tiles up to which a job is never cut: joining its parts would cost more
+constexpr int kWholeJob = 8;        // tiles up to which a job of a CTA is never cut: joining its parts would cost more
+constexpr int kAloneHead = 128;     // largest head whose jobs single warps do, with the queries in their registers
+constexpr int kAloneJobs = 7;       // jobs for each CTA from which on they do,
+constexpr int kAloneUnits = 7;      // if the mean job has at most so many units: longer ones come out less even
+constexpr int kAloneWhole = 4;      // a warp's job is never cut that is at most one in so many of its chunk
 constexpr int kMinPrefillPart = 8;  // key tiles below which an item is never split
 
 // Rows and keys of a prefill tile.
@@ -27,15 +33,13 @@ struct alignas(16) PlanHeader {
   int32_t chunks, chunk_units, units;  // the decode axis
   int32_t items;                       // prefill items, each to be done for every KV head
   int32_t prompts_apart;               // whether a kernel of their own does them, or the one that does the rest
+  int32_t teams;                       // of a CTA: 1, or as many as it has warps
 };
 
 // Jobs of a sequence lie at base + head * (tiles + kJobOverhead); the first kJobOverhead units of each are empty.
 struct alignas(16) DecodeSeq {
   int32_t base, first_tile, tiles;  // tiles of kDecodeTile keys, first_tile the one that holds key_begin
   int32_t kv_len, q_start, q_len, slot, key_begin;
-
-  // Whose jobs belong to the chunk that they start in, as a whole.
-  __host__ __device__ bool whole() const { return tiles <= kWholeJob; }
 };
 
 // Of the work list, which may be read before the kernel before this one has ended: past the L1 cache.
@@ -68,7 +72,7 @@ struct WorkList {
 // so it has two slots of partial results; prefill items are split such that all parts are at most three for each CTA.
 struct Bounds {
   int32_t ctas;  // of the attention kernel: all that fit on the card at once
-  __host__ __device__ int max_chunks() const { return 2 * ctas; }
+  __host__ __device__ int max_chunks() const { return kAttentionWarps * ctas; }
   __host__ __device__ int max_parts() const { return 3 * ctas; }
 };
 

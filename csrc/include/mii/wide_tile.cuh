@@ -2,6 +2,7 @@
 // ring in shared memory. What linear_wide.cuh and moe_wide.cuh share.
 #pragma once
 #include "mii/activation.cuh"
+#include "mii/quad.cuh"
 #include "mii/wgmma.cuh"
 
 namespace mii {
@@ -145,17 +146,6 @@ MII_DEVICE void for_rows(Body&& body) {
   const int first = (Shape::kByRows ? 64 * (warp / 4) : 0) + warp % 4 * 16 + lane / 4;
 #pragma unroll
   for (int low = 0; low < 2; ++low) body(first + 8 * low, low);
-}
-
-// Of four groups of 8 columns a lane has columns 2 q, 2 q + 1, q = lane % 4; then it has all of group q.
-MII_DEVICE void transpose_quad(uint32_t (&p)[4]) {
-  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
-  const uint32_t a = __shfl_xor_sync(kFullMask, odd ? p[0] : p[1], 1);
-  const uint32_t b = __shfl_xor_sync(kFullMask, odd ? p[2] : p[3], 1);
-  (odd ? p[0] : p[1]) = a, (odd ? p[2] : p[3]) = b;
-  const uint32_t c = __shfl_xor_sync(kFullMask, high ? p[0] : p[2], 2);
-  const uint32_t d = __shfl_xor_sync(kFullMask, high ? p[1] : p[3], 2);
-  (high ? p[0] : p[2]) = c, (high ? p[1] : p[3]) = d;
 }
 
 template <typename T>

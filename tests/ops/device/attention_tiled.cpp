@@ -37,22 +37,47 @@ const char* run(int block, int grid, int threads, const std::function<void()>& k
 
 using namespace mii;
 
+namespace {
+
+// The memory and the parameters of a step on `ctas` CTAs.
+struct Step {
+  Bounds bounds;
+  MiiAttention a;
+  std::vector<Line> work, space;
+  AttentionParams p;
+
+  Step(const MiiAttention& args, int ctas)
+      : bounds{ctas}, a(args), work(lines(work_bytes(a, bounds))), space(lines(workspace_bytes(a, bounds))) {
+    a.work = work.data(), a.workspace = space.data();
+    p = {a, work_list(a, bounds), workspace(a, bounds), a.q_heads / a.kv_heads, 0, a.scale * kLog2e};
+    while (1 << p.block_bits < a.block_size) ++p.block_bits;
+  }
+  const char* make_plan() const {
+    const PlanParams plan = {a, p.work, bounds, p.group, 0};
+    return run(0, 1, kPlanThreads, [&] { plan_kernel(plan); });
+  }
+};
+
+}  // namespace
+
+// The teams of a CTA in such a step.
+extern "C" int teams_on_host(const MiiAttention* args, int ctas) {
+  const Step step(*args, ctas);
+  return step.make_plan() == nullptr ? step.p.work.header->teams : -1;
+}
+
 // A step on `ctas` CTAs, one after the other, with the shared memory of sm_90 (`large`) or sm_80; null, or why that came to
 // no end.
 extern "C" const char* attention_on_host(const MiiAttention* args, int ctas, bool large) {
-  const Bounds bounds = {ctas};
-  auto work = lines(work_bytes(*args, bounds)), space = lines(workspace_bytes(*args, bounds));
-  MiiAttention a = *args;
-  a.work = work.data(), a.workspace = space.data();
-  AttentionParams p = {a, work_list(a, bounds), workspace(a, bounds), a.q_heads / a.kv_heads, 0, a.scale * kLog2e};
-  while (1 << p.block_bits < a.block_size) ++p.block_bits;
-  const PlanParams plan = {a, p.work, bounds, p.group, 0};
-  if (const char* failure = run(0, 1, kPlanThreads, [&] { plan_kernel(plan); })) return failure;
-  const Body body = a.dtype == MII_F16 ? body_of<__half>(a, large) : body_of<__nv_bfloat16>(a, large);
+  const Step step(*args, ctas);
+  const AttentionParams& p = step.p;
+  if (const char* failure = step.make_plan()) return failure;
+  const Body body = args->dtype == MII_F16 ? body_of<__half>(*args, large) : body_of<__nv_bfloat16>(*args, large);
   for (int i = 0; i < ctas; ++i) {
     if (const char* failure = run(i, ctas, kAttentionThreads, [&] { body(p, shared); })) return failure;
   }
   const int32_t* counters = p.space.queue;
-  const bool zero = std::all_of(counters, counters + 32 + bounds.max_chunks() + bounds.max_parts(), [](int c) { return c == 0; });
+  const int count = 32 + step.bounds.max_chunks() + step.bounds.max_parts();
+  const bool zero = std::all_of(counters, counters + count, [](int c) { return c == 0; });
   return zero ? nullptr : "counters are not zero again";
 }
