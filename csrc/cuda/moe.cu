@@ -1,6 +1,7 @@
 // Launchers of the mixture of experts.
 #include "launch.cuh"
 #include "mii/moe_combine.cuh"
+#include "mii/moe_few.cuh"
 #include "mii/moe_mma.cuh"
 #include "mii/moe_route.cuh"
 #include "mii/moe_wide.cuh"
@@ -152,6 +153,14 @@ int32_t launch_stream(const MoeStreamArgs<T>& args, void* stream) {
 }
 
 template <typename T>
+int32_t launch_few(const MoeStreamArgs<T>& args, void* stream) {
+  const int32_t status = grant_shared<moe_few<T>>("mii_moe_stream", kStreamSharedBytes);
+  if (status != MII_OK) return status;
+  return launch("mii_moe_stream (few)", moe_few<T>, Shape{dim3(card().sms), dim3(kStreamThreads), kStreamSharedBytes}, stream,
+                args);
+}
+
+template <typename T>
 int32_t stream_products(const MiiMoeStream& a, void* stream) {
   int* counters = static_cast<int*>(a.workspace);
   const auto tiles = reinterpret_cast<const int4*>(a.tiles);
@@ -168,7 +177,8 @@ int32_t stream_products(const MiiMoeStream& a, void* stream) {
       partial,
       partial + moe_partial_sums(kMostStreamedRows)};
   switch (a.tile_rows) {
-    case 8:
+    case kFewRows:
+      if (card().major == 9 && card().minor == 0 && width % 16 == 0 && features % 16 == 0) return launch_few<T>(args, stream);
       return launch_stream<T, 8, kMoeBoth>(args, stream);
     case 16:
       return launch_stream<T, 16, kMoeBoth>(args, stream);

@@ -8,7 +8,8 @@
 Rows, pairs and tiles are those of `mii.ops.moe_routing`. On the CPU every expert's weight is packed into the panels of
 `mii.ops.linear` (csrc/cpu/isa/moe.cpp). On a GPU the weights stay as they are, and `choose_kernel` picks by the number
 of tokens: a stream of the weights of the experts that are hit, which does both products in one launch
-(csrc/include/mii/moe_stream.cuh), or tensor-core tiles (moe_mma.cuh; moe_wide.cuh on compute capability 9.0).
+(csrc/include/mii/moe_stream.cuh; moe_few.cuh for tiles of 8 rows on compute capability 9.0), or tensor-core tiles
+(moe_mma.cuh; moe_wide.cuh on 9.0).
 """
 
 from __future__ import annotations

@@ -14,6 +14,9 @@ constexpr int kBarrierBytes = 8;
 // Makes this thread's writes to shared memory visible to copies and products, which go to it by another way than loads do.
 MII_DEVICE void publish_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// The same for global memory, by the thread that wrote and, once it knows of the writes, by the one that copies.
+MII_DEVICE void publish_global_writes() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 MII_DEVICE void barrier_init(uint32_t barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }

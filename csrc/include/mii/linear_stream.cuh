@@ -60,7 +60,7 @@ struct Stream {
 
   MII_DEVICE Stream(const LinearStreamArgs<T>& args, uint32_t memory) : a(args), shared(memory) {
     const int steps = (a.k + kStreamDepth - 1) / kStreamDepth, tiles = (a.n + kStreamTileRows - 1) / kStreamTileRows;
-    runs = {int64_t(tiles) * steps, static_cast<int>(gridDim.x), steps};
+    runs = {tiles * steps, static_cast<int>(gridDim.x), steps};
     begin = runs.begin(blockIdx.x), end = runs.begin(blockIdx.x + 1);
   }
   MII_DEVICE int tile(int unit) const { return unit / runs.steps; }

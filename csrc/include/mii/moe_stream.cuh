@@ -237,8 +237,8 @@ struct MoeRun {
   MII_DEVICE MoeRun(const MoeArgs<T>& args, int groups) : a(args) {
     const int steps = (a.k + kUnitDepth - 1) / kUnitDepth;
     tiles = (a.n + WeightUnit<T, Up>::kColumns - 1) / WeightUnit<T, Up>::kColumns;
-    const int64_t units = int64_t(groups) * tiles * steps;
-    runs = {units, static_cast<int>(min(int64_t(gridDim.x), units)), steps};
+    const int units = groups * tiles * steps;
+    runs = {units, min(static_cast<int>(gridDim.x), units), steps};
     const bool idle = static_cast<int>(blockIdx.x) >= runs.ctas;
     begin = idle ? 0 : runs.begin(blockIdx.x), end = idle ? 0 : runs.begin(blockIdx.x + 1);
   }

@@ -8,6 +8,7 @@
 #include "at_once.h"
 
 #include "mii/moe_route.cuh"
+#include "mii/moe_few.cuh"
 #include "mii/moe_mma.cuh"
 #include "mii/moe_wide.cuh"
 
@@ -15,9 +16,9 @@ namespace {
 
 using mii::Half;
 
-enum Kernel { kSimple, kStream8, kStream16, kStream64, kMma, kWide };
-constexpr int kTileRows[] = {8, 8, 16, 64, 128, 128};
-const char* const kNames[] = {"simple", "stream 8", "stream 16", "stream 64", "mma", "wide"};
+enum Kernel { kSimple, kFew, kStream8, kStream16, kStream64, kMma, kWide };
+constexpr int kTileRows[] = {8, 8, 8, 16, 64, 128, 128};
+const char* const kNames[] = {"simple", "few", "stream 8", "stream 16", "stream 64", "mma", "wide"};
 
 struct Case {
   Kernel kernel;
@@ -188,6 +189,8 @@ void run_product(const Case& c, Tensors& t) {
 void run_products(const Case& c, Tensors& t) {
   const mii::MoeStreamArgs<Half> args = {product_args<true>(c, t), product_args<false>(c, t), &t.met, t.arrived.data(), t.partial.data(), t.words.data()};
   switch (c.kernel) {
+    case kFew:
+      return run_at_once(c.ctas, mii::kStreamThreads, [&] { mii::moe_few<Half>(args); });
     case kStream8:
       return run_at_once(c.ctas, mii::kMoeThreads, [&] { mii::moe_stream<Half, 8, mii::kMoeBoth>(args); });
     case kStream16:
@@ -254,6 +257,9 @@ int main() {
       {kSimple, 9, 7, 5, 3, 17, 9, 3, true},      {kStream8, 1, 1, 16, 4, 192, 128, 5, false},
       {kStream8, 7, 5, 40, 2, 136, 72, 3, false}, {kStream8, 3, 0, 8, 2, 64, 64, 4, false},
       {kStream8, 2, 2, 3, 1, 64, 8, 9, false},    {kStream8, 3, 3, 6, 2, 520, 264, 3, false},
+      {kFew, 1, 1, 16, 4, 192, 128, 5, false},    {kFew, 7, 5, 40, 2, 144, 80, 3, false},
+      {kFew, 3, 0, 8, 2, 64, 64, 4, false},       {kFew, 2, 2, 3, 1, 64, 16, 9, false},
+      {kFew, 3, 3, 6, 2, 528, 272, 3, false},     {kFew, 8, 8, 4, 3, 1040, 304, 7, true},
       {kStream16, 16, 16, 8, 2, 200, 136, 7, true},
       {kStream64, 30, 30, 4, 2, 136, 72, 4, false}, {kStream64, 100, 90, 3, 2, 72, 64, 2, true},
       {kMma, 150, 140, 3, 2, 136, 72, 3, true},   {kMma, 5, 0, 20, 2, 64, 200, 5, false},

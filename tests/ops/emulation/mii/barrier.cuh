@@ -19,6 +19,7 @@ namespace mii {
 constexpr int kBarrierBytes = 8;
 
 inline void publish_writes() { card::published[card::current] = card::writes; }
+inline void publish_global_writes() {}
 inline void barrier_init(uint32_t barrier, int arrivals) { card::barriers[barrier] = {arrivals, arrivals}; }
 inline void barrier_init_fence() {}
 inline void barrier_arrive(uint32_t barrier) {

@@ -57,6 +57,7 @@ inline void load_words(const void* address, uint64_t& first, uint64_t& second) {
 }
 inline uint32_t load_state(const uint32_t* address) {
   card::must_have_waited();
+  card::yield();
   const std::lock_guard lock(card::wires);
   return *address;
 }

@@ -1,0 +1,222 @@
+// Experts' products of up to 8 rows each by one stream of the weights of the experts that are hit (Hopper): moe_stream.cuh's
+// way of both products in one launch, with linear_stream.cuh's way of copying. Rows of weights come by bulk copies, so that
+// what warps ask memory for meanwhile, partial sums and the meeting of all CTAs, does not stand in line behind them.
+//
+// Tiles of 64 weight rows of one expert by 256 of k (a unit); of the first product 32 of gate and the same 32 of up, eight of
+// each in turn. Weights of the second follow those of the first through the ring; its tokens, which are results of the first,
+// follow their weights once all CTAs are through with that.
+#pragma once
+#include "mii/linear_stream.cuh"
+#include "mii/moe_stream.cuh"
+
+namespace mii {
+
+constexpr int kFewRows = kStreamTokens;
+constexpr int kFewBarrier = 1;  // named, of the multiplying warps
+
+// One of the two products as a CTA has it: its run of units.
+template <typename T, bool Up>
+struct FewRun {
+  static constexpr int kColumns = Up ? kStreamTileRows / 2 : kStreamTileRows;  // of out, that a tile yields
+
+  const MoeArgs<T>& a;
+  StreamRuns runs;
+  int tiles, begin, end;  // tiles: of weight rows, of an expert
+  int first;              // place of `begin` among all units that come through the ring
+
+  MII_DEVICE FewRun(const MoeArgs<T>& args, int groups, int place) : a(args), first(place) {
+    const int steps = (a.k + kStreamDepth - 1) / kStreamDepth;
+    tiles = (a.n + kColumns - 1) / kColumns;
+    const int units = groups * tiles * steps;
+    runs = {units, min(static_cast<int>(gridDim.x), units), steps};
+    const bool idle = static_cast<int>(blockIdx.x) >= runs.ctas;
+    begin = idle ? 0 : runs.begin(blockIdx.x), end = idle ? 0 : runs.begin(blockIdx.x + 1);
+  }
+  MII_DEVICE int size() const { return end - begin; }
+  MII_DEVICE int tile(int unit) const { return unit / runs.steps; }
+  MII_DEVICE int column(int unit) const { return unit % runs.steps * kStreamDepth; }
+  MII_DEVICE int depth(int unit) const { return min(kStreamDepth, a.k - column(unit)); }
+  MII_DEVICE int first_column(int tile) const { return tile % tiles * kColumns; }  // of out
+  // (expert, first row, rows, 0)
+  MII_DEVICE int4 rows(int tile) const { return a.tiles[1 + tile / tiles]; }
+  // Where eight weight rows begin that a tile has from `row` on, of the expert's; n is whole eights, so they end with them.
+  MII_DEVICE int weight_row(int tile, int row) const {
+    return Up ? first_column(tile) + row / 16 * 8 + (row / 8 % 2) * a.n : first_column(tile) + row;
+  }
+  MII_DEVICE bool has_rows(int tile, int row) const { return first_column(tile) + (Up ? row / 16 * 8 : row) < a.n; }
+  MII_DEVICE int valid_rows(int tile) const { return min(kColumns, a.n - first_column(tile)) * (Up ? 2 : 1); }
+};
+
+// The ring, as linear_stream.cuh lays it out, by places.
+struct FewRing {
+  uint32_t shared;
+
+  MII_DEVICE uint32_t full(int place) const { return shared + place % kStreamUnits * kBarrierBytes; }
+  MII_DEVICE uint32_t empty(int place) const { return full(place) + kStreamUnits * kBarrierBytes; }
+  MII_DEVICE uint32_t stage(int place) const {
+    return shared + kStreamRingOffset + place % kStreamUnits * kStreamUnitBytes;
+  }
+  MII_DEVICE static int turn(int place) { return place / kStreamUnits; }
+};
+
+// ---- the copying warps ----------------------------------------------------------------------------------------------
+template <typename T, bool Up>
+MII_DEVICE void copy_few_weights(const FewRun<T, Up>& run, const FewRing& ring, int place, uint64_t policy) {
+  const int unit = run.begin + place - run.first, tile = run.tile(unit), bytes = 2 * run.depth(unit);
+  const int4 rows = run.rows(tile);
+  const uint32_t target = ring.stage(place), full = ring.full(place);
+  if (threadIdx.x == kStreamConsumers) barrier_expect(full, bytes * (run.valid_rows(tile) + rows.z));
+  const int64_t expert_rows = int64_t(Up ? 2 : 1) * run.a.n;
+  const T* source = run.a.weight + rows.x * expert_rows * run.a.k + run.column(unit);
+  deal_blocks<kStreamTileRows>([&](int first) { return run.has_rows(tile, first) ? 8 : 0; },
+                               [&](int first) {
+                                 const T* from = source + int64_t(run.weight_row(tile, first)) * run.a.k;
+                                 const uint32_t into = target + first * kStreamRowBytes;
+                                 return [=](int i) {
+                                   bulk_copy(into + i * kStreamRowBytes, from + int64_t(i) * run.a.k, bytes, full, policy);
+                                 };
+                               });
+}
+
+// The rows that a warp copies for the tiles of a group, every kStreamCopyWarps-th.
+template <typename T, bool Up>
+struct FewTokens {
+  static constexpr int kMost = kFewRows / kStreamCopyWarps;
+
+  int group = -1, count = 0;
+  const T* sources[kMost];
+
+  MII_DEVICE void copy(const FewRun<T, Up>& run, const FewRing& ring, int place) {
+    const int unit = run.begin + place - run.first, tile = run.tile(unit), bytes = 2 * run.depth(unit);
+    const int warp = (threadIdx.x - kStreamConsumers) / kWarp;
+    if (group != tile / run.tiles) {
+      group = tile / run.tiles;
+      const int4 rows = run.rows(tile);
+      count = rows.z;
+#pragma unroll
+      for (int i = 0; i < kMost; ++i) {
+        const int token = warp + i * kStreamCopyWarps;
+        if (token < count) sources[i] = run.a.x + source_row<T, Up>(run.a, rows.y + token) * run.a.x_stride;
+      }
+    }
+    __syncwarp();
+    if (!elect_lane()) return;
+#pragma unroll
+    for (int i = 0; i < kMost; ++i) {
+      const int token = warp + i * kStreamCopyWarps;
+      if (token >= count) continue;
+      bulk_copy(ring.stage(place) + kStreamWeightBytes + token * kStreamRowBytes, sources[i] + run.column(unit), bytes,
+                ring.full(place));
+    }
+  }
+};
+
+// `before`: the meeting's counter, read before this CTA came to it.
+template <typename T>
+MII_DEVICE void copy_few(const FewRun<T, true>& up, const FewRun<T, false>& down, const FewRing& ring,
+                         const uint32_t* met, uint32_t before) {
+  const uint64_t policy = read_once_policy();
+  const int places = down.first + down.size();
+  FewTokens<T, true> up_tokens;
+  FewTokens<T, false> down_tokens;
+  int waiting = down.first;  // the first place whose tokens are not asked for
+  bool all_met = false;
+  const auto meet = [&] {
+    if (threadIdx.x % kWarp == 0) wait_for_turn(met, before);
+    __syncwarp();
+    publish_global_writes();
+    all_met = true;
+  };
+  for (int place = 0; place < places; ++place) {
+    if (place >= kStreamUnits) {
+      // The ring is full of weights of the second product, none of which can be multiplied before.
+      if (!all_met && place - kStreamUnits >= down.first) meet();
+      for (; all_met && waiting < place; ++waiting) down_tokens.copy(down, ring, waiting);
+      barrier_wait_forever(ring.empty(place), FewRing::turn(place) - 1 & 1);
+    }
+    if (place < down.first) {
+      copy_few_weights(up, ring, place, policy);
+      up_tokens.copy(up, ring, place);
+    } else {
+      copy_few_weights(down, ring, place, policy);
+    }
+  }
+  if (waiting == places) return;
+  if (!all_met) meet();
+  for (; waiting < places; ++waiting) down_tokens.copy(down, ring, waiting);
+}
+
+// ---- the multiplying warps ------------------------------------------------------------------------------------------
+// Rounds a tile's sums and stores them: rows of weight are columns of out.
+template <typename T, bool Up>
+MII_DEVICE void store_few(const FewRun<T, Up>& run, const StreamSums& sums, int tile) {
+  const MoeArgs<T>& a = run.a;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int4 rows = run.rows(tile);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int token = 2 * (lane % 4) + i, row = rows.y + token;
+    if (token >= rows.z) continue;
+    if constexpr (Up) {
+      const int n = run.first_column(tile) + warp * 8 + lane / 4;
+      const float value = activate_any<T>(sums[i], a.activation) * sums[2 + i];
+      if (n < a.n) a.out[row * a.out_stride + n] = from_float<T>(value);
+    } else {
+      const int n = run.first_column(tile) + warp * 16 + lane / 4, pair = a.pairs[row];
+      const float weight = a.pair_weights[pair];
+      T* out = a.out + pair * a.out_stride;
+      if (n < a.n) out[n] = from_float<T>(weight * sums[i]);
+      if (n + 8 < a.n) out[n + 8] = from_float<T>(weight * sums[2 + i]);
+    }
+  }
+}
+
+template <typename T, bool Up>
+MII_DEVICE void multiply_few(const FewRun<T, Up>& run, const FewRing& ring, float4* words) {
+  StreamSums sums[1] = {};
+  const auto left = [&](int cta, int) { return words + (2 * cta + Up) * kStreamConsumers + threadIdx.x; };
+  int run_start = run.begin;  // first unit of the tile that `sums` belongs to
+  for (int unit = run.begin, place = run.first; unit < run.end; ++unit, ++place) {
+    barrier_wait_forever(ring.full(place), FewRing::turn(place) & 1);
+    multiply_unit<T>(sums[0], ring.stage(place), run.depth(unit));
+    __syncwarp();
+    if (threadIdx.x % kWarp == 0) barrier_arrive(ring.empty(place));
+    const int tile = run.tile(unit);
+    if (tile == run.tile(unit + 1) && unit + 1 != run.end) continue;
+    const bool whole = unit + 1 - run_start == run.runs.steps;
+    if (whole || merge_by_words(sums, run.runs, tile, left)) store_few(run, sums[0], tile);
+    run_start = unit + 1;
+    sums[0][0] = sums[0][1] = sums[0][2] = sums[0][3] = 0.0f;
+  }
+}
+
+// Grid: one CTA a multiprocessor, all at once. Dynamic shared memory: kStreamSharedBytes. Tiles of the list: kFewRows.
+template <typename T>
+__global__ void __launch_bounds__(kStreamThreads) moe_few(const MoeStreamArgs<T> a) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  const FewRing ring = {shared_address(dynamic_shared())};
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStreamUnits; ++i) {
+      barrier_init(ring.full(i), 1);
+      barrier_init(ring.empty(i), kStreamWarps);
+    }
+    barrier_init_fence();
+  }
+  wait_for_previous();
+  start_next();
+  const int groups = a.up.tiles[0].x;
+  const uint32_t before = load_state(a.met);
+  __syncthreads();
+  if (groups == 0) return;
+  const FewRun<T, true> up(a.up, groups, 0);
+  const FewRun<T, false> down(a.down, groups, up.size());
+  if (threadIdx.x >= kStreamConsumers) return copy_few(up, down, ring, a.met, before);
+  multiply_few(up, ring, a.words);
+  publish_global_writes();
+  threads_wait(kFewBarrier, kStreamConsumers);
+  if (threadIdx.x == 0) arrive_once(a.met);
+  multiply_few(down, ring, a.words);
+#endif
+}
+
+}  // namespace mii
