@@ -169,7 +169,7 @@ MII_DEVICE void multiply_moe_unit(MoeSums<Tokens>& sums, uint32_t stage, int row
 // Leaves this CTA's partial sums of a tile to the last of its CTAs to arrive. True in every thread of the CTA that has the
 // total then.
 template <typename T, int Groups>
-MII_DEVICE bool merge_by_count(const MoeStreamArgs<T>& a, float (&sums)[Groups][4], const StreamRuns& runs, int tile) {
+MII_DEVICE bool merge_by_count(const MoeStreamArgs<T>& a, float (&sums)[Groups][4], const MixedRuns& runs, int tile) {
   __shared__ int last;
   const auto at = [&](int cta, int group) {
     return a.partial + (int64_t(runs.place(cta, tile)) * Groups + group) * kMoeThreads + threadIdx.x;
@@ -232,13 +232,13 @@ template <typename T, int Tokens, bool Up>
 struct MoeRun {
   const MoeArgs<T>& a;
   int tiles, begin, end;  // tiles: of weight rows
-  StreamRuns runs;
+  MixedRuns runs;
 
   MII_DEVICE MoeRun(const MoeArgs<T>& args, int groups) : a(args) {
     const int steps = (a.k + kUnitDepth - 1) / kUnitDepth;
     tiles = (a.n + WeightUnit<T, Up>::kColumns - 1) / WeightUnit<T, Up>::kColumns;
-    const int units = groups * tiles * steps;
-    runs = {units, min(static_cast<int>(gridDim.x), units), steps};
+    const int64_t units = int64_t(groups) * tiles * steps;
+    runs = {units, static_cast<int>(min(int64_t(gridDim.x), units)), steps};
     const bool idle = static_cast<int>(blockIdx.x) >= runs.ctas;
     begin = idle ? 0 : runs.begin(blockIdx.x), end = idle ? 0 : runs.begin(blockIdx.x + 1);
   }
@@ -254,7 +254,7 @@ MII_DEVICE uint32_t moe_stage(uint32_t ring, int place) {
 
 // This CTA's part in a tile that it shares with others: true where it has the whole sums then.
 template <typename T, int Tokens, bool Up>
-MII_DEVICE bool merge_moe_tile(const MoeStreamArgs<T>& a, float (&sums)[Tokens / 8][4], const StreamRuns& runs, int tile) {
+MII_DEVICE bool merge_moe_tile(const MoeStreamArgs<T>& a, float (&sums)[Tokens / 8][4], const MixedRuns& runs, int tile) {
   if constexpr (MoeStreamShape<Tokens>::kTogether) {
     return merge_by_words(sums, runs, tile, [&](int cta, int group) {
       return a.words + ((2 * cta + Up) * (Tokens / 8) + group) * kMoeThreads + threadIdx.x;

@@ -13,6 +13,16 @@ struct StreamRuns {
     const int least = units / ctas, more = units % ctas, in_longer = more * (least + 1);
     return unit < in_longer ? unit / (least + 1) : more + (unit - in_longer) / least;
   }
+};
+
+// The same, but longer and shorter runs take turns, for which it divides 64-bit numbers. Measured: experts' tiles of 64 rows are 3
+// to 4 % faster by it, one token's of 8 rows 1 us slower.
+struct MixedRuns {
+  int64_t units;
+  int ctas, steps;
+
+  MII_DEVICE int begin(int cta) const { return static_cast<int>(units * cta / ctas); }
+  MII_DEVICE int cta_of(int unit) const { return static_cast<int>(((unit + int64_t(1)) * ctas - 1) / units); }
   // Which of a CTA's two places for partial sums a tile has: its first tile the one, its last the other.
   MII_DEVICE int place(int cta, int tile) const { return 2 * cta + (tile == begin(cta) / steps ? 0 : 1); }
 };
