@@ -113,7 +113,7 @@ __device__ int2 list_decodes(const PlanParams& p, int seqs, int* decode_base, Pl
 __device__ void cut_axis(const PlanParams& p, int2 decodes, const int* decode_base, PlanHeader& header, bool alone) {
   const int jobs = decodes.x * p.a.kv_heads;
   const bool short_jobs = jobs >= kAloneJobs * p.bounds.ctas && decodes.y <= kAloneUnits * jobs;
-  header.teams = alone && short_jobs && p.a.head_dim <= kAloneHead ? kAttentionWarps : 1;
+  header.teams = header.items == 0 && short_jobs && p.a.head_dim <= kAloneHead ? kAttentionWarps : 1;
   const int wanted = alone ? header.teams * p.bounds.ctas : 2 * p.bounds.ctas;
   header.units = decodes.y;
   header.chunk_units = max(kMinChunk, (decodes.y + wanted - 1) / wanted);

@@ -43,7 +43,7 @@ struct JobCursor {
   DecodeSeq seq;
   int index, head;   // `seq` is number `index` of the list
   int base, end;     // first unit of the job, end of the chunk
-  int key, key_end;  // the warp's next step, if it is before the end of the chunk's keys; end 0: the chunk is done
+  int key, key_end;  // the warp's next step, if it is before the end of the chunk's keys; key_end 0: the chunk is done
 
   MII_DEVICE void start(const AttentionParams& p, const PlanHeader& header, const Team& team) {
     key = key_end = 0;

@@ -74,7 +74,11 @@ struct Bounds {
   int32_t ctas;  // of the attention kernel: all that fit on the card at once
   __host__ __device__ int max_chunks() const { return kAttentionWarps * ctas; }
   __host__ __device__ int max_parts() const { return 3 * ctas; }
+  // Chunks that have slots of their own. More, a chunk for each warp, there are only in steps without prompts, whose slots
+  // follow and serve them.
+  __host__ __device__ int own_chunks() const { return 2 * ctas; }
 };
+static_assert(2 * (kAttentionWarps - 2) * kDecodeRows <= 3 * prefill_rows(kAloneHead));
 
 __host__ __device__ inline int64_t max_items(const MiiAttention& a, Bounds bounds) {
   const int64_t rows = a.max_tokens * (a.q_heads / a.kv_heads);
@@ -108,7 +112,7 @@ struct Workspace {
   int32_t* queue;            // [3] next prefill item, next decode chunk, CTAs that are done
   int32_t* decode_arrived;   // [max_chunks]
   int32_t* prefill_arrived;  // [max_parts]
-  float* decode_parts;       // [2 max_chunks] partial tiles of kDecodeRows rows
+  float* decode_parts;       // [2 own_chunks] partial tiles of kDecodeRows rows
   float* prefill_parts;      // [max_parts] partial tiles of prefill_rows(head_dim) rows
 };
 
@@ -121,7 +125,7 @@ __host__ __device__ inline int64_t counter_bytes(Bounds bounds) {
 
 __host__ __device__ inline int64_t workspace_bytes(const MiiAttention& a, Bounds bounds) {
   return counter_bytes(bounds) +
-         sizeof(float) * (2 * bounds.max_chunks() * part_floats(kDecodeRows, a.head_dim) +
+         sizeof(float) * (2 * bounds.own_chunks() * part_floats(kDecodeRows, a.head_dim) +
                           bounds.max_parts() * part_floats(prefill_rows(a.head_dim), a.head_dim));
 }
 
@@ -129,7 +133,7 @@ inline Workspace workspace(const MiiAttention& a, Bounds bounds) {
   int32_t* counters = static_cast<int32_t*>(a.workspace);
   float* parts = reinterpret_cast<float*>(static_cast<char*>(a.workspace) + counter_bytes(bounds));
   return {counters, counters + 32, counters + 32 + bounds.max_chunks(), parts,
-          parts + 2 * bounds.max_chunks() * part_floats(kDecodeRows, a.head_dim)};
+          parts + 2 * bounds.own_chunks() * part_floats(kDecodeRows, a.head_dim)};
 }
 
 // The arguments of the attention kernel.

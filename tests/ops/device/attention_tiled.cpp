@@ -25,7 +25,11 @@ Body body_of(const MiiAttention& a, bool large) {
 struct alignas(128) Line {
   char bytes[128];
 };
-std::vector<Line> lines(int64_t bytes) { return std::vector<Line>((bytes + 127) / 128); }
+// With a line behind, that nobody may touch.
+std::vector<Line> lines(int64_t bytes) { return std::vector<Line>((bytes + 127) / 128 + 1); }
+bool untouched(const std::vector<Line>& memory) {
+  return std::all_of(std::begin(memory.back().bytes), std::end(memory.back().bytes), [](char byte) { return byte == 0; });
+}
 
 const char* run(int block, int grid, int threads, const std::function<void()>& kernel) {
   std::memset(shared, 0xff, sizeof(shared));  // NaN
@@ -76,6 +80,7 @@ extern "C" const char* attention_on_host(const MiiAttention* args, int ctas, boo
   for (int i = 0; i < ctas; ++i) {
     if (const char* failure = run(i, ctas, kAttentionThreads, [&] { body(p, shared); })) return failure;
   }
+  if (!untouched(step.work) || !untouched(step.space)) return "wrote past its memory";
   const int32_t* counters = p.space.queue;
   const int count = 32 + step.bounds.max_chunks() + step.bounds.max_parts();
   const bool zero = std::all_of(counters, counters + count, [](int c) { return c == 0; });
