@@ -17,6 +17,8 @@ SMALL = (
     MoeCase(7, 136, 72, Routing(5, 2), live=4),
     MoeCase(8, 264, 200, Routing(8, 2), crowded=True),
     MoeCase(8, 64, 64, Routing(8, 2), live=0),
+    MoeCase(7, 144, 80, Routing(40, 2), live=5),
+    MoeCase(8, 1040, 304, Routing(4, 3), crowded=True),
 )
 MORE = (
     MoeCase(16, 512, 328, Routing(16, 4), live=15, crowded=True),
