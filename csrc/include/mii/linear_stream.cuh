@@ -201,11 +201,11 @@ MII_DEVICE void store_tile(const Stream<T>& s, const StreamSums& sums, int tile)
   if (token + 1 < s.a.rows) store_pair(s, tile, row, token + 1, sums[1], sums[3]);
 }
 
-template <typename T>
-MII_DEVICE void multiply_units(const Stream<T>& s) {
-  wait_for_previous();  // before anything is written that the kernel before this one may still read
+// Multiplies a run's units. left(cta): where this thread's partial sums lie that a CTA leaves; store(sums, tile): for the whole
+// sums of a tile.
+template <typename T, typename Run, typename Left, typename Store>
+MII_DEVICE void multiply_stream(const Run& s, Left&& left, Store&& store) {
   StreamSums sums[1] = {};
-  const auto place = [&](int cta, int) { return s.a.partial + cta * kStreamConsumers + threadIdx.x; };
   int run_start = s.begin;  // first unit of the tile that `sums` belongs to
   for (int unit = s.begin; unit < s.end; ++unit) {
     barrier_wait_forever(s.full(unit), s.round(unit) & 1);
@@ -215,10 +215,18 @@ MII_DEVICE void multiply_units(const Stream<T>& s) {
     const int tile = s.tile(unit);
     if (tile == s.tile(unit + 1) && unit + 1 != s.end) continue;
     const bool whole = unit + 1 - run_start == s.runs.steps;
-    if (whole || merge_by_words(sums, s.runs, tile, place)) store_tile(s, sums[0], tile);
+    if (whole || merge_by_words(sums, s.runs, tile, [&](int cta, int) { return left(cta); })) store(sums[0], tile);
     run_start = unit + 1;
     sums[0][0] = sums[0][1] = sums[0][2] = sums[0][3] = 0.0f;
   }
+}
+
+template <typename T>
+MII_DEVICE void multiply_units(const Stream<T>& s) {
+  wait_for_previous();  // before anything is written that the kernel before this one may still read
+  multiply_stream<T>(
+      s, [&](int cta) { return s.a.partial + cta * kStreamConsumers + threadIdx.x; },
+      [&](const StreamSums& sums, int tile) { store_tile(s, sums, tile); });
 }
 
 // Grid: as many CTAs as fit the card at once, at most one a unit. Dynamic shared memory: kStreamSharedBytes.

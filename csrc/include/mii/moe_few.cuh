@@ -14,17 +14,30 @@ namespace mii {
 constexpr int kFewRows = kStreamTokens;
 constexpr int kFewBarrier = 1;  // named, of the multiplying warps
 
+// The ring, as linear_stream.cuh lays it out, by places.
+struct FewRing {
+  uint32_t shared;
+
+  MII_DEVICE uint32_t full(int place) const { return shared + place % kStreamUnits * kBarrierBytes; }
+  MII_DEVICE uint32_t empty(int place) const { return full(place) + kStreamUnits * kBarrierBytes; }
+  MII_DEVICE uint32_t stage(int place) const {
+    return shared + kStreamRingOffset + place % kStreamUnits * kStreamUnitBytes;
+  }
+  MII_DEVICE static int round(int place) { return place / kStreamUnits; }  // how often the ring came around
+};
+
 // One of the two products as a CTA has it: its run of units.
 template <typename T, bool Up>
 struct FewRun {
   static constexpr int kColumns = Up ? kStreamTileRows / 2 : kStreamTileRows;  // of out, that a tile yields
 
   const MoeArgs<T>& a;
+  FewRing ring;
   StreamRuns runs;
   int tiles, begin, end;  // tiles: of weight rows, of an expert
   int first;              // place of `begin` among all units that come through the ring
 
-  MII_DEVICE FewRun(const MoeArgs<T>& args, int groups, int place) : a(args), first(place) {
+  MII_DEVICE FewRun(const MoeArgs<T>& args, const FewRing& ring_, int groups, int place) : a(args), ring(ring_), first(place) {
     const int steps = (a.k + kStreamDepth - 1) / kStreamDepth;
     tiles = (a.n + kColumns - 1) / kColumns;
     const int units = groups * tiles * steps;
@@ -33,6 +46,12 @@ struct FewRun {
     begin = idle ? 0 : runs.begin(blockIdx.x), end = idle ? 0 : runs.begin(blockIdx.x + 1);
   }
   MII_DEVICE int size() const { return end - begin; }
+  MII_DEVICE int place(int unit) const { return first + unit - begin; }
+  MII_DEVICE int unit(int place) const { return begin + place - first; }
+  MII_DEVICE uint32_t full(int unit) const { return ring.full(place(unit)); }
+  MII_DEVICE uint32_t empty(int unit) const { return ring.empty(place(unit)); }
+  MII_DEVICE uint32_t stage(int unit) const { return ring.stage(place(unit)); }
+  MII_DEVICE int round(int unit) const { return FewRing::round(place(unit)); }
   MII_DEVICE int tile(int unit) const { return unit / runs.steps; }
   MII_DEVICE int column(int unit) const { return unit % runs.steps * kStreamDepth; }
   MII_DEVICE int depth(int unit) const { return min(kStreamDepth, a.k - column(unit)); }
@@ -47,24 +66,12 @@ struct FewRun {
   MII_DEVICE int valid_rows(int tile) const { return min(kColumns, a.n - first_column(tile)) * (Up ? 2 : 1); }
 };
 
-// The ring, as linear_stream.cuh lays it out, by places.
-struct FewRing {
-  uint32_t shared;
-
-  MII_DEVICE uint32_t full(int place) const { return shared + place % kStreamUnits * kBarrierBytes; }
-  MII_DEVICE uint32_t empty(int place) const { return full(place) + kStreamUnits * kBarrierBytes; }
-  MII_DEVICE uint32_t stage(int place) const {
-    return shared + kStreamRingOffset + place % kStreamUnits * kStreamUnitBytes;
-  }
-  MII_DEVICE static int turn(int place) { return place / kStreamUnits; }
-};
-
 // ---- the copying warps ----------------------------------------------------------------------------------------------
 template <typename T, bool Up>
-MII_DEVICE void copy_few_weights(const FewRun<T, Up>& run, const FewRing& ring, int place, uint64_t policy) {
-  const int unit = run.begin + place - run.first, tile = run.tile(unit), bytes = 2 * run.depth(unit);
+MII_DEVICE void copy_few_weights(const FewRun<T, Up>& run, int unit, uint64_t policy) {
+  const int tile = run.tile(unit), bytes = 2 * run.depth(unit);
   const int4 rows = run.rows(tile);
-  const uint32_t target = ring.stage(place), full = ring.full(place);
+  const uint32_t target = run.stage(unit), full = run.full(unit);
   if (threadIdx.x == kStreamConsumers) barrier_expect(full, bytes * (run.valid_rows(tile) + rows.z));
   const int64_t expert_rows = int64_t(Up ? 2 : 1) * run.a.n;
   const T* source = run.a.weight + rows.x * expert_rows * run.a.k + run.column(unit);
@@ -86,8 +93,8 @@ struct FewTokens {
   int group = -1, count = 0;
   const T* sources[kMost];
 
-  MII_DEVICE void copy(const FewRun<T, Up>& run, const FewRing& ring, int place) {
-    const int unit = run.begin + place - run.first, tile = run.tile(unit), bytes = 2 * run.depth(unit);
+  MII_DEVICE void copy(const FewRun<T, Up>& run, int unit) {
+    const int tile = run.tile(unit), bytes = 2 * run.depth(unit);
     const int warp = (threadIdx.x - kStreamConsumers) / kWarp;
     if (group != tile / run.tiles) {
       group = tile / run.tiles;
@@ -105,16 +112,15 @@ struct FewTokens {
     for (int i = 0; i < kMost; ++i) {
       const int token = warp + i * kStreamCopyWarps;
       if (token >= count) continue;
-      bulk_copy(ring.stage(place) + kStreamWeightBytes + token * kStreamRowBytes, sources[i] + run.column(unit), bytes,
-                ring.full(place));
+      bulk_copy(run.stage(unit) + kStreamWeightBytes + token * kStreamRowBytes, sources[i] + run.column(unit), bytes,
+                run.full(unit));
     }
   }
 };
 
 // `before`: the meeting's counter, read before this CTA came to it.
 template <typename T>
-MII_DEVICE void copy_few(const FewRun<T, true>& up, const FewRun<T, false>& down, const FewRing& ring,
-                         const uint32_t* met, uint32_t before) {
+MII_DEVICE void copy_few(const FewRun<T, true>& up, const FewRun<T, false>& down, const uint32_t* met, uint32_t before) {
   const uint64_t policy = read_once_policy();
   const int places = down.first + down.size();
   FewTokens<T, true> up_tokens;
@@ -131,19 +137,19 @@ MII_DEVICE void copy_few(const FewRun<T, true>& up, const FewRun<T, false>& down
     if (place >= kStreamUnits) {
       // The ring is full of weights of the second product, none of which can be multiplied before.
       if (!all_met && place - kStreamUnits >= down.first) meet();
-      for (; all_met && waiting < place; ++waiting) down_tokens.copy(down, ring, waiting);
-      barrier_wait_forever(ring.empty(place), FewRing::turn(place) - 1 & 1);
+      for (; all_met && waiting < place; ++waiting) down_tokens.copy(down, down.unit(waiting));
+      barrier_wait_forever(up.ring.empty(place), (FewRing::round(place) - 1) & 1);
     }
     if (place < down.first) {
-      copy_few_weights(up, ring, place, policy);
-      up_tokens.copy(up, ring, place);
+      copy_few_weights(up, up.unit(place), policy);
+      up_tokens.copy(up, up.unit(place));
     } else {
-      copy_few_weights(down, ring, place, policy);
+      copy_few_weights(down, down.unit(place), policy);
     }
   }
   if (waiting == places) return;
   if (!all_met) meet();
-  for (; waiting < places; ++waiting) down_tokens.copy(down, ring, waiting);
+  for (; waiting < places; ++waiting) down_tokens.copy(down, down.unit(waiting));
 }
 
 // ---- the multiplying warps ------------------------------------------------------------------------------------------
@@ -172,22 +178,10 @@ MII_DEVICE void store_few(const FewRun<T, Up>& run, const StreamSums& sums, int 
 }
 
 template <typename T, bool Up>
-MII_DEVICE void multiply_few(const FewRun<T, Up>& run, const FewRing& ring, float4* words) {
-  StreamSums sums[1] = {};
-  const auto left = [&](int cta, int) { return words + (2 * cta + Up) * kStreamConsumers + threadIdx.x; };
-  int run_start = run.begin;  // first unit of the tile that `sums` belongs to
-  for (int unit = run.begin, place = run.first; unit < run.end; ++unit, ++place) {
-    barrier_wait_forever(ring.full(place), FewRing::turn(place) & 1);
-    multiply_unit<T>(sums[0], ring.stage(place), run.depth(unit));
-    __syncwarp();
-    if (threadIdx.x % kWarp == 0) barrier_arrive(ring.empty(place));
-    const int tile = run.tile(unit);
-    if (tile == run.tile(unit + 1) && unit + 1 != run.end) continue;
-    const bool whole = unit + 1 - run_start == run.runs.steps;
-    if (whole || merge_by_words(sums, run.runs, tile, left)) store_few(run, sums[0], tile);
-    run_start = unit + 1;
-    sums[0][0] = sums[0][1] = sums[0][2] = sums[0][3] = 0.0f;
-  }
+MII_DEVICE void multiply_few(const FewRun<T, Up>& run, float4* words) {
+  multiply_stream<T>(
+      run, [&](int cta) { return words + (2 * cta + Up) * kStreamConsumers + threadIdx.x; },
+      [&](const StreamSums& sums, int tile) { store_few(run, sums, tile); });
 }
 
 // Grid: one CTA a multiprocessor, all at once. Dynamic shared memory: kStreamSharedBytes. Tiles of the list: kFewRows.
@@ -208,14 +202,14 @@ __global__ void __launch_bounds__(kStreamThreads) moe_few(const MoeStreamArgs<T>
   const uint32_t before = load_state(a.met);
   __syncthreads();
   if (groups == 0) return;
-  const FewRun<T, true> up(a.up, groups, 0);
-  const FewRun<T, false> down(a.down, groups, up.size());
-  if (threadIdx.x >= kStreamConsumers) return copy_few(up, down, ring, a.met, before);
-  multiply_few(up, ring, a.words);
+  const FewRun<T, true> up(a.up, ring, groups, 0);
+  const FewRun<T, false> down(a.down, ring, groups, up.size());
+  if (threadIdx.x >= kStreamConsumers) return copy_few(up, down, a.met, before);
+  multiply_few(up, a.words);
   publish_global_writes();
   threads_wait(kFewBarrier, kStreamConsumers);
   if (threadIdx.x == 0) arrive_once(a.met);
-  multiply_few(down, ring, a.words);
+  multiply_few(down, a.words);
 #endif
 }
 
