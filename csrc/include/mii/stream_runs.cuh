@@ -15,8 +15,8 @@ struct StreamRuns {
   }
 };
 
-// The same, but longer and shorter runs take turns, for which it divides 64-bit numbers. Measured: experts' tiles of 64 rows are 3
-// to 4 % faster by it, one token's of 8 rows 1 us slower.
+// The same, but longer and shorter runs take turns, for which it divides 64-bit numbers. Measured: experts' tiles of 64 rows
+// are 3 to 4 % faster by it, one token's of 8 rows 1 us slower.
 struct MixedRuns {
   int64_t units;
   int ctas, steps;
