@@ -105,11 +105,11 @@ _taken: Iterator[int] = itertools.count()
 def free_port(count: int = 8) -> int:
     """The first of some free ports in a row, others at each call. They are this process's own: workers of a test run,
     and test runs, share a machine; no connection gets one of these for its own end, as it may a port that was bound to
-    0 for a moment; and all lie below mii's default ports, from 28080 on, which other workers' deployments may take.
+    0 for a moment; and all lie below mii's default ports, from 25555 on, which other workers' deployments may take.
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 4
     run = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
-    start = 13000 + (run % 7 * 4 + worker) * _PORTS_OF_A_WORKER
+    start = 11000 + (run % 7 * 4 + worker) * _PORTS_OF_A_WORKER
     for _ in range(_PORTS_OF_A_WORKER):
         ports = [start + next(_taken) % _PORTS_OF_A_WORKER for _ in range(count)]
         if ports[-1] == ports[0] + count - 1 and all(is_free(port, "0.0.0.0") for port in ports):
