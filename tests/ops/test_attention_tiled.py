@@ -81,15 +81,17 @@ def test_warps_do_many_short_jobs_alone(
 
 @pytest.mark.parametrize("variant", ["window", "everything"])
 @pytest.mark.parametrize("head_dim", [80, 128])
-@pytest.mark.parametrize("q_heads", [2, 8])
-def test_jobs_of_warps_that_are_cut(library: ctypes.CDLL, q_heads: int, head_dim: int, variant: str) -> None:
+@pytest.mark.parametrize(("q_heads", "large"), [(2, True), (8, True), (8, False)])
+def test_jobs_of_warps_that_are_cut(
+    library: ctypes.CDLL, q_heads: int, large: bool, head_dim: int, variant: str
+) -> None:
     """Long ones among many short ones, and of several rows; heads of one row and of four."""
     lengths = [(1 + number % 2, 3 + 29 * number % 170) for number in range(40)]
     lengths[7], lengths[20], lengths[39] = (1, 1500), (2, 700), (1, 900)
     shape = SHAPE.with_(head_dim=head_dim, q_heads=q_heads, block_size=32, **VARIANTS[variant])
     case = make_case(lengths, shape)
     assert library.teams_on_host(ctypes.byref(struct_of(case, case.new_out())), 4) == 4
-    check(library, case, ctas=4)
+    check(library, case, ctas=4, large=large)
 
 
 def test_jobs_of_few_and_of_many_rows_take_turns(library: ctypes.CDLL) -> None:
