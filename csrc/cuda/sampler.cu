@@ -18,8 +18,9 @@ int cluster_size_for(int64_t rows, int64_t vocab) {
 // A cluster of the kernel for each row.
 template <typename Args>
 int32_t launch_rows(const char* name, void (*kernel)(Args), const Args& args, int64_t rows, int64_t vocab, void* stream) {
-  Shape shape = {dim3(static_cast<unsigned>(rows * cluster_size_for(rows, vocab))), dim3(kThreads)};
-  shape.cluster = cluster_size_for(rows, vocab);
+  const int size = cluster_size_for(rows, vocab);
+  Shape shape = {dim3(static_cast<unsigned>(rows * size)), dim3(kThreads)};
+  shape.cluster = size;
   return launch(name, kernel, shape, stream, args);
 }
 

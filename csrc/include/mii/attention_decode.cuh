@@ -27,8 +27,8 @@ struct DecodeShape {
   static constexpr int kShared = kMerge + kWarps * 2 * kDepth * kSlot;
   static_assert(kDecodeStep == 16 && kWarps * kDecodeStep == kDecodeTile && kDepth >= 1);
 };
-// The 16-byte chunks of a step that a lane copies: number i of row `row`, at `offset` in the step's slot, `source`
-// elements from its start.
+
+// The 16-byte chunks of a step that a lane copies: number i, of row `row`, goes to `offset` in the step's slot.
 template <int D>
 struct StepChunks {
   using Rows = HeadRows<D>;
@@ -39,14 +39,11 @@ struct StepChunks {
   int lane, first;
 
   MII_DEVICE explicit StepChunks(int lane_) : lane(lane_), first(Rows::offset(lane / Rows::kChunks, lane % Rows::kChunks)) {}
-  MII_DEVICE int row(int i) const {
-    return kWhole ? lane / Rows::kChunks + i * kRows : (lane + i * kWarp) / Rows::kChunks;
-  }
+  MII_DEVICE int row(int i) const { return (lane + i * kWarp) / Rows::kChunks; }
   MII_DEVICE uint32_t offset(int i) const {
     if constexpr (kWhole) return i * kRows * Rows::kStride + (first ^ (16 * (i * kRows & 7)));
     return Rows::offset(row(i), (lane + i * kWarp) % Rows::kChunks);
   }
-  MII_DEVICE int source(int i) const { return (lane + i * kWarp) * 8; }
 };
 
 // The copying side of a warp: runs ahead of the computing side by the depth of the ring.
@@ -66,7 +63,7 @@ struct DecodeLoader {
       const StepChunks<D> chunks(lane);
       const int64_t page = static_cast<int64_t>(block) * p.a.kv_heads + at.head;
       const int64_t row = (page << p.block_bits) + (at.key & (p.a.block_size - 1));
-      const T* source = static_cast<const T*>(cache) + row * D + chunks.source(0);
+      const T* source = static_cast<const T*>(cache) + row * D + lane * 8;
       if (at.full()) {
 #pragma unroll
         for (int i = 0; i < chunks.kCount; ++i) copy_async(slot + chunks.offset(i), source + i * kWarp * 8, true);
@@ -359,7 +356,7 @@ MII_DEVICE void decode_chunks(const AttentionParams& p, int number, int thread, 
   const PlanHeader header = load_planned(p.work.header);
   const Team team = Team::of(header, number, warp);
   JobCursor& job = notes->decode.job[warp];
-  if (lane == 0) job.start(p, header, team);
+  if (lane == 0) job.start(p, header, team);  // copied from the loader's it would make the kernel spill
   DecodeLoader<T, D> loader(p, header, team);
   bool waited = false;
 #pragma unroll 1

@@ -7,31 +7,26 @@
 
 namespace mii {
 
-// Whether this CTA is the last of `parts` to get here; then everything the others stored before is visible, and the
-// counter is zero again. `flag` is a shared word.
+// By one thread between two barriers with those that it comes for: whether they are the last of `parts`; then everything
+// the others stored before is visible, and the counter is zero again.
+MII_DEVICE bool arrive_last(int32_t* counter, int parts) {
+  __threadfence();  // releases what all of them stored: the barrier handed it to this thread
+  const bool last = atomicAdd(counter, 1) == parts - 1;
+  if (last) *counter = 0;
+  __threadfence();
+  return last;
+}
+// For a CTA; `flag` is a shared word.
 MII_DEVICE bool last_to_arrive(int32_t* counter, int parts, int* flag) {
   __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();  // releases what the whole CTA stored: the barrier handed it to this thread
-    const bool last = atomicAdd(counter, 1) == parts - 1;
-    if (last) *counter = 0;
-    *flag = last;
-    __threadfence();
-  }
+  if (threadIdx.x == 0) *flag = arrive_last(counter, parts);
   __syncthreads();
   return *flag != 0;
 }
-
-// The same for a warp.
+// For a warp.
 MII_DEVICE bool last_warp_to_arrive(int32_t* counter, int parts) {
   __syncwarp();
-  int last = 0;
-  if (threadIdx.x % kWarp == 0) {
-    __threadfence();
-    last = atomicAdd(counter, 1) == parts - 1;
-    if (last) *counter = 0;
-    __threadfence();
-  }
+  const int last = threadIdx.x % kWarp == 0 ? arrive_last(counter, parts) : 0;
   return __shfl_sync(kFullMask, last, 0) != 0;
 }
 

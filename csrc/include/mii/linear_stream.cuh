@@ -50,15 +50,36 @@ struct LinearStreamArgs {
   int activation;  // a MiiActivationKind, or kPlain
 };
 
+// The ring: a barrier for each place that tells of its copies, one that tells that it was read, then the places. What comes
+// through has a number of its own each, from 0 on.
+struct StreamRing {
+  uint32_t shared;
+
+  MII_DEVICE uint32_t full(int number) const { return shared + number % kStreamUnits * kBarrierBytes; }
+  MII_DEVICE uint32_t empty(int number) const { return shared + (kStreamUnits + number % kStreamUnits) * kBarrierBytes; }
+  MII_DEVICE uint32_t stage(int number) const {
+    return shared + kStreamRingOffset + number % kStreamUnits * kStreamUnitBytes;
+  }
+  MII_DEVICE static int round(int number) { return number / kStreamUnits; }  // how often the ring came around before
+  // By one thread, before all others go on.
+  MII_DEVICE void init() const {
+    for (int i = 0; i < kStreamUnits; ++i) {
+      barrier_init(full(i), 1);
+      barrier_init(empty(i), kStreamWarps);
+    }
+    barrier_init_fence();
+  }
+};
+
 // What a CTA does: its units, and where they lie.
 template <typename T>
 struct Stream {
   const LinearStreamArgs<T>& a;
   StreamRuns runs;
-  uint32_t shared;
+  StreamRing ring;
   int begin, end;
 
-  MII_DEVICE Stream(const LinearStreamArgs<T>& args, uint32_t memory) : a(args), shared(memory) {
+  MII_DEVICE Stream(const LinearStreamArgs<T>& args, uint32_t memory) : a(args), ring{memory} {
     const int steps = (a.k + kStreamDepth - 1) / kStreamDepth, tiles = (a.n + kStreamTileRows - 1) / kStreamTileRows;
     runs = {tiles * steps, static_cast<int>(gridDim.x), steps};
     begin = runs.begin(blockIdx.x), end = runs.begin(blockIdx.x + 1);
@@ -66,11 +87,10 @@ struct Stream {
   MII_DEVICE int tile(int unit) const { return unit / runs.steps; }
   MII_DEVICE int column(int unit) const { return unit % runs.steps * kStreamDepth; }
   MII_DEVICE int depth(int unit) const { return min(kStreamDepth, a.k - column(unit)); }
-  MII_DEVICE int place(int unit) const { return (unit - begin) % kStreamUnits; }
-  MII_DEVICE int round(int unit) const { return (unit - begin) / kStreamUnits; }  // how often the ring came around
-  MII_DEVICE uint32_t full(int unit) const { return shared + place(unit) * kBarrierBytes; }
-  MII_DEVICE uint32_t empty(int unit) const { return shared + (kStreamUnits + place(unit)) * kBarrierBytes; }
-  MII_DEVICE uint32_t stage(int unit) const { return shared + kStreamRingOffset + place(unit) * kStreamUnitBytes; }
+  MII_DEVICE int round(int unit) const { return StreamRing::round(unit - begin); }
+  MII_DEVICE uint32_t full(int unit) const { return ring.full(unit - begin); }
+  MII_DEVICE uint32_t empty(int unit) const { return ring.empty(unit - begin); }
+  MII_DEVICE uint32_t stage(int unit) const { return ring.stage(unit - begin); }
   // Gated tiles pair eight rows of gate with eight of up in each 16, so that a thread ends up with both of a pair.
   MII_DEVICE int weight_row(int tile, int row) const {
     if (a.activation == kPlain) return tile * kStreamTileRows + row;
@@ -202,7 +222,7 @@ MII_DEVICE void store_tile(const Stream<T>& s, const StreamSums& sums, int tile)
 }
 
 // Multiplies a run's units. left(cta): where this thread's partial sums lie that a CTA leaves; store(sums, tile): for the whole
-// sums of a tile.
+// sums of a tile, one group of four.
 template <typename T, typename Run, typename Left, typename Store>
 MII_DEVICE void multiply_stream(const Run& s, Left&& left, Store&& store) {
   StreamSums sums[1] = {};
@@ -215,7 +235,7 @@ MII_DEVICE void multiply_stream(const Run& s, Left&& left, Store&& store) {
     const int tile = s.tile(unit);
     if (tile == s.tile(unit + 1) && unit + 1 != s.end) continue;
     const bool whole = unit + 1 - run_start == s.runs.steps;
-    if (whole || merge_by_words(sums, s.runs, tile, [&](int cta, int) { return left(cta); })) store(sums[0], tile);
+    if (whole || merge_by_words(sums, s.runs, tile, [&](int cta, int) { return left(cta); })) store(sums, tile);
     run_start = unit + 1;
     sums[0][0] = sums[0][1] = sums[0][2] = sums[0][3] = 0.0f;
   }
@@ -226,7 +246,7 @@ MII_DEVICE void multiply_units(const Stream<T>& s) {
   wait_for_previous();  // before anything is written that the kernel before this one may still read
   multiply_stream<T>(
       s, [&](int cta) { return s.a.partial + cta * kStreamConsumers + threadIdx.x; },
-      [&](const StreamSums& sums, int tile) { store_tile(s, sums, tile); });
+      [&](const StreamSums (&sums)[1], int tile) { store_tile(s, sums[0], tile); });
 }
 
 // Grid: as many CTAs as fit the card at once, at most one a unit. Dynamic shared memory: kStreamSharedBytes.
@@ -234,13 +254,7 @@ template <typename T>
 __global__ void __launch_bounds__(kStreamThreads) linear_stream(const LinearStreamArgs<T> a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   const Stream<T> s(a, shared_address(dynamic_shared()));
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kStreamUnits; ++i) {
-      barrier_init(s.shared + i * kBarrierBytes, 1);
-      barrier_init(s.shared + (kStreamUnits + i) * kBarrierBytes, kStreamWarps);
-    }
-    barrier_init_fence();
-  }
+  if (threadIdx.x == 0) s.ring.init();
   __syncthreads();
   if (threadIdx.x >= kStreamConsumers) {
     copy_units(s);

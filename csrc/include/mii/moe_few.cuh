@@ -14,30 +14,18 @@ namespace mii {
 constexpr int kFewRows = kStreamTokens;
 constexpr int kFewBarrier = 1;  // named, of the multiplying warps
 
-// The ring, as linear_stream.cuh lays it out, by places.
-struct FewRing {
-  uint32_t shared;
-
-  MII_DEVICE uint32_t full(int place) const { return shared + place % kStreamUnits * kBarrierBytes; }
-  MII_DEVICE uint32_t empty(int place) const { return full(place) + kStreamUnits * kBarrierBytes; }
-  MII_DEVICE uint32_t stage(int place) const {
-    return shared + kStreamRingOffset + place % kStreamUnits * kStreamUnitBytes;
-  }
-  MII_DEVICE static int round(int place) { return place / kStreamUnits; }  // how often the ring came around
-};
-
 // One of the two products as a CTA has it: its run of units.
 template <typename T, bool Up>
 struct FewRun {
   static constexpr int kColumns = Up ? kStreamTileRows / 2 : kStreamTileRows;  // of out, that a tile yields
 
   const MoeArgs<T>& a;
-  FewRing ring;
+  StreamRing ring;
   StreamRuns runs;
   int tiles, begin, end;  // tiles: of weight rows, of an expert
   int first;              // place of `begin` among all units that come through the ring
 
-  MII_DEVICE FewRun(const MoeArgs<T>& args, const FewRing& ring_, int groups, int place) : a(args), ring(ring_), first(place) {
+  MII_DEVICE FewRun(const MoeArgs<T>& args, const StreamRing& ring_, int groups, int place) : a(args), ring(ring_), first(place) {
     const int steps = (a.k + kStreamDepth - 1) / kStreamDepth;
     tiles = (a.n + kColumns - 1) / kColumns;
     const int units = groups * tiles * steps;
@@ -51,7 +39,7 @@ struct FewRun {
   MII_DEVICE uint32_t full(int unit) const { return ring.full(place(unit)); }
   MII_DEVICE uint32_t empty(int unit) const { return ring.empty(place(unit)); }
   MII_DEVICE uint32_t stage(int unit) const { return ring.stage(place(unit)); }
-  MII_DEVICE int round(int unit) const { return FewRing::round(place(unit)); }
+  MII_DEVICE int round(int unit) const { return StreamRing::round(place(unit)); }
   MII_DEVICE int tile(int unit) const { return unit / runs.steps; }
   MII_DEVICE int column(int unit) const { return unit % runs.steps * kStreamDepth; }
   MII_DEVICE int depth(int unit) const { return min(kStreamDepth, a.k - column(unit)); }
@@ -138,7 +126,7 @@ MII_DEVICE void copy_few(const FewRun<T, true>& up, const FewRun<T, false>& down
       // The ring is full of weights of the second product, none of which can be multiplied before.
       if (!all_met && place - kStreamUnits >= down.first) meet();
       for (; all_met && waiting < place; ++waiting) down_tokens.copy(down, down.unit(waiting));
-      barrier_wait_forever(up.ring.empty(place), (FewRing::round(place) - 1) & 1);
+      barrier_wait_forever(up.ring.empty(place), (StreamRing::round(place) - 1) & 1);
     }
     if (place < down.first) {
       copy_few_weights(up, up.unit(place), policy);
@@ -153,49 +141,21 @@ MII_DEVICE void copy_few(const FewRun<T, true>& up, const FewRun<T, false>& down
 }
 
 // ---- the multiplying warps ------------------------------------------------------------------------------------------
-// Rounds a tile's sums and stores them: rows of weight are columns of out.
-template <typename T, bool Up>
-MII_DEVICE void store_few(const FewRun<T, Up>& run, const StreamSums& sums, int tile) {
-  const MoeArgs<T>& a = run.a;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int4 rows = run.rows(tile);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int token = 2 * (lane % 4) + i, row = rows.y + token;
-    if (token >= rows.z) continue;
-    if constexpr (Up) {
-      const int n = run.first_column(tile) + warp * 8 + lane / 4;
-      const float value = activate_any<T>(sums[i], a.activation) * sums[2 + i];
-      if (n < a.n) a.out[row * a.out_stride + n] = from_float<T>(value);
-    } else {
-      const int n = run.first_column(tile) + warp * 16 + lane / 4, pair = a.pairs[row];
-      const float weight = a.pair_weights[pair];
-      T* out = a.out + pair * a.out_stride;
-      if (n < a.n) out[n] = from_float<T>(weight * sums[i]);
-      if (n + 8 < a.n) out[n + 8] = from_float<T>(weight * sums[2 + i]);
-    }
-  }
-}
-
 template <typename T, bool Up>
 MII_DEVICE void multiply_few(const FewRun<T, Up>& run, float4* words) {
   multiply_stream<T>(
       run, [&](int cta) { return words + (2 * cta + Up) * kStreamConsumers + threadIdx.x; },
-      [&](const StreamSums& sums, int tile) { store_few(run, sums, tile); });
+      [&](const StreamSums (&sums)[1], int tile) {
+        store_moe_tile<T, kFewRows, Up>(run.a, sums, run.rows(tile), run.first_column(tile));
+      });
 }
 
 // Grid: one CTA a multiprocessor, all at once. Dynamic shared memory: kStreamSharedBytes. Tiles of the list: kFewRows.
 template <typename T>
 __global__ void __launch_bounds__(kStreamThreads) moe_few(const MoeStreamArgs<T> a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  const FewRing ring = {shared_address(dynamic_shared())};
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < kStreamUnits; ++i) {
-      barrier_init(ring.full(i), 1);
-      barrier_init(ring.empty(i), kStreamWarps);
-    }
-    barrier_init_fence();
-  }
+  const StreamRing ring = {shared_address(dynamic_shared())};
+  if (threadIdx.x == 0) ring.init();
   wait_for_previous();
   start_next();
   const int groups = a.up.tiles[0].x;

@@ -201,9 +201,9 @@ MII_DEVICE bool merge_by_count(const MoeStreamArgs<T>& a, float (&sums)[Groups][
   return true;
 }
 
-// Rounds a tile's sums and stores them: rows of weight are columns of out.
+// Rounds a tile's sums and stores them from column `first` of out on: rows of weight are columns of out, 16 of a warp's.
 template <typename T, int Tokens, bool Up>
-MII_DEVICE void store_moe_tile(const MoeArgs<T>& a, const float (&sums)[Tokens / 8][4], const int4 rows, int tile) {
+MII_DEVICE void store_moe_tile(const MoeArgs<T>& a, const float (&sums)[Tokens / 8][4], const int4 rows, int first) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 #pragma unroll
   for (int group = 0; group < Tokens / 8; ++group) {
@@ -213,11 +213,11 @@ MII_DEVICE void store_moe_tile(const MoeArgs<T>& a, const float (&sums)[Tokens /
       if (token >= rows.z) continue;
       const int row = rows.y + token;
       if constexpr (Up) {
-        const int n = tile * WeightUnit<T, Up>::kColumns + warp * 8 + lane / 4;
+        const int n = first + warp * 8 + lane / 4;
         const float value = activate_any<T>(sums[group][i], a.activation) * sums[group][2 + i];
         if (n < a.n) a.out[row * a.out_stride + n] = from_float<T>(value);
       } else {
-        const int n = tile * kUnitRows + warp * 16 + lane / 4, pair = a.pairs[row];
+        const int n = first + warp * 16 + lane / 4, pair = a.pairs[row];
         const float weight = a.pair_weights[pair];
         T* out = a.out + pair * a.out_stride;
         if (n < a.n) out[n] = from_float<T>(weight * sums[group][i]);
@@ -287,7 +287,7 @@ MII_DEVICE void multiply_run(const MoeStreamArgs<T>& a, const MoeRun<T, Tokens, 
     }
     const bool whole = unit + 1 - run_start == run.runs.steps;
     if (whole || merge_moe_tile<T, Tokens, Up>(a, sums[0], run.runs, group * run.tiles + tile)) {
-      store_moe_tile<T, Tokens, Up>(run.a, sums[0], rows, tile);
+      store_moe_tile<T, Tokens, Up>(run.a, sums[0], rows, tile * WeightUnit<T, Up>::kColumns);
     }
     run_start = unit + 1;
 #pragma unroll
