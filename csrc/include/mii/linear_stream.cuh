@@ -19,6 +19,7 @@
 #include "mii/dynamic_shared.cuh"
 #include "mii/partial_sums.cuh"
 #include "mii/prefetch_next.cuh"
+#include "mii/ring_place.cuh"
 #include "mii/stream_runs.cuh"
 
 namespace mii {
@@ -50,24 +51,42 @@ struct LinearStreamArgs {
   int activation;  // a MiiActivationKind, or kPlain
 };
 
-// The ring: a barrier for each place that tells of its copies, one that tells that it was read, then the places. What comes
-// through has a number of its own each, from 0 on.
+using StreamPlace = RingPlace<kStreamUnits>;
+
+// The ring: a barrier for each place that tells of its copies, one that tells that it was read, then the places.
 struct StreamRing {
   uint32_t shared;
 
-  MII_DEVICE uint32_t full(int number) const { return shared + number % kStreamUnits * kBarrierBytes; }
-  MII_DEVICE uint32_t empty(int number) const { return shared + (kStreamUnits + number % kStreamUnits) * kBarrierBytes; }
-  MII_DEVICE uint32_t stage(int number) const {
-    return shared + kStreamRingOffset + number % kStreamUnits * kStreamUnitBytes;
+  MII_DEVICE uint32_t full(const StreamPlace& place) const { return shared + place.at * kBarrierBytes; }
+  MII_DEVICE uint32_t empty(const StreamPlace& place) const { return shared + (kStreamUnits + place.at) * kBarrierBytes; }
+  MII_DEVICE uint32_t stage(const StreamPlace& place) const {
+    return shared + kStreamRingOffset + place.at * kStreamUnitBytes;
   }
-  MII_DEVICE static int round(int number) { return number / kStreamUnits; }  // how often the ring came around before
+  MII_DEVICE void wait_full(const StreamPlace& place) const { barrier_wait_forever(full(place), place.parity); }
+  // Until what the ring brought there the last time around was read.
+  MII_DEVICE void wait_empty(const StreamPlace& place) const { barrier_wait_forever(empty(place), place.parity ^ 1); }
   // By one thread, before all others go on.
   MII_DEVICE void init() const {
-    for (int i = 0; i < kStreamUnits; ++i) {
-      barrier_init(full(i), 1);
-      barrier_init(empty(i), kStreamWarps);
+    for (StreamPlace place; place.parity == 0; place.next()) {
+      barrier_init(full(place), 1);
+      barrier_init(empty(place), kStreamWarps);
     }
     barrier_init_fence();
+  }
+};
+
+// Where a run is. Counted, since warps that divide for each unit take longer over that than over its products.
+struct StreamCursor {
+  int unit, tile, step;  // step: of the tile
+
+  MII_DEVICE StreamCursor(int first, int steps) : unit(first), tile(first / steps), step(first % steps) {}
+  // To the next unit; true when that belongs to another tile.
+  MII_DEVICE bool advance(int steps) {
+    ++unit;
+    if (++step < steps) return false;
+    step = 0;
+    ++tile;
+    return true;
   }
 };
 
@@ -84,13 +103,8 @@ struct Stream {
     runs = {tiles * steps, static_cast<int>(gridDim.x), steps};
     begin = runs.begin(blockIdx.x), end = runs.begin(blockIdx.x + 1);
   }
-  MII_DEVICE int tile(int unit) const { return unit / runs.steps; }
-  MII_DEVICE int column(int unit) const { return unit % runs.steps * kStreamDepth; }
-  MII_DEVICE int depth(int unit) const { return min(kStreamDepth, a.k - column(unit)); }
-  MII_DEVICE int round(int unit) const { return StreamRing::round(unit - begin); }
-  MII_DEVICE uint32_t full(int unit) const { return ring.full(unit - begin); }
-  MII_DEVICE uint32_t empty(int unit) const { return ring.empty(unit - begin); }
-  MII_DEVICE uint32_t stage(int unit) const { return ring.stage(unit - begin); }
+  MII_DEVICE StreamCursor start() const { return {begin, runs.steps}; }
+  MII_DEVICE int depth(int step) const { return min(kStreamDepth, a.k - step * kStreamDepth); }
   // Gated tiles pair eight rows of gate with eight of up in each 16, so that a thread ends up with both of a pair.
   MII_DEVICE int weight_row(int tile, int row) const {
     if (a.activation == kPlain) return tile * kStreamTileRows + row;
@@ -121,13 +135,13 @@ MII_DEVICE void deal_blocks(Count&& count, Copy&& copy) {
 }
 
 template <typename T>
-MII_DEVICE void load_weights(const Stream<T>& s, int unit, uint64_t policy) {
-  const int tile = s.tile(unit), bytes = 2 * s.depth(unit), gate_end = s.a.activation == kPlain ? s.a.n : s.a.n / 2;
+MII_DEVICE void load_weights(const Stream<T>& s, const StreamCursor& at, const StreamPlace& place, uint64_t policy) {
+  const int tile = at.tile, bytes = 2 * s.depth(at.step), gate_end = s.a.activation == kPlain ? s.a.n : s.a.n / 2;
+  const uint32_t target = s.ring.stage(place), full = s.ring.full(place);
   // One thread announces the bytes of all; those that land before count down from nothing, and the phase waits for the
   // arrival. Of a gated weight's last tile the valid rows are not the first ones, but as many.
-  if (threadIdx.x == kStreamConsumers) barrier_expect(s.full(unit), bytes * (s.valid_rows(tile) + s.a.rows));
-  const T* source = s.a.weight + s.column(unit);
-  const uint32_t target = s.stage(unit), full = s.full(unit);
+  if (threadIdx.x == kStreamConsumers) barrier_expect(full, bytes * (s.valid_rows(tile) + s.a.rows));
+  const T* source = s.a.weight + at.step * kStreamDepth;
   deal_blocks<kStreamTileRows>(
       [&](int first) { return (first % 16 < 8 ? gate_end : s.a.n) - s.weight_row(tile, first); },
       [&](int first) {
@@ -138,10 +152,10 @@ MII_DEVICE void load_weights(const Stream<T>& s, int unit, uint64_t policy) {
 }
 
 template <typename T>
-MII_DEVICE void load_tokens(const Stream<T>& s, int unit) {
-  const T* source = s.a.x + s.column(unit);
-  const uint32_t target = s.stage(unit) + kStreamWeightBytes, full = s.full(unit);
-  const int bytes = 2 * s.depth(unit);
+MII_DEVICE void load_tokens(const Stream<T>& s, int step, const StreamPlace& place) {
+  const T* source = s.a.x + step * kStreamDepth;
+  const uint32_t target = s.ring.stage(place) + kStreamWeightBytes, full = s.ring.full(place);
+  const int bytes = 2 * s.depth(step);
   deal_blocks<kStreamTokens>([&](int) { return s.a.rows; },
                              [&](int) {
                                return [=](int token) {
@@ -153,47 +167,69 @@ MII_DEVICE void load_tokens(const Stream<T>& s, int unit) {
 template <typename T>
 MII_DEVICE void copy_units(const Stream<T>& s) {
   const uint64_t policy = read_once_policy();
-  const int filled = min(s.end, s.begin + kStreamUnits);
+  const int steps = s.runs.steps, filled = min(s.end, s.begin + kStreamUnits);
+  StreamCursor weights = s.start(), tokens = weights;
+  StreamPlace place, last;
   start_next();
-  for (int unit = s.begin; unit < filled; ++unit) load_weights(s, unit, policy);
+  for (; weights.unit < filled; weights.advance(steps), place.next()) load_weights(s, weights, place, policy);
   wait_for_previous();
-  for (int unit = s.begin; unit < filled; ++unit) load_tokens(s, unit);
-  for (int unit = filled; unit < s.end; ++unit) {
-    barrier_wait_forever(s.empty(unit), (s.round(unit) - 1) & 1);
-    load_weights(s, unit, policy);
-    load_tokens(s, unit);
+  for (place = {}; tokens.unit < filled; tokens.advance(steps), place.next()) load_tokens(s, tokens.step, last = place);
+  for (; weights.unit < s.end; weights.advance(steps), place.next()) {
+    s.ring.wait_empty(place);
+    load_weights(s, weights, place, policy);
+    load_tokens(s, weights.step, last = place);
   }
   if (s.a.next == nullptr) return;
-  barrier_wait_forever(s.full(s.end - 1), s.round(s.end - 1) & 1);  // the ring comes not around again: that phase stays over
+  s.ring.wait_full(last);  // the ring comes not around again: that phase stays over
   prefetch_next<kStreamCopyWarps * kWarp>(s.a, threadIdx.x - kStreamConsumers);
 }
 
 // ---- the multiplying warps ------------------------------------------------------------------------------------------
-using StreamSums = float[4];  // of a thread
+using StreamSums = float[2][1][4];  // of a thread: two chains, as one product waits long for the one before
 
-// sums += (16 weight rows of this warp) x (all tokens) over 32 columns of a unit; of a last odd 16 the other half is not
-// multiplied.
-template <typename T>
-MII_DEVICE void multiply_columns(StreamSums& sums, uint32_t weight, uint32_t tokens, bool both) {
-  uint32_t a[2][4], b[4];
-  load_matrices(a[0], weight);
-  load_matrices(a[1], weight + 32);
-  load_matrices(b, tokens);
-  multiply_add<T>(sums, a[0], b[0], b[1]);
-  if (both) multiply_add<T>(sums, a[1], b[2], b[3]);
-}
+// What products over 32 columns of a unit take: 16 weight rows of this warp, in two halves, and all tokens.
+struct StreamFragments {
+  uint32_t weight[2][4], tokens[4];
 
+  MII_DEVICE void load(uint32_t weight_at, uint32_t tokens_at) {
+    load_matrices(weight[0], weight_at);
+    load_matrices(weight[1], weight_at + 32);
+    load_matrices(tokens, tokens_at);
+  }
+  template <typename T>
+  MII_DEVICE void multiply(StreamSums& sums) const {
+    multiply_add<T>(sums[0][0], weight[0], tokens[0], tokens[1]);
+    multiply_add<T>(sums[1][0], weight[1], tokens[2], tokens[3]);
+  }
+};
+
+// sums += (16 weight rows of this warp) x (all tokens) over a unit.
 template <typename T>
 MII_DEVICE void multiply_unit(StreamSums& sums, uint32_t unit, int depth) {
+  constexpr int kAtOnce = 4, kBatches = kStreamDepth / 32 / kAtOnce;  // a batch is loaded while the one before is multiplied
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const uint32_t weight = unit + (warp * 16 + lane % 16) * kStreamRowBytes + lane / 16 * 16;
   const uint32_t tokens = unit + kStreamWeightBytes + lane % 8 * kStreamRowBytes + lane / 8 * 16;
   if (depth == kStreamDepth) {
+    StreamFragments batch[2][kAtOnce];
 #pragma unroll
-    for (int at = 0; at < 2 * kStreamDepth; at += 64) multiply_columns<T>(sums, weight + at, tokens + at, true);
-  } else {
-    for (int pair = 0; 32 * pair < depth; ++pair) {
-      multiply_columns<T>(sums, weight + 64 * pair, tokens + 64 * pair, 32 * pair + 16 < depth);
+    for (int b = 0; b <= kBatches; ++b) {
+#pragma unroll
+      for (int i = 0; b < kBatches && i < kAtOnce; ++i) {
+        batch[b % 2][i].load(weight + 64 * (b * kAtOnce + i), tokens + 64 * (b * kAtOnce + i));
+      }
+#pragma unroll
+      for (int i = 0; b > 0 && i < kAtOnce; ++i) batch[(b - 1) % 2][i].template multiply<T>(sums);
+    }
+    return;
+  }
+  for (int first = 0; first < depth; first += 32) {
+    StreamFragments all;
+    all.load(weight + 2 * first, tokens + 2 * first);
+    if (first + 16 < depth) {
+      all.template multiply<T>(sums);
+    } else {  // the other 16 columns are not of this unit
+      multiply_add<T>(sums[0][0], all.weight[0], all.tokens[0], all.tokens[1]);
     }
   }
 }
@@ -215,38 +251,44 @@ MII_DEVICE void store_pair(const Stream<T>& s, int tile, int row, int token, flo
 }
 
 template <typename T>
-MII_DEVICE void store_tile(const Stream<T>& s, const StreamSums& sums, int tile) {
+MII_DEVICE void store_tile(const Stream<T>& s, const float (&sums)[4], int tile) {
   const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp * 16 + lane / 4, token = 2 * (lane % 4);
   if (token < s.a.rows) store_pair(s, tile, row, token, sums[0], sums[2]);
   if (token + 1 < s.a.rows) store_pair(s, tile, row, token + 1, sums[1], sums[3]);
 }
 
-// Multiplies a run's units. left(cta): where this thread's partial sums lie that a CTA leaves; store(sums, tile): for the whole
-// sums of a tile, one group of four.
+// Multiplies a run's units, the first of which comes through `place` of the ring. left(cta): where this thread's partial sums
+// lie that a CTA leaves; store(sums, tile): for the whole sums of a tile, one group of four.
 template <typename T, typename Run, typename Left, typename Store>
-MII_DEVICE void multiply_stream(const Run& s, Left&& left, Store&& store) {
-  StreamSums sums[1] = {};
+MII_DEVICE void multiply_stream(const Run& s, StreamPlace& place, Left&& left, Store&& store) {
+  StreamSums sums = {};
+  StreamCursor at = s.start();
   int run_start = s.begin;  // first unit of the tile that `sums` belongs to
-  for (int unit = s.begin; unit < s.end; ++unit) {
-    barrier_wait_forever(s.full(unit), s.round(unit) & 1);
-    multiply_unit<T>(sums[0], s.stage(unit), s.depth(unit));
+  while (at.unit < s.end) {
+    const int tile = at.tile;
+    s.ring.wait_full(place);
+    multiply_unit<T>(sums, s.ring.stage(place), s.depth(at.step));
     __syncwarp();
-    if (threadIdx.x % kWarp == 0) barrier_arrive(s.empty(unit));
-    const int tile = s.tile(unit);
-    if (tile == s.tile(unit + 1) && unit + 1 != s.end) continue;
-    const bool whole = unit + 1 - run_start == s.runs.steps;
-    if (whole || merge_by_words(sums, s.runs, tile, [&](int cta, int) { return left(cta); })) store(sums, tile);
-    run_start = unit + 1;
-    sums[0][0] = sums[0][1] = sums[0][2] = sums[0][3] = 0.0f;
+    if (threadIdx.x % kWarp == 0) barrier_arrive(s.ring.empty(place));
+    place.next();
+    if (!at.advance(s.runs.steps) && at.unit < s.end) continue;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[0][0][i] += sums[1][0][i];
+    const bool whole = at.unit - run_start == s.runs.steps;
+    if (whole || merge_by_words(sums[0], s.runs, tile, [&](int cta, int) { return left(cta); })) store(sums[0], tile);
+    run_start = at.unit;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) sums[i / 4][0][i % 4] = 0.0f;
   }
 }
 
 template <typename T>
 MII_DEVICE void multiply_units(const Stream<T>& s) {
   wait_for_previous();  // before anything is written that the kernel before this one may still read
+  StreamPlace place;
   multiply_stream<T>(
-      s, [&](int cta) { return s.a.partial + cta * kStreamConsumers + threadIdx.x; },
-      [&](const StreamSums (&sums)[1], int tile) { store_tile(s, sums[0], tile); });
+      s, place, [&](int cta) { return s.a.partial + cta * kStreamConsumers + threadIdx.x; },
+      [&](const float (&sums)[1][4], int tile) { store_tile(s, sums[0], tile); });
 }
 
 // Grid: as many CTAs as fit the card at once, at most one a unit. Dynamic shared memory: kStreamSharedBytes.

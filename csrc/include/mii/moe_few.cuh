@@ -23,9 +23,8 @@ struct FewRun {
   StreamRing ring;
   StreamRuns runs;
   int tiles, begin, end;  // tiles: of weight rows, of an expert
-  int first;              // place of `begin` among all units that come through the ring
 
-  MII_DEVICE FewRun(const MoeArgs<T>& args, const StreamRing& ring_, int groups, int place) : a(args), ring(ring_), first(place) {
+  MII_DEVICE FewRun(const MoeArgs<T>& args, const StreamRing& ring_, int groups) : a(args), ring(ring_) {
     const int steps = (a.k + kStreamDepth - 1) / kStreamDepth;
     tiles = (a.n + kColumns - 1) / kColumns;
     const int units = groups * tiles * steps;
@@ -34,74 +33,107 @@ struct FewRun {
     begin = idle ? 0 : runs.begin(blockIdx.x), end = idle ? 0 : runs.begin(blockIdx.x + 1);
   }
   MII_DEVICE int size() const { return end - begin; }
-  MII_DEVICE int place(int unit) const { return first + unit - begin; }
-  MII_DEVICE int unit(int place) const { return begin + place - first; }
-  MII_DEVICE uint32_t full(int unit) const { return ring.full(place(unit)); }
-  MII_DEVICE uint32_t empty(int unit) const { return ring.empty(place(unit)); }
-  MII_DEVICE uint32_t stage(int unit) const { return ring.stage(place(unit)); }
-  MII_DEVICE int round(int unit) const { return StreamRing::round(place(unit)); }
-  MII_DEVICE int tile(int unit) const { return unit / runs.steps; }
-  MII_DEVICE int column(int unit) const { return unit % runs.steps * kStreamDepth; }
-  MII_DEVICE int depth(int unit) const { return min(kStreamDepth, a.k - column(unit)); }
-  MII_DEVICE int first_column(int tile) const { return tile % tiles * kColumns; }  // of out
-  // (expert, first row, rows, 0)
-  MII_DEVICE int4 rows(int tile) const { return a.tiles[1 + tile / tiles]; }
-  // Where eight weight rows begin that a tile has from `row` on, of the expert's; n is whole eights, so they end with them.
-  MII_DEVICE int weight_row(int tile, int row) const {
-    return Up ? first_column(tile) + row / 16 * 8 + (row / 8 % 2) * a.n : first_column(tile) + row;
+  MII_DEVICE StreamCursor start() const { return {begin, runs.steps}; }
+  MII_DEVICE int depth(int step) const { return min(kStreamDepth, a.k - step * kStreamDepth); }
+};
+
+// The tile that a run has come to: whose rows it has, and which weight rows of their expert.
+template <typename T, bool Up>
+struct FewTile {
+  int tile, column, group;
+  int4 rows;  // (expert, first row, rows, 0)
+
+  MII_DEVICE explicit FewTile(const FewRun<T, Up>& run)
+      : tile(run.begin / run.runs.steps), column(tile % run.tiles), group(tile / run.tiles), rows(run.a.tiles[1 + group]) {}
+  // To the next one; true when that is of other rows, whose entry of the list a run has to read that goes on.
+  MII_DEVICE bool advance(const FewRun<T, Up>& run) {
+    ++tile;
+    if (++column < run.tiles) return false;
+    column = 0;
+    ++group;
+    return true;
   }
-  MII_DEVICE bool has_rows(int tile, int row) const { return first_column(tile) + (Up ? row / 16 * 8 : row) < a.n; }
-  MII_DEVICE int valid_rows(int tile) const { return min(kColumns, a.n - first_column(tile)) * (Up ? 2 : 1); }
+  MII_DEVICE void read(const FewRun<T, Up>& run) { rows = run.a.tiles[1 + group]; }
+  MII_DEVICE int first_column() const { return column * FewRun<T, Up>::kColumns; }  // of out
+  // Where eight weight rows begin that the tile has from `row` on, of the expert's; n is whole eights, so they end with them.
+  MII_DEVICE int weight_row(const FewRun<T, Up>& run, int row) const {
+    return Up ? first_column() + row / 16 * 8 + (row / 8 % 2) * run.a.n : first_column() + row;
+  }
+  MII_DEVICE bool has_rows(const FewRun<T, Up>& run, int row) const { return first_column() + (Up ? row / 16 * 8 : row) < run.a.n; }
+  MII_DEVICE int valid_rows(const FewRun<T, Up>& run) const {
+    return min(FewRun<T, Up>::kColumns, run.a.n - first_column()) * (Up ? 2 : 1);
+  }
 };
 
 // ---- the copying warps ----------------------------------------------------------------------------------------------
+// Weights of a run, unit by unit.
 template <typename T, bool Up>
-MII_DEVICE void copy_few_weights(const FewRun<T, Up>& run, int unit, uint64_t policy) {
-  const int tile = run.tile(unit), bytes = 2 * run.depth(unit);
-  const int4 rows = run.rows(tile);
-  const uint32_t target = run.stage(unit), full = run.full(unit);
-  if (threadIdx.x == kStreamConsumers) barrier_expect(full, bytes * (run.valid_rows(tile) + rows.z));
-  const int64_t expert_rows = int64_t(Up ? 2 : 1) * run.a.n;
-  const T* source = run.a.weight + rows.x * expert_rows * run.a.k + run.column(unit);
-  deal_blocks<kStreamTileRows>([&](int first) { return run.has_rows(tile, first) ? 8 : 0; },
-                               [&](int first) {
-                                 const T* from = source + int64_t(run.weight_row(tile, first)) * run.a.k;
-                                 const uint32_t into = target + first * kStreamRowBytes;
-                                 return [=](int i) {
-                                   bulk_copy(into + i * kStreamRowBytes, from + int64_t(i) * run.a.k, bytes, full, policy);
-                                 };
-                               });
-}
+struct FewWeights {
+  const FewRun<T, Up>& run;
+  StreamCursor at;
+  FewTile<T, Up> tile;
 
-// The rows that a warp copies for the tiles of a group, every kStreamCopyWarps-th.
+  MII_DEVICE explicit FewWeights(const FewRun<T, Up>& run_) : run(run_), at(run.start()), tile(run) {}
+  MII_DEVICE void copy(const StreamPlace& place, uint64_t policy) {
+    const int bytes = 2 * run.depth(at.step);
+    const uint32_t target = run.ring.stage(place), full = run.ring.full(place);
+    if (threadIdx.x == kStreamConsumers) barrier_expect(full, bytes * (tile.valid_rows(run) + tile.rows.z));
+    const int64_t expert_rows = int64_t(Up ? 2 : 1) * run.a.n;
+    const T* source = run.a.weight + tile.rows.x * expert_rows * run.a.k + at.step * kStreamDepth;
+    deal_blocks<kStreamTileRows>([&](int first) { return tile.has_rows(run, first) ? 8 : 0; },
+                                 [&](int first) {
+                                   const T* from = source + int64_t(tile.weight_row(run, first)) * run.a.k;
+                                   const uint32_t into = target + first * kStreamRowBytes;
+                                   return [=](int i) {
+                                     bulk_copy(into + i * kStreamRowBytes, from + int64_t(i) * run.a.k, bytes, full, policy);
+                                   };
+                                 });
+    if (at.advance(run.runs.steps) && tile.advance(run) && at.unit < run.end) tile.read(run);
+  }
+};
+
+// Its tokens, of which a warp copies every kStreamCopyWarps-th.
 template <typename T, bool Up>
 struct FewTokens {
   static constexpr int kMost = kFewRows / kStreamCopyWarps;
 
-  int group = -1, count = 0;
+  const FewRun<T, Up>& run;
+  StreamCursor at;
+  FewTile<T, Up> tile;
+  StreamPlace place;
   const T* sources[kMost];
 
-  MII_DEVICE void copy(const FewRun<T, Up>& run, int unit) {
-    const int tile = run.tile(unit), bytes = 2 * run.depth(unit);
-    const int warp = (threadIdx.x - kStreamConsumers) / kWarp;
-    if (group != tile / run.tiles) {
-      group = tile / run.tiles;
-      const int4 rows = run.rows(tile);
-      count = rows.z;
+  // `turns`: how many units come through the ring before those of the run.
+  MII_DEVICE FewTokens(const FewRun<T, Up>& run_, int turns)
+      : run(run_), at(run.start()), tile(run), place(StreamPlace::after(turns)) {
+    find();
+  }
+  MII_DEVICE int asked() const { return at.unit - run.begin; }
+  MII_DEVICE void copy() {
+    __syncwarp();
+    if (elect_lane()) {
 #pragma unroll
       for (int i = 0; i < kMost; ++i) {
-        const int token = warp + i * kStreamCopyWarps;
-        if (token < count) sources[i] = run.a.x + source_row<T, Up>(run.a, rows.y + token) * run.a.x_stride;
+        const int token = first_token() + i * kStreamCopyWarps;
+        if (token >= tile.rows.z) continue;
+        bulk_copy(run.ring.stage(place) + kStreamWeightBytes + token * kStreamRowBytes, sources[i] + at.step * kStreamDepth,
+                  2 * run.depth(at.step), run.ring.full(place));
       }
     }
-    __syncwarp();
-    if (!elect_lane()) return;
+    place.next();
+    if (at.advance(run.runs.steps) && tile.advance(run) && at.unit < run.end) {
+      tile.read(run);
+      find();
+    }
+  }
+
+ private:
+  MII_DEVICE static int first_token() { return (threadIdx.x - kStreamConsumers) / kWarp; }
+  MII_DEVICE void find() {
 #pragma unroll
     for (int i = 0; i < kMost; ++i) {
-      const int token = warp + i * kStreamCopyWarps;
-      if (token >= count) continue;
-      bulk_copy(run.stage(unit) + kStreamWeightBytes + token * kStreamRowBytes, sources[i] + run.column(unit), bytes,
-                run.full(unit));
+      const int token = first_token() + i * kStreamCopyWarps;
+      if (token < tile.rows.z) sources[i] = run.a.x + source_row<T, Up>(run.a, tile.rows.y + token) * run.a.x_stride;
     }
   }
 };
@@ -110,10 +142,15 @@ struct FewTokens {
 template <typename T>
 MII_DEVICE void copy_few(const FewRun<T, true>& up, const FewRun<T, false>& down, const uint32_t* met, uint32_t before) {
   const uint64_t policy = read_once_policy();
-  const int places = down.first + down.size();
-  FewTokens<T, true> up_tokens;
-  FewTokens<T, false> down_tokens;
-  int waiting = down.first;  // the first place whose tokens are not asked for
+  const int first_down = up.size(), places = first_down + down.size(), filled = min(kStreamUnits, first_down);
+  FewWeights<T, true> up_weights(up);
+  FewWeights<T, false> down_weights(down);
+  StreamPlace place;
+  // The ring takes its first weights before anything is known of the rows.
+  for (; up_weights.at.unit < up.begin + filled; place.next()) up_weights.copy(place, policy);
+  FewTokens<T, true> up_tokens(up, 0);
+  FewTokens<T, false> down_tokens(down, first_down);
+  while (up_tokens.asked() < filled) up_tokens.copy();
   bool all_met = false;
   const auto meet = [&] {
     if (threadIdx.x % kWarp == 0) wait_for_turn(met, before);
@@ -121,33 +158,60 @@ MII_DEVICE void copy_few(const FewRun<T, true>& up, const FewRun<T, false>& down
     publish_global_writes();
     all_met = true;
   };
-  for (int place = 0; place < places; ++place) {
-    if (place >= kStreamUnits) {
+  for (int at = filled; at < places; ++at, place.next()) {
+    if (at >= kStreamUnits) {
       // The ring is full of weights of the second product, none of which can be multiplied before.
-      if (!all_met && place - kStreamUnits >= down.first) meet();
-      for (; all_met && waiting < place; ++waiting) down_tokens.copy(down, down.unit(waiting));
-      barrier_wait_forever(up.ring.empty(place), (StreamRing::round(place) - 1) & 1);
+      if (!all_met && at - kStreamUnits >= first_down) meet();
+      while (all_met && first_down + down_tokens.asked() < at) down_tokens.copy();
+      up.ring.wait_empty(place);
     }
-    if (place < down.first) {
-      copy_few_weights(up, up.unit(place), policy);
-      up_tokens.copy(up, up.unit(place));
+    if (at < first_down) {
+      up_weights.copy(place, policy);
+      up_tokens.copy();
     } else {
-      copy_few_weights(down, down.unit(place), policy);
+      down_weights.copy(place, policy);
     }
   }
-  if (waiting == places) return;
+  if (down_tokens.asked() == down.size()) return;
   if (!all_met) meet();
-  for (; waiting < places; ++waiting) down_tokens.copy(down, down.unit(waiting));
+  while (down_tokens.asked() < down.size()) down_tokens.copy();
 }
 
 // ---- the multiplying warps ------------------------------------------------------------------------------------------
+// What becomes of a run's tiles. Read when it comes to other rows, the first ones before the run begins.
 template <typename T, bool Up>
-MII_DEVICE void multiply_few(const FewRun<T, Up>& run, float4* words) {
+struct FewResults {
+  const FewRun<T, Up>& run;
+  FewTile<T, Up> at;
+  MoePair pairs[2];  // of the two tokens of which this thread has sums; not Up
+
+  MII_DEVICE explicit FewResults(const FewRun<T, Up>& run_) : run(run_), at(run) { find(); }
+  MII_DEVICE void store(const float (&sums)[1][4], int tile) {
+    while (at.tile < tile) {
+      if (!at.advance(run)) continue;
+      at.read(run);
+      find();
+    }
+    store_moe_tile<T, kFewRows, Up>(run.a, sums, at.rows, at.first_column(), [&](int, int i) { return pairs[i]; });
+  }
+
+ private:
+  MII_DEVICE void find() {
+    if constexpr (!Up) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int token = 2 * (threadIdx.x % 4) + i;
+        if (token < at.rows.z) pairs[i] = MoePair::of(run.a, at.rows.y + token);
+      }
+    }
+  }
+};
+
+template <typename T, bool Up>
+MII_DEVICE void multiply_few(const FewRun<T, Up>& run, StreamPlace& place, FewResults<T, Up>& results, float4* words) {
   multiply_stream<T>(
-      run, [&](int cta) { return words + (2 * cta + Up) * kStreamConsumers + threadIdx.x; },
-      [&](const StreamSums (&sums)[1], int tile) {
-        store_moe_tile<T, kFewRows, Up>(run.a, sums, run.rows(tile), run.first_column(tile));
-      });
+      run, place, [&](int cta) { return words + (2 * cta + Up) * kStreamConsumers + threadIdx.x; },
+      [&](const float (&sums)[1][4], int tile) { results.store(sums, tile); });
 }
 
 // Grid: one CTA a multiprocessor, all at once. Dynamic shared memory: kStreamSharedBytes. Tiles of the list: kFewRows.
@@ -162,14 +226,17 @@ __global__ void __launch_bounds__(kStreamThreads) moe_few(const MoeStreamArgs<T>
   const uint32_t before = load_state(a.met);
   __syncthreads();
   if (groups == 0) return;
-  const FewRun<T, true> up(a.up, ring, groups, 0);
-  const FewRun<T, false> down(a.down, ring, groups, up.size());
+  const FewRun<T, true> up(a.up, ring, groups);
+  const FewRun<T, false> down(a.down, ring, groups);
   if (threadIdx.x >= kStreamConsumers) return copy_few(up, down, a.met, before);
-  multiply_few(up, a.words);
+  StreamPlace place;
+  FewResults<T, true> up_results(up);
+  FewResults<T, false> down_results(down);
+  multiply_few(up, place, up_results, a.words);
   publish_global_writes();
   threads_wait(kFewBarrier, kStreamConsumers);
   if (threadIdx.x == 0) arrive_once(a.met);
-  multiply_few(down, a.words);
+  multiply_few(down, place, down_results, a.words);
 #endif
 }
 

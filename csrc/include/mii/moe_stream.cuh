@@ -201,9 +201,23 @@ MII_DEVICE bool merge_by_count(const MoeStreamArgs<T>& a, float (&sums)[Groups][
   return true;
 }
 
+// A choice of a token: which one, and its weight.
+struct MoePair {
+  int pair;
+  float weight;
+
+  template <typename T>
+  MII_DEVICE static MoePair of(const MoeArgs<T>& a, int row) {
+    const int pair = a.pairs[row];
+    return {pair, a.pair_weights[pair]};
+  }
+};
+
 // Rounds a tile's sums and stores them from column `first` of out on: rows of weight are columns of out, 16 of a warp's.
-template <typename T, int Tokens, bool Up>
-MII_DEVICE void store_moe_tile(const MoeArgs<T>& a, const float (&sums)[Tokens / 8][4], const int4 rows, int first) {
+// pair_of(row, i), where not Up: the choice of row `row` of the list, the i-th that this thread has sums of.
+template <typename T, int Tokens, bool Up, typename PairOf>
+MII_DEVICE void store_moe_tile(const MoeArgs<T>& a, const float (&sums)[Tokens / 8][4], const int4 rows, int first,
+                               PairOf&& pair_of) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
 #pragma unroll
   for (int group = 0; group < Tokens / 8; ++group) {
@@ -217,11 +231,11 @@ MII_DEVICE void store_moe_tile(const MoeArgs<T>& a, const float (&sums)[Tokens /
         const float value = activate_any<T>(sums[group][i], a.activation) * sums[group][2 + i];
         if (n < a.n) a.out[row * a.out_stride + n] = from_float<T>(value);
       } else {
-        const int n = first + warp * 16 + lane / 4, pair = a.pairs[row];
-        const float weight = a.pair_weights[pair];
-        T* out = a.out + pair * a.out_stride;
-        if (n < a.n) out[n] = from_float<T>(weight * sums[group][i]);
-        if (n + 8 < a.n) out[n + 8] = from_float<T>(weight * sums[group][2 + i]);
+        const int n = first + warp * 16 + lane / 4;
+        const MoePair to = pair_of(row, 2 * group + i);
+        T* out = a.out + to.pair * a.out_stride;
+        if (n < a.n) out[n] = from_float<T>(to.weight * sums[group][i]);
+        if (n + 8 < a.n) out[n + 8] = from_float<T>(to.weight * sums[group][2 + i]);
       }
     }
   }
@@ -287,7 +301,8 @@ MII_DEVICE void multiply_run(const MoeStreamArgs<T>& a, const MoeRun<T, Tokens, 
     }
     const bool whole = unit + 1 - run_start == run.runs.steps;
     if (whole || merge_moe_tile<T, Tokens, Up>(a, sums[0], run.runs, group * run.tiles + tile)) {
-      store_moe_tile<T, Tokens, Up>(run.a, sums[0], rows, tile * WeightUnit<T, Up>::kColumns);
+      store_moe_tile<T, Tokens, Up>(run.a, sums[0], rows, tile * WeightUnit<T, Up>::kColumns,
+                                    [&](int row, int) { return MoePair::of(run.a, row); });
     }
     run_start = unit + 1;
 #pragma unroll
