@@ -75,7 +75,7 @@ struct LinearWide {
     RingPlace<Shape::kStages> place;
     WideSums<Shape> sums;
     for (int tile = blockIdx.x; tile < a.tiles; tile += gridDim.x) {
-      multiply_tile<T, false>(ring, sums, steps(), place, true);
+      multiply_tile<T, false>(ring, sums, steps(), place, true, [] {});
       store_tile<T>(sums, tile);
     }
   }
@@ -89,20 +89,22 @@ struct LinearWide {
   MII_DEVICE void store_tile(WideSums<Shape>& sums, int tile) const {
     const int first = tile * (Gated ? Shape::kHalf : kWideColumns);
     const WideOut<T> out = {static_cast<T*>(a.out), a.out_stride, out_width()};
-    for_rows<Shape>([&](int row, int low) {
-      if constexpr (Gated) {
-        store_row<T, Shape>(out, row, row < a.rows, first, [&](int column, int i) {
-          const float gate = rounded<T>(biased<T>(sums.at(0, i + 2 * low), column));
-          return a.gate(gate) * rounded<T>(biased<T>(sums.at(1, i + 2 * low), a.n / 2 + column));
-        });
-      } else {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          store_row<T, Shape>(out, row, row < a.rows, first + half * Shape::kHalf, [&](int column, int i) {
-            return biased<T>(sums.at(half, i + 2 * low), column);
+    out.choose_packs([&](auto packs) {
+      for_rows<Shape>([&](int row, int low) {
+        if constexpr (Gated) {
+          store_row<T, Shape, packs.value>(out, row, row < a.rows, first, [&](int column, int i) {
+            const float gate = rounded<T>(biased<T>(sums.at(0, i + 2 * low), column));
+            return a.gate(gate) * rounded<T>(biased<T>(sums.at(1, i + 2 * low), a.n / 2 + column));
           });
+        } else {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            store_row<T, Shape, packs.value>(out, row, row < a.rows, first + half * Shape::kHalf, [&](int column, int i) {
+              return biased<T>(sums.at(half, i + 2 * low), column);
+            });
+          }
         }
-      }
+      });
     });
   }
 };

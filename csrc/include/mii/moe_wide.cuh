@@ -45,6 +45,18 @@ struct MoeWide {
     copy_box(ring.weight(place) + Shape::kHalfBytes, &a.weight, step * kWideDepth, second, ring.full(place));
     if constexpr (!Up) copy_box(ring.x(place), &a.x, step * kWideDepth, tile.y, ring.full(place));
   }
+  // The rows of x that this thread copies chunks of; -1: past the tile's rows. All are asked for before one is looked at.
+  MII_DEVICE void find_tokens(int (&tokens)[kGathered], const int4 at) const {
+    const int first = threadIdx.x % kWarpgroup / 8;
+#pragma unroll
+    for (int i = 0; i < kGathered; ++i) {
+      const int row = first + kAtOnce * i;
+      tokens[i] = a.moe.pairs[at.y + (row < at.z ? row : 0)];
+    }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < kGathered; ++i) tokens[i] = first + kAtOnce * i < at.z ? tokens[i] / a.moe.top_k : -1;
+  }
   MII_DEVICE void gather(const int (&tokens)[kGathered], int step, int place) const {
     const int row = threadIdx.x % kWarpgroup / 8, chunk = threadIdx.x % 8, k = step * kWideDepth + chunk * 8;
 #pragma unroll
@@ -60,16 +72,12 @@ struct MoeWide {
     if (!Up && !leader) return;
     RingPlace<Shape::kStages> place;
     int turns = 0;
+    int4 next = blockIdx.x < items.count() ? tile(blockIdx.x) : int4{};
     for (int item = blockIdx.x; item < items.count(); item += gridDim.x) {
-      const int4 at = tile(item);
+      const int4 at = next;
+      if (item + gridDim.x < items.count()) next = tile(item + gridDim.x);
       int tokens[kGathered];
-      if constexpr (Up) {
-#pragma unroll
-        for (int i = 0; i < kGathered; ++i) {
-          const int row = threadIdx.x % kWarpgroup / 8 + kAtOnce * i;
-          tokens[i] = row < at.z ? static_cast<int>(source_row<T, Up>(a.moe, at.y + row)) : -1;
-        }
-      }
+      if constexpr (Up) find_tokens(tokens, at);
       for (int step = 0; step < steps(); ++step, ++turns, place.next()) {
         if (turns >= Shape::kStages) barrier_wait(ring.empty(place.at), place.parity ^ 1);
         if (leader) copy_boxes(at, items.at(item).y, step, place.at);
@@ -82,30 +90,40 @@ struct MoeWide {
   MII_DEVICE void multiply_tiles() const {
     RingPlace<Shape::kStages> place;
     WideSums<Shape> sums;
+    int4 next = blockIdx.x < items.count() ? tile(blockIdx.x) : int4{};
     for (int item = blockIdx.x; item < items.count(); item += gridDim.x) {
-      const int4 at = tile(item);
-      multiply_tile<T, Up>(ring, sums, steps(), place, threadIdx.x / kWarpgroup * 64 < at.z);
-      store_tile(sums, at, items.at(item).y * kColumns);
+      const int4 at = next;
+      if (item + gridDim.x < items.count()) next = tile(item + gridDim.x);
+      const bool any = threadIdx.x / kWarpgroup * 64 < at.z;
+      // Where this thread's two rows go, asked for as early as nobody waits for it.
+      int to[2];
+      float weights[2];
+      for_rows<Shape>([&](int row, int low) {
+        to[low] = at.y + (row < at.z ? row : 0);
+        if constexpr (!Up) to[low] = a.moe.pairs[to[low]];
+      });
+      multiply_tile<T, Up>(ring, sums, steps(), place, any, [&] {
+        if constexpr (!Up) weights[0] = a.moe.pair_weights[to[0]], weights[1] = a.moe.pair_weights[to[1]];
+      });
+      if (any) store_tile(sums, at.z, to, weights, items.at(item).y * kColumns);
     }
   }
-  MII_DEVICE void store_tile(WideSums<Shape>& sums, const int4 at, int first) const {
+  MII_DEVICE void store_tile(WideSums<Shape>& sums, int rows, const int (&to)[2], const float (&weights)[2], int first) const {
     const WideOut<T> out = {a.moe.out, a.moe.out_stride, a.moe.n};
-    for_rows<Shape>([&](int row, int low) {
-      const bool valid = row < at.z;
-      const int to = at.y + (valid ? row : 0);
-      if constexpr (Up) {
-        store_row<T, Shape>(out, to, valid, first, [&](int, int i) {
-          return a.gate(sums.at(0, i + 2 * low)) * sums.at(1, i + 2 * low);
-        });
-      } else {
-        const int pair = a.moe.pairs[to];
-        const float weight = a.moe.pair_weights[pair];
+    out.choose_packs([&](auto packs) {
+      for_rows<Shape>([&](int row, int low) {
+        if constexpr (Up) {
+          store_row<T, Shape, packs.value>(out, to[low], row < rows, first, [&](int, int i) {
+            return a.gate(sums.at(0, i + 2 * low)) * sums.at(1, i + 2 * low);
+          });
+        } else {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          store_row<T, Shape>(out, pair, valid, first + half * Shape::kHalf,
-                              [&](int, int i) { return weight * sums.at(half, i + 2 * low); });
+          for (int half = 0; half < 2; ++half) {
+            store_row<T, Shape, packs.value>(out, to[low], row < rows, first + half * Shape::kHalf,
+                                             [&](int, int i) { return weights[low] * sums.at(half, i + 2 * low); });
+          }
         }
-      }
+      });
     });
   }
 };

@@ -1,6 +1,8 @@
 // A tile of a matrix product by warpgroup products: rows of x by weight rows, both with k along their elements, out of a
 // ring in shared memory. What linear_wide.cuh and moe_wide.cuh share.
 #pragma once
+#include <type_traits>
+
 #include "mii/activation.cuh"
 #include "mii/quad.cuh"
 #include "mii/wgmma.cuh"
@@ -105,10 +107,11 @@ MII_DEVICE void multiply_step(const WideRing<Shape>& ring, WideSums<Shape>& sums
 
 // sums = x . weight over the next `steps` stages. A stage is given back once the products of the one after are handed over,
 // so that the tensor cores always have work. `Gathered`: threads copied x, whose writes products do not see by themselves.
-// Not `any`: none of this warpgroup's rows is asked for, the stages only pass by.
-template <typename T, bool Gathered, typename Shape>
+// Not `any`: none of this warpgroup's rows is asked for, the stages only pass by. last() is called while the last products are
+// under way.
+template <typename T, bool Gathered, typename Shape, typename Last>
 MII_DEVICE void multiply_tile(const WideRing<Shape>& ring, WideSums<Shape>& sums, int steps,
-                              RingPlace<Shape::kStages>& place, bool any) {
+                              RingPlace<Shape::kStages>& place, bool any, Last&& last) {
   const auto release = [&](int of) {
     if (threadIdx.x % kWarp == 0) barrier_arrive(ring.empty(of));
   };
@@ -133,6 +136,7 @@ MII_DEVICE void multiply_tile(const WideRing<Shape>& ring, WideSums<Shape>& sums
     before = place.at;
     place.next();
   }
+  last();
   products_wait<0>();
   sums.settled();
   if (steps > 0) release(before);
@@ -154,19 +158,24 @@ struct WideOut {
   int64_t stride;
   int width;
 
-  MII_DEVICE bool in_packs() const {
-    return stride % 8 == 0 && width % 8 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  // Calls body(std::true_type) where rows can be stored in packs of 16 bytes, body(std::false_type) where they cannot.
+  template <typename Body>
+  MII_DEVICE void choose_packs(Body&& body) const {
+    if (stride % 8 == 0 && width % 8 == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0) {
+      body(std::true_type{});
+    } else {
+      body(std::false_type{});
+    }
   }
 };
 
 // Stores this thread's part of a half of a row of the tile, whose first column of out is `first`: value(column, i) for sum i
 // of the half. All lanes of a warp come, with rows of their own.
-template <typename T, typename Shape, typename Value>
+template <typename T, typename Shape, bool Packs, typename Value>
 MII_DEVICE void store_row(const WideOut<T>& out, int64_t row, bool valid, int first, Value&& value) {
   const int lane = threadIdx.x % kWarp;
   const int start = first + (Shape::kByRows ? 0 : Shape::kHalfOwn * (threadIdx.x / kWarpgroup));
   T* target = out.data + row * out.stride;
-  const bool packs = out.in_packs();
 #pragma unroll
   for (int group = 0; group < Shape::kHalfOwn / 8; group += 4) {
     uint32_t p[4];
@@ -176,12 +185,12 @@ MII_DEVICE void store_row(const WideOut<T>& out, int64_t row, bool valid, int fi
       const float two[2] = {value(column, at), value(column + 1, at + 1)};
       const Pack<T, 2> pack = make_pack<T>(two);
       p[i] = *reinterpret_cast<const uint32_t*>(&pack);
-      if (!packs && valid) {
+      if (!Packs && valid) {
         if (column < out.width) target[column] = pack.data[0];
         if (column + 1 < out.width) target[column + 1] = pack.data[1];
       }
     }
-    if (!packs) continue;
+    if constexpr (!Packs) continue;
     transpose_quad(p);
     const int column = start + 8 * (group + lane % 4);
     if (valid && column < out.width) *reinterpret_cast<uint4*>(target + column) = make_uint4(p[0], p[1], p[2], p[3]);
