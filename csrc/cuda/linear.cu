@@ -59,5 +59,5 @@ extern "C" int32_t mii_linear_streamed(const MiiLinearStreamed* a, void* stream)
 
 extern "C" int64_t mii_linear_workspace_bytes(const MiiLinear*) {
   using namespace mii;
-  return card().sms * kStreamConsumers * int64_t(sizeof(float4));
+  return card().sms * kStreamTeam * int64_t(sizeof(float4));
 }

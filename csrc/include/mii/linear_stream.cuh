@@ -7,7 +7,9 @@
 // Work is cut into units of 64 weight rows (a tile) by 256 of k, and every CTA streams an equal run of consecutive units
 // through a ring in shared memory, whatever n and k are (stream-K: Osama et al., arXiv 2301.03598). Four warps copy, a row
 // of a unit at a time, by bulk copies that need no layout of the weight but its own; rows lie 16 bytes further apart in
-// shared memory than they are long, so that fragments load without bank conflicts. Four more multiply.
+// shared memory than they are long, so that fragments load without bank conflicts. Two teams of four warps multiply, each a
+// half of a unit's columns: a single warp waits most of its time for its own instructions, and while a ring that is full of
+// weights is multiplied memory has little to do.
 //
 // A CTA whose run begins inside a tile leaves float partial sums for the one that has the tile's beginning, which adds them
 // up in the order of their CTAs (partial_sums.cuh), so runs repeat bit for bit.
@@ -28,15 +30,19 @@ constexpr int kPlain = -1;  // in place of an activation
 
 constexpr int kStreamTokens = 8, kStreamTileRows = 64, kStreamDepth = 256;  // of a unit: tokens, weight rows, columns
 constexpr int kStreamUnits = 5;                                             // of the ring
-constexpr int kStreamWarps = 4, kStreamCopyWarps = 4;                       // that multiply, each 16 weight rows; that copy
-constexpr int kStreamConsumers = kStreamWarps * kWarp;
+constexpr int kStreamTeams = 2, kStreamWarps = 4, kStreamCopyWarps = 4;     // warps of a team, each 16 weight rows; that copy
+constexpr int kStreamTeam = kStreamWarps * kWarp;                           // the first team's threads get the whole sums
+constexpr int kStreamTeamDepth = kStreamDepth / kStreamTeams;
+constexpr int kStreamConsumers = kStreamTeams * kStreamTeam;
 constexpr int kStreamThreads = kStreamConsumers + kStreamCopyWarps * kWarp;
+constexpr int kStreamTeamsBarrier = 1;  // named, of both teams
 constexpr int kStreamRowBytes = 2 * kStreamDepth + 16;
 constexpr int kStreamWeightBytes = kStreamTileRows * kStreamRowBytes;
 constexpr int kStreamUnitBytes = kStreamWeightBytes + kStreamTokens * kStreamRowBytes;
-constexpr int kStreamRingOffset = 256;  // barriers come before the ring
+constexpr int kStreamHandedOffset = 256, kStreamHandedBytes = 16 * kStreamTeam;  // barriers come before sums, twice, and
+constexpr int kStreamRingOffset = kStreamHandedOffset + 2 * kStreamHandedBytes;  // those before the ring
 constexpr int kStreamSharedBytes = kStreamRingOffset + kStreamUnits * kStreamUnitBytes;
-static_assert(kStreamTileRows == 16 * kStreamWarps && 2 * kStreamUnits * kBarrierBytes <= kStreamRingOffset);
+static_assert(kStreamTileRows == 16 * kStreamWarps && 2 * kStreamUnits * kBarrierBytes <= kStreamHandedOffset);
 
 template <typename T>
 struct LinearStreamArgs {
@@ -45,7 +51,7 @@ struct LinearStreamArgs {
   const T* weight;
   const T* bias;     // or null
   const char* next;  // what to bring into L2 at the end, about `next_fetch` of `next_bytes`, or null
-  float4* partial;   // [kStreamConsumers] for each CTA, zeros between launches
+  float4* partial;   // [kStreamTeam] for each CTA, zeros between launches
   int64_t x_stride, out_stride, next_bytes, next_fetch;
   int rows, n, k;
   int activation;  // a MiiActivationKind, or kPlain
@@ -53,7 +59,8 @@ struct LinearStreamArgs {
 
 using StreamPlace = RingPlace<kStreamUnits>;
 
-// The ring: a barrier for each place that tells of its copies, one that tells that it was read, then the places.
+// The ring: a barrier for each place that tells of its copies, one that tells that it was read, what the teams hand to one
+// another, then the places.
 struct StreamRing {
   uint32_t shared;
 
@@ -69,7 +76,7 @@ struct StreamRing {
   MII_DEVICE void init() const {
     for (StreamPlace place; place.parity == 0; place.next()) {
       barrier_init(full(place), 1);
-      barrier_init(empty(place), kStreamWarps);
+      barrier_init(empty(place), kStreamTeams * kStreamWarps);
     }
     barrier_init_fence();
   }
@@ -203,26 +210,22 @@ struct StreamFragments {
   }
 };
 
-// sums += (16 weight rows of this warp) x (all tokens) over a unit.
+// sums += (16 weight rows of this warp) x (all tokens) over the team's columns of a unit.
 template <typename T>
-MII_DEVICE void multiply_unit(StreamSums& sums, uint32_t unit, int depth) {
-  constexpr int kAtOnce = 4, kBatches = kStreamDepth / 32 / kAtOnce;  // a batch is loaded while the one before is multiplied
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const uint32_t weight = unit + (warp * 16 + lane % 16) * kStreamRowBytes + lane / 16 * 16;
-  const uint32_t tokens = unit + kStreamWeightBytes + lane % 8 * kStreamRowBytes + lane / 8 * 16;
-  if (depth == kStreamDepth) {
-    StreamFragments batch[2][kAtOnce];
+MII_DEVICE void multiply_unit(StreamSums& sums, uint32_t unit, int unit_depth) {
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % kStreamWarps, column = threadIdx.x / kStreamTeam * kStreamTeamDepth;
+  const uint32_t weight = unit + (warp * 16 + lane % 16) * kStreamRowBytes + lane / 16 * 16 + 2 * column;
+  const uint32_t tokens = unit + kStreamWeightBytes + lane % 8 * kStreamRowBytes + lane / 8 * 16 + 2 * column;
+  if (unit_depth == kStreamDepth) {
+    constexpr int kCount = kStreamTeamDepth / 32;
+    StreamFragments all[kCount];
 #pragma unroll
-    for (int b = 0; b <= kBatches; ++b) {
+    for (int i = 0; i < kCount; ++i) all[i].load(weight + 64 * i, tokens + 64 * i);
 #pragma unroll
-      for (int i = 0; b < kBatches && i < kAtOnce; ++i) {
-        batch[b % 2][i].load(weight + 64 * (b * kAtOnce + i), tokens + 64 * (b * kAtOnce + i));
-      }
-#pragma unroll
-      for (int i = 0; b > 0 && i < kAtOnce; ++i) batch[(b - 1) % 2][i].template multiply<T>(sums);
-    }
+    for (int i = 0; i < kCount; ++i) all[i].template multiply<T>(sums);
     return;
   }
+  const int depth = min(kStreamTeamDepth, unit_depth - column);
   for (int first = 0; first < depth; first += 32) {
     StreamFragments all;
     all.load(weight + 2 * first, tokens + 2 * first);
@@ -257,12 +260,30 @@ MII_DEVICE void store_tile(const Stream<T>& s, const float (&sums)[4], int tile)
   if (token + 1 < s.a.rows) store_pair(s, tile, row, token + 1, sums[1], sums[3]);
 }
 
+// The sums of both teams and of both chains of each, in sums[0] of the first team, which is true. `turn`: changes from one call
+// to the next, so that the second team may hand over before the first one has taken what it had before.
+MII_DEVICE bool join_teams(StreamSums& sums, int& turn) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sums[0][0][i] += sums[1][0][i];
+  auto* handed = reinterpret_cast<float4*>(dynamic_shared() + kStreamHandedOffset + turn * kStreamHandedBytes);
+  handed += threadIdx.x % kStreamTeam;
+  turn ^= 1;
+  const bool first = threadIdx.x < kStreamTeam;
+  if (!first) *handed = make_float4(sums[0][0][0], sums[0][0][1], sums[0][0][2], sums[0][0][3]);
+  threads_wait(kStreamTeamsBarrier, kStreamConsumers);
+  if (!first) return false;
+  const float4 others = *handed;
+  sums[0][0][0] += others.x, sums[0][0][1] += others.y, sums[0][0][2] += others.z, sums[0][0][3] += others.w;
+  return true;
+}
+
 // Multiplies a run's units, the first of which comes through `place` of the ring. left(cta): where this thread's partial sums
 // lie that a CTA leaves; store(sums, tile): for the whole sums of a tile, one group of four.
 template <typename T, typename Run, typename Left, typename Store>
 MII_DEVICE void multiply_stream(const Run& s, StreamPlace& place, Left&& left, Store&& store) {
   StreamSums sums = {};
   StreamCursor at = s.start();
+  int turn = 0;
   int run_start = s.begin;  // first unit of the tile that `sums` belongs to
   while (at.unit < s.end) {
     const int tile = at.tile;
@@ -272,10 +293,10 @@ MII_DEVICE void multiply_stream(const Run& s, StreamPlace& place, Left&& left, S
     if (threadIdx.x % kWarp == 0) barrier_arrive(s.ring.empty(place));
     place.next();
     if (!at.advance(s.runs.steps) && at.unit < s.end) continue;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sums[0][0][i] += sums[1][0][i];
-    const bool whole = at.unit - run_start == s.runs.steps;
-    if (whole || merge_by_words(sums[0], s.runs, tile, [&](int cta, int) { return left(cta); })) store(sums[0], tile);
+    if (join_teams(sums, turn)) {
+      const bool whole = at.unit - run_start == s.runs.steps;
+      if (whole || merge_by_words(sums[0], s.runs, tile, [&](int cta, int) { return left(cta); })) store(sums[0], tile);
+    }
     run_start = at.unit;
 #pragma unroll
     for (int i = 0; i < 8; ++i) sums[i / 4][0][i % 4] = 0.0f;
@@ -287,7 +308,7 @@ MII_DEVICE void multiply_units(const Stream<T>& s) {
   wait_for_previous();  // before anything is written that the kernel before this one may still read
   StreamPlace place;
   multiply_stream<T>(
-      s, place, [&](int cta) { return s.a.partial + cta * kStreamConsumers + threadIdx.x; },
+      s, place, [&](int cta) { return s.a.partial + cta * kStreamTeam + threadIdx.x; },
       [&](const float (&sums)[1][4], int tile) { store_tile(s, sums[0], tile); });
 }
 

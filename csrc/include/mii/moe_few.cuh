@@ -12,7 +12,7 @@
 namespace mii {
 
 constexpr int kFewRows = kStreamTokens;
-constexpr int kFewBarrier = 1;  // named, of the multiplying warps
+constexpr int kFewBarrier = 2;  // named, of the team that stores
 
 // One of the two products as a CTA has it: its run of units.
 template <typename T, bool Up>
@@ -210,13 +210,13 @@ struct FewResults {
 template <typename T, bool Up>
 MII_DEVICE void multiply_few(const FewRun<T, Up>& run, StreamPlace& place, FewResults<T, Up>& results, float4* words) {
   multiply_stream<T>(
-      run, place, [&](int cta) { return words + (2 * cta + Up) * kStreamConsumers + threadIdx.x; },
+      run, place, [&](int cta) { return words + (2 * cta + Up) * kStreamTeam + threadIdx.x; },
       [&](const float (&sums)[1][4], int tile) { results.store(sums, tile); });
 }
 
 // Grid: one CTA a multiprocessor, all at once. Dynamic shared memory: kStreamSharedBytes. Tiles of the list: kFewRows.
 template <typename T>
-__global__ void __launch_bounds__(kStreamThreads) moe_few(const MoeStreamArgs<T> a) {
+__global__ void __launch_bounds__(kStreamThreads, 1) moe_few(const MoeStreamArgs<T> a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   const StreamRing ring = {shared_address(dynamic_shared())};
   if (threadIdx.x == 0) ring.init();
@@ -233,9 +233,11 @@ __global__ void __launch_bounds__(kStreamThreads) moe_few(const MoeStreamArgs<T>
   FewResults<T, true> up_results(up);
   FewResults<T, false> down_results(down);
   multiply_few(up, place, up_results, a.words);
-  publish_global_writes();
-  threads_wait(kFewBarrier, kStreamConsumers);
-  if (threadIdx.x == 0) arrive_once(a.met);
+  if (threadIdx.x < kStreamTeam) {
+    publish_global_writes();
+    threads_wait(kFewBarrier, kStreamTeam);
+    if (threadIdx.x == 0) arrive_once(a.met);
+  }
   multiply_few(down, place, down_results, a.words);
 #endif
 }

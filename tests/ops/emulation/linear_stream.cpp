@@ -22,7 +22,7 @@ void run(const Case& c, Tensors& t, std::vector<float4>& partial) {
 
 void check(const Case& c) {
   Tensors t(c);
-  std::vector<float4> partial(size_t(c.ctas) * mii::kStreamConsumers);
+  std::vector<float4> partial(size_t(c.ctas) * mii::kStreamTeam);
   run(c, t, partial);
   if (card::fetched == 0) card::refuse("fetched nothing of what comes next");
   compare(c, t);
