@@ -112,7 +112,7 @@ class Layer:
         route(self.rows, self.logits, self.shape.routing)
 
     def multiply_up(self) -> None:
-        moe_up(self.hidden, self.x, self.up, self.rows, self.shape.routing, "silu")
+        moe_up(self.hidden, self.x, self.up, self.rows, self.shape.routing, "silu", scratch=self.sums)
 
     def multiply_down(self) -> None:
         moe_down(self.sums, self.hidden, self.down, self.rows, self.shape.routing)

@@ -7,15 +7,15 @@ namespace mii {
 namespace {
 
 // One CTA a multiprocessor, or fewer where there are fewer units.
-template <typename T>
+template <typename T, int Tokens>
 int32_t launch_stream(const LinearStreamArgs<T>& args, void* stream) {
-  static_assert(kStreamSharedBytes <= 216 << 10, "leaves no room for the light kernels beside it");
-  const int32_t status = grant_shared<linear_stream<T>, true>("mii_linear_streamed", kStreamSharedBytes);
-  if (status != MII_OK) return status;
+  constexpr auto kernel = linear_stream<T, Tokens>;
+  constexpr int kShared = StreamShape<Tokens>::kSharedBytes;
+  if (const int32_t status = grant_shared<kernel, true>("mii_linear_streamed", kShared); status != MII_OK) return status;
   const int64_t units = int64_t(ceil_div(args.n, kStreamTileRows)) * ceil_div(args.k, kStreamDepth);
   const int ctas = static_cast<int>(units < card().sms ? units : card().sms);
-  const Shape shape{dim3(ctas), dim3(kStreamThreads), kStreamSharedBytes};
-  return launch("mii_linear_streamed", linear_stream<T>, shape, stream, args);
+  const Shape shape{dim3(ctas), dim3(kStreamThreads), kShared};
+  return launch("mii_linear_streamed", kernel, shape, stream, args);
 }
 
 template <typename T>
@@ -37,7 +37,7 @@ int32_t linear(const MiiLinearStreamed& a, void* stream) {
       static_cast<int>(p.in_features),
       a.gated ? a.activation : kPlain,
   };
-  return launch_stream(args, stream);
+  return args.rows <= 8 ? launch_stream<T, 8>(args, stream) : launch_stream<T, kStreamMostTokens>(args, stream);
 }
 
 }  // namespace
@@ -48,8 +48,8 @@ extern "C" int32_t mii_linear_streamed(const MiiLinearStreamed* a, void* stream)
   const MiiLinear& p = a->product;
   if (p.rows == 0 || p.out_features == 0) return MII_OK;
   if (const int32_t status = check_linear("mii_linear_streamed", *a, 16); status != MII_OK) return status;
-  MII_REQUIRE(p.rows <= kStreamTokens && p.workspace && aligned(p.workspace, 16), MII_UNSUPPORTED,
-              "mii_linear_streamed: up to %d rows, with a workspace", kStreamTokens);
+  MII_REQUIRE(p.rows <= kStreamMostTokens && p.workspace && aligned(p.workspace, 16), MII_UNSUPPORTED,
+              "mii_linear_streamed: up to %d rows, with a workspace", kStreamMostTokens);
   MII_REQUIRE(p.out_features < (int64_t(1) << 24) && p.in_features < (int64_t(1) << 24), MII_UNSUPPORTED,
               "mii_linear_streamed: a weight of %lld x %lld is too large", static_cast<long long>(p.out_features),
               static_cast<long long>(p.in_features));
@@ -59,5 +59,5 @@ extern "C" int32_t mii_linear_streamed(const MiiLinearStreamed* a, void* stream)
 
 extern "C" int64_t mii_linear_workspace_bytes(const MiiLinear*) {
   using namespace mii;
-  return card().sms * kStreamTeam * int64_t(sizeof(float4));
+  return card().sms * StreamShape<kStreamMostTokens>::kGroups * kStreamConsumers * int64_t(sizeof(float4));
 }

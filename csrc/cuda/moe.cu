@@ -2,6 +2,7 @@
 #include "launch.cuh"
 #include "mii/moe_combine.cuh"
 #include "mii/moe_few.cuh"
+#include "mii/moe_gather.cuh"
 #include "mii/moe_mma.cuh"
 #include "mii/moe_route.cuh"
 #include "mii/moe_wide.cuh"
@@ -98,11 +99,17 @@ int32_t launch_wide(const MiiMoeLinear& a, WideGate gate, void* stream) {
   static_assert(MoeWideShape::kRows == kMoeTileRows && kBoxRows == kMoeTileRows);
   if (const int32_t status = grant_shared<moe_wide<T, Up>>("mii_moe", kShared); status != MII_OK) return status;
   MoeWideArgs<T> args = {{}, {}, moe_args<T>(a), gate};
-  const int64_t rows = int64_t(a.experts) * (Up ? 2 : 1) * a.out_features;
-  const bool mapped =
-      encode_matrix(&args.weight, a.dtype, a.weight, rows, a.in_features, a.in_features, kBoxRows) &&
-      (Up || encode_matrix(&args.x, a.dtype, a.x, a.tokens * a.top_k, a.in_features, a.x_stride, kBoxRows));
+  const void* x = Up ? a.gathered : a.x;
+  const int64_t rows = int64_t(a.experts) * (Up ? 2 : 1) * a.out_features, x_stride = Up ? a.gathered_stride : a.x_stride;
+  const bool mapped = encode_matrix(&args.weight, a.dtype, a.weight, rows, a.in_features, a.in_features, kBoxRows) &&
+                      encode_matrix(&args.x, a.dtype, x, a.tokens * a.top_k, a.in_features, x_stride, kBoxRows);
   MII_REQUIRE(mapped, MII_UNSUPPORTED, "mii_moe: the driver makes no tensor map of this product");
+  if constexpr (Up) {
+    const Shape shape = {dim3(card().sms * kGatherCtas), dim3(kGatherThreads)};
+    T* gathered = static_cast<T*>(a.gathered);
+    const int32_t status = launch("mii_moe (gather)", moe_gather<T>, shape, stream, args.moe, gathered, a.gathered_stride);
+    if (status != MII_OK) return status;
+  }
   const Shape shape = {dim3(card().sms), dim3(MoeWideShape::kThreads), kShared};
   return launch("mii_moe (wide)", moe_wide<T, Up>, shape, stream, args);
 }
@@ -110,7 +117,8 @@ int32_t launch_wide(const MiiMoeLinear& a, WideGate gate, void* stream) {
 template <typename T, bool Up>
 int32_t product_16_bit(const MiiMoeLinear& a, void* stream) {
   WideGate gate = {};
-  if (a.kernel == MII_MOE_WGMMA && (!Up || gate_of(a.activation, &gate))) return launch_wide<T, Up>(a, gate, stream);
+  const bool takes = !Up || (a.gathered != nullptr && gate_of(a.activation, &gate));
+  if (a.kernel == MII_MOE_WGMMA && takes) return launch_wide<T, Up>(a, gate, stream);
   return launch_mma<T, Up>(a, stream);
 }
 
@@ -131,6 +139,8 @@ int32_t check_moe(const char* name, const MiiMoeLinear& a) {
   const bool steps = a.in_features % 8 == 0 && a.x_stride % 8 == 0 && a.in_features > 0;
   MII_REQUIRE(steps && aligned(a.x, 16) && aligned(a.weight, 16), MII_UNSUPPORTED,
               "%s: rows of x and weight must be whole chunks of 16 bytes", name);
+  MII_REQUIRE(a.gathered == nullptr || (a.gathered_stride % 8 == 0 && aligned(a.gathered, 16)), MII_INVALID,
+              "%s: room for gathered rows must be whole chunks of 16 bytes", name);
   MII_REQUIRE(a.tile_rows == kMoeTileRows, MII_INVALID, "%s: tiles of %d rows; kernel %d takes %d", name, a.tile_rows,
               a.kernel, kMoeTileRows);
   MII_REQUIRE(a.kernel != MII_MOE_WGMMA || (card().major == 9 && card().minor == 0), MII_UNSUPPORTED,
@@ -154,10 +164,10 @@ int32_t launch_stream(const MoeStreamArgs<T>& args, void* stream) {
 
 template <typename T>
 int32_t launch_few(const MoeStreamArgs<T>& args, void* stream) {
-  const int32_t status = grant_shared<moe_few<T>>("mii_moe_stream", kStreamSharedBytes);
+  const int32_t status = grant_shared<moe_few<T>>("mii_moe_stream", FewShape::kSharedBytes);
   if (status != MII_OK) return status;
-  return launch("mii_moe_stream (few)", moe_few<T>, Shape{dim3(card().sms), dim3(kStreamThreads), kStreamSharedBytes}, stream,
-                args);
+  const Shape shape = {dim3(card().sms), dim3(kStreamThreads), FewShape::kSharedBytes};
+  return launch("mii_moe_stream (few)", moe_few<T>, shape, stream, args);
 }
 
 template <typename T>

@@ -31,7 +31,7 @@ _LIVES = {
     "joint": life(("attend", "down")),
     "experts.logits": life(("up", "experts_up")),
     "experts.hidden": life(("experts_up", "experts_down")),
-    "experts.parts": life(("experts_down", "combine")),
+    "experts.parts": life(("experts_up", "combine")),  # gathered rows first
     "experts.shared": life(("down", "combine")),
     "experts.shared_gate": life(("down", "combine")),
 }

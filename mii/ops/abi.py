@@ -128,6 +128,8 @@ MiiMoeLinear = _struct(
     (c_void_p, "out x weight pair_weights offsets pairs tiles"),
     (c_int64, "tokens in_features out_features x_stride out_stride"),
     (c_int32, "experts top_k tile_rows activation kernel dtype"),
+    (c_void_p, "gathered"),
+    (c_int64, "gathered_stride"),
 )
 MiiMoeStream = _struct(
     "MiiMoeStream",

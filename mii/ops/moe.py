@@ -1,6 +1,6 @@
 """The products of a mixture of experts: each expert's rows with its own weights, and the sum of a token's choices.
 
-    hidden[row] = act(x[token] @ gate^T) * (x[token] @ up^T)        moe_up: gathers each expert's tokens on the way
+    hidden[row] = act(x[token] @ gate^T) * (x[token] @ up^T)        moe_up
     parts[pair] = weight[pair] * (hidden[row] @ down^T)             moe_down
                                                                     moe_mlp: both
     out[token]  = sum of its parts + sigmoid(shared_gate) * shared  moe_combine: in float, in the order of the choices
@@ -139,13 +139,14 @@ def moe_mlp(
     kind: str,
 ) -> None:
     """`moe_up` of x into hidden and `moe_down` of that into out, in one launch where the step's kernel is the stream.
+    What out holds before may be lost as soon as this begins: rows of x are gathered there.
 
     Raises:
         ValueError: Shapes or dtypes that do not fit together.
     """
     pairs = rows.tokens * routing.top_k
     if rows.kernel != abi.MOE_STREAM:
-        moe_up(hidden, x, up, rows, routing, kind)
+        moe_up(hidden, x, up, rows, routing, kind, scratch=out)
         moe_down(out, hidden, down, rows, routing)
         return
     _check("moe_up", hidden, (pairs, up.out_features), x, (rows.tokens, up.in_features), up, gated=True)
@@ -180,7 +181,14 @@ def moe_mlp(
 
 
 def moe_up(
-    out: torch.Tensor, x: torch.Tensor, weight: ExpertWeights, rows: ExpertRows, routing: Routing, kind: str
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: ExpertWeights,
+    rows: ExpertRows,
+    routing: Routing,
+    kind: str,
+    *,
+    scratch: torch.Tensor | None = None,
 ) -> None:
     """out[row] = act(x[token] @ gate^T) * (x[token] @ up^T), summed in float and rounded once.
 
@@ -190,13 +198,19 @@ def moe_up(
         weight: Gated, from `pack_experts`.
         rows: From `route`. The stream's kernel does both products at once: see `moe_mlp`.
         kind: The activation, one of `abi.ACTIVATIONS`.
+        scratch: [tokens * top_k, in_features] of x's dtype, rows may be strided, where the fastest kernel for prompts has
+            each expert's rows of x one after the other. None: another kernel serves.
 
     Raises:
         ValueError: Shapes or dtypes that do not fit together.
     """
     pairs = rows.tokens * routing.top_k
     _check("moe_up", out, (pairs, weight.out_features), x, (rows.tokens, weight.in_features), weight, gated=True)
-    if not _native("mii_moe_up", out, x, weight, rows, routing, abi.ACTIVATIONS[kind]):
+    if scratch is not None and (scratch.shape != (pairs, weight.in_features) or scratch.dtype != x.dtype):
+        raise ValueError(
+            f"moe_up: scratch {tuple(scratch.shape)} {scratch.dtype} must be {[pairs, weight.in_features]} of {x.dtype}"
+        )
+    if not _native("mii_moe_up", out, x, weight, rows, routing, abi.ACTIVATIONS[kind], scratch):
         moe_up_reference(out, x, weight, rows, routing, kind)
 
 
@@ -238,7 +252,14 @@ def _check(
 
 
 def _native(
-    name: str, out: torch.Tensor, x: torch.Tensor, weight: ExpertWeights, rows: ExpertRows, routing: Routing, kind: int
+    name: str,
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: ExpertWeights,
+    rows: ExpertRows,
+    routing: Routing,
+    kind: int,
+    scratch: torch.Tensor | None = None,
 ) -> bool:
     library = native.library(x.device)
     if (
@@ -267,6 +288,8 @@ def _native(
         kind,
         rows.kernel,
         abi.DTYPE_CODES[weight.dtype],
+        native.pointer(scratch),
+        0 if scratch is None else scratch.stride(0),
     )
     return library.call(name, args, native.stream(x.device))
 

@@ -30,7 +30,7 @@ def run(name: str, folder: Path, *headers: Path) -> str:
 
 
 def test_the_streamed_product_is_right_in_any_order_of_threads_and_copies(tmp_path: Path) -> None:
-    assert run("linear_stream", tmp_path).count("right") == 9
+    assert run("linear_stream", tmp_path).count("right") == 12
 
 
 def test_the_product_in_boxes_is_right_in_any_order_of_threads_copies_and_products(tmp_path: Path) -> None:

@@ -48,12 +48,13 @@ def test_a_gpu_computes_mlps_in_pieces_and_a_cpu_whole(rows: int, on_a_gpu: int)
 
 def test_few_rows_stream_all_weights_where_memory_is_fast_and_the_narrow_ones_elsewhere() -> None:
     def kernels(fast_memory: bool) -> list[str | None]:
-        cases = [(8, 4096), (8, 28672), (16, 28672), (17, 28672), (64, 28672), (128, 28672), (129, 28672), (32, 4096)]
+        cases = [(8, 4096), (9, 4096), (17, 4096), (8, 128256), (16, 128256)]
+        cases += [(8, 28672), (16, 28672), (17, 28672), (64, 28672), (128, 28672), (129, 28672)]
         return [linear_hopper._kernel(rows, features, None, fast_memory) for rows, features in cases]
 
     wide, streamed = "mii_linear_wide", "mii_linear_streamed"
-    assert kernels(fast_memory=False) == [streamed, wide, wide, wide, wide, wide, None, None]
-    assert kernels(fast_memory=True) == [streamed, streamed, None, wide, wide, None, None, None]
+    assert kernels(fast_memory=False) == [streamed, None, None, wide, wide, *[wide] * 5, None]
+    assert kernels(fast_memory=True) == [streamed, streamed, None, streamed, None, *[streamed] * 2, wide, wide, None, None]
     assert linear_hopper._kernel(64, 28672, "gelu", fast_memory=False) is None
 
 

@@ -3,13 +3,12 @@
 //   plain   out = x @ weight^T + bias
 //   gated   out = act(x @ gate^T) * (x @ up^T), where weight = [gate | up]; both products are rounded before
 //
-// The weight [n, k] is the 16-row operand of mma.m16n8k16 and up to 8 tokens are its columns, so few tokens waste nothing.
+// The weight [n, k] is the 16-row operand of mma.m16n8k16 and tokens are its columns, eight at a time, so few tokens waste
+// nothing.
 // Work is cut into units of 64 weight rows (a tile) by 256 of k, and every CTA streams an equal run of consecutive units
 // through a ring in shared memory, whatever n and k are (stream-K: Osama et al., arXiv 2301.03598). Four warps copy, a row
 // of a unit at a time, by bulk copies that need no layout of the weight but its own; rows lie 16 bytes further apart in
-// shared memory than they are long, so that fragments load without bank conflicts. Two teams of four warps multiply, each a
-// half of a unit's columns: a single warp waits most of its time for its own instructions, and while a ring that is full of
-// weights is multiplied memory has little to do.
+// shared memory than they are long, so that fragments load without bank conflicts. Four more multiply.
 //
 // A CTA whose run begins inside a tile leaves float partial sums for the one that has the tile's beginning, which adds them
 // up in the order of their CTAs (partial_sums.cuh), so runs repeat bit for bit.
@@ -28,21 +27,27 @@ namespace mii {
 
 constexpr int kPlain = -1;  // in place of an activation
 
-constexpr int kStreamTokens = 8, kStreamTileRows = 64, kStreamDepth = 256;  // of a unit: tokens, weight rows, columns
-constexpr int kStreamUnits = 5;                                             // of the ring
-constexpr int kStreamTeams = 2, kStreamWarps = 4, kStreamCopyWarps = 4;     // warps of a team, each 16 weight rows; that copy
-constexpr int kStreamTeam = kStreamWarps * kWarp;                           // the first team's threads get the whole sums
-constexpr int kStreamTeamDepth = kStreamDepth / kStreamTeams;
-constexpr int kStreamConsumers = kStreamTeams * kStreamTeam;
+constexpr int kStreamMostTokens = 16, kStreamTileRows = 64, kStreamDepth = 256;  // of a unit: tokens, weight rows, columns
+constexpr int kStreamWarps = 4, kStreamCopyWarps = 4;                            // that multiply, each 16 weight rows; that copy
+constexpr int kStreamConsumers = kStreamWarps * kWarp;
 constexpr int kStreamThreads = kStreamConsumers + kStreamCopyWarps * kWarp;
-constexpr int kStreamTeamsBarrier = 1;  // named, of both teams
 constexpr int kStreamRowBytes = 2 * kStreamDepth + 16;
 constexpr int kStreamWeightBytes = kStreamTileRows * kStreamRowBytes;
-constexpr int kStreamUnitBytes = kStreamWeightBytes + kStreamTokens * kStreamRowBytes;
-constexpr int kStreamHandedOffset = 256, kStreamHandedBytes = 16 * kStreamTeam;  // barriers come before sums, twice, and
-constexpr int kStreamRingOffset = kStreamHandedOffset + 2 * kStreamHandedBytes;  // those before the ring
-constexpr int kStreamSharedBytes = kStreamRingOffset + kStreamUnits * kStreamUnitBytes;
-static_assert(kStreamTileRows == 16 * kStreamWarps && 2 * kStreamUnits * kBarrierBytes <= kStreamHandedOffset);
+constexpr int kStreamBudget = 216 << 10;  // leaves room for the light kernels beside it
+static_assert(kStreamTileRows == 16 * kStreamWarps);
+
+// The shared memory, for up to so many tokens: barriers, then the ring.
+template <int Tokens>
+struct StreamShape {
+  static constexpr int kGroups = Tokens / 8;
+  static constexpr int kUnitBytes = kStreamWeightBytes + Tokens * kStreamRowBytes;
+  static constexpr int kUnits = 5, kRingOffset = 256;  // of the ring
+  static constexpr int kSharedBytes = kRingOffset + kUnits * kUnitBytes;
+  using Place = RingPlace<kUnits>;
+  using Sums = float[2][kGroups][4];  // of a thread: two chains, as one product waits long for the one before
+  static_assert(Tokens % 8 == 0 && Tokens <= kStreamMostTokens && 2 * kUnits * kBarrierBytes <= kRingOffset);
+  static_assert(kSharedBytes <= kStreamBudget);
+};
 
 template <typename T>
 struct LinearStreamArgs {
@@ -51,32 +56,29 @@ struct LinearStreamArgs {
   const T* weight;
   const T* bias;     // or null
   const char* next;  // what to bring into L2 at the end, about `next_fetch` of `next_bytes`, or null
-  float4* partial;   // [kStreamTeam] for each CTA, zeros between launches
+  float4* partial;   // [StreamShape::kGroups, kStreamConsumers] for each CTA, zeros between launches
   int64_t x_stride, out_stride, next_bytes, next_fetch;
   int rows, n, k;
   int activation;  // a MiiActivationKind, or kPlain
 };
 
-using StreamPlace = RingPlace<kStreamUnits>;
-
-// The ring: a barrier for each place that tells of its copies, one that tells that it was read, what the teams hand to one
-// another, then the places.
+// The ring: for each place a barrier that tells of its copies, one that tells that it was read.
+template <typename Shape>
 struct StreamRing {
+  using Place = typename Shape::Place;
   uint32_t shared;
 
-  MII_DEVICE uint32_t full(const StreamPlace& place) const { return shared + place.at * kBarrierBytes; }
-  MII_DEVICE uint32_t empty(const StreamPlace& place) const { return shared + (kStreamUnits + place.at) * kBarrierBytes; }
-  MII_DEVICE uint32_t stage(const StreamPlace& place) const {
-    return shared + kStreamRingOffset + place.at * kStreamUnitBytes;
-  }
-  MII_DEVICE void wait_full(const StreamPlace& place) const { barrier_wait_forever(full(place), place.parity); }
+  MII_DEVICE uint32_t full(const Place& place) const { return shared + place.at * kBarrierBytes; }
+  MII_DEVICE uint32_t empty(const Place& place) const { return shared + (Shape::kUnits + place.at) * kBarrierBytes; }
+  MII_DEVICE uint32_t stage(const Place& place) const { return shared + Shape::kRingOffset + place.at * Shape::kUnitBytes; }
+  MII_DEVICE void wait_full(const Place& place) const { barrier_wait_forever(full(place), place.parity); }
   // Until what the ring brought there the last time around was read.
-  MII_DEVICE void wait_empty(const StreamPlace& place) const { barrier_wait_forever(empty(place), place.parity ^ 1); }
+  MII_DEVICE void wait_empty(const Place& place) const { barrier_wait_forever(empty(place), place.parity ^ 1); }
   // By one thread, before all others go on.
   MII_DEVICE void init() const {
-    for (StreamPlace place; place.parity == 0; place.next()) {
+    for (Place place; place.parity == 0; place.next()) {
       barrier_init(full(place), 1);
-      barrier_init(empty(place), kStreamTeams * kStreamWarps);
+      barrier_init(empty(place), kStreamWarps);
     }
     barrier_init_fence();
   }
@@ -98,11 +100,12 @@ struct StreamCursor {
 };
 
 // What a CTA does: its units, and where they lie.
-template <typename T>
+template <typename T, int Tokens>
 struct Stream {
+  using Shape = StreamShape<Tokens>;
   const LinearStreamArgs<T>& a;
   StreamRuns runs;
-  StreamRing ring;
+  StreamRing<Shape> ring;
   int begin, end;
 
   MII_DEVICE Stream(const LinearStreamArgs<T>& args, uint32_t memory) : a(args), ring{memory} {
@@ -111,6 +114,7 @@ struct Stream {
     begin = runs.begin(blockIdx.x), end = runs.begin(blockIdx.x + 1);
   }
   MII_DEVICE StreamCursor start() const { return {begin, runs.steps}; }
+  MII_DEVICE int tokens(int) const { return a.rows; }
   MII_DEVICE int depth(int step) const { return min(kStreamDepth, a.k - step * kStreamDepth); }
   // Gated tiles pair eight rows of gate with eight of up in each 16, so that a thread ends up with both of a pair.
   MII_DEVICE int weight_row(int tile, int row) const {
@@ -141,8 +145,9 @@ MII_DEVICE void deal_blocks(Count&& count, Copy&& copy) {
   }
 }
 
-template <typename T>
-MII_DEVICE void load_weights(const Stream<T>& s, const StreamCursor& at, const StreamPlace& place, uint64_t policy) {
+template <typename T, int Tokens>
+MII_DEVICE void load_weights(const Stream<T, Tokens>& s, const StreamCursor& at, const RingPlace<StreamShape<Tokens>::kUnits>& place,
+                             uint64_t policy) {
   const int tile = at.tile, bytes = 2 * s.depth(at.step), gate_end = s.a.activation == kPlain ? s.a.n : s.a.n / 2;
   const uint32_t target = s.ring.stage(place), full = s.ring.full(place);
   // One thread announces the bytes of all; those that land before count down from nothing, and the phase waits for the
@@ -158,25 +163,25 @@ MII_DEVICE void load_weights(const Stream<T>& s, const StreamCursor& at, const S
       });
 }
 
-template <typename T>
-MII_DEVICE void load_tokens(const Stream<T>& s, int step, const StreamPlace& place) {
+template <typename T, int Tokens>
+MII_DEVICE void load_tokens(const Stream<T, Tokens>& s, int step, const RingPlace<StreamShape<Tokens>::kUnits>& place) {
   const T* source = s.a.x + step * kStreamDepth;
   const uint32_t target = s.ring.stage(place) + kStreamWeightBytes, full = s.ring.full(place);
   const int bytes = 2 * s.depth(step);
-  deal_blocks<kStreamTokens>([&](int) { return s.a.rows; },
-                             [&](int) {
-                               return [=](int token) {
-                                 bulk_copy(target + token * kStreamRowBytes, source + token * s.a.x_stride, bytes, full);
-                               };
-                             });
+  deal_blocks<Tokens>([&](int first) { return s.a.rows - first; },
+                      [&](int first) {
+                        const T* rows = source + first * s.a.x_stride;
+                        const uint32_t into = target + first * kStreamRowBytes;
+                        return [=](int i) { bulk_copy(into + i * kStreamRowBytes, rows + i * s.a.x_stride, bytes, full); };
+                      });
 }
 
-template <typename T>
-MII_DEVICE void copy_units(const Stream<T>& s) {
+template <typename T, int Tokens>
+MII_DEVICE void copy_units(const Stream<T, Tokens>& s) {
   const uint64_t policy = read_once_policy();
-  const int steps = s.runs.steps, filled = min(s.end, s.begin + kStreamUnits);
+  const int steps = s.runs.steps, filled = min(s.end, s.begin + StreamShape<Tokens>::kUnits);
   StreamCursor weights = s.start(), tokens = weights;
-  StreamPlace place, last;
+  typename StreamShape<Tokens>::Place place, last;
   start_next();
   for (; weights.unit < filled; weights.advance(steps), place.next()) load_weights(s, weights, place, policy);
   wait_for_previous();
@@ -192,54 +197,61 @@ MII_DEVICE void copy_units(const Stream<T>& s) {
 }
 
 // ---- the multiplying warps ------------------------------------------------------------------------------------------
-using StreamSums = float[2][1][4];  // of a thread: two chains, as one product waits long for the one before
-
-// What products over 32 columns of a unit take: 16 weight rows of this warp, in two halves, and all tokens.
+// What products over 32 columns of a unit take: 16 weight rows of this warp, in two halves, and tokens in eights.
+template <int Groups>
 struct StreamFragments {
-  uint32_t weight[2][4], tokens[4];
+  uint32_t weight[2][4], tokens[Groups][4];
 
-  MII_DEVICE void load(uint32_t weight_at, uint32_t tokens_at) {
+  MII_DEVICE void load(uint32_t weight_at, uint32_t tokens_at, int rows) {
     load_matrices(weight[0], weight_at);
     load_matrices(weight[1], weight_at + 32);
-    load_matrices(tokens, tokens_at);
+#pragma unroll
+    for (int g = 0; g < Groups; ++g) {
+      if (g == 0 || 8 * g < rows) load_matrices(tokens[g], tokens_at + 8 * g * kStreamRowBytes);
+    }
   }
+  // `both`: or the other 16 columns are not of this unit.
   template <typename T>
-  MII_DEVICE void multiply(StreamSums& sums) const {
-    multiply_add<T>(sums[0][0], weight[0], tokens[0], tokens[1]);
-    multiply_add<T>(sums[1][0], weight[1], tokens[2], tokens[3]);
+  MII_DEVICE void multiply(float (&sums)[2][Groups][4], int rows, bool both) const {
+#pragma unroll
+    for (int g = 0; g < Groups; ++g) {
+      if (g > 0 && 8 * g >= rows) continue;
+      multiply_add<T>(sums[0][g], weight[0], tokens[g][0], tokens[g][1]);
+      if (both) multiply_add<T>(sums[1][g], weight[1], tokens[g][2], tokens[g][3]);
+    }
   }
 };
 
-// sums += (16 weight rows of this warp) x (all tokens) over the team's columns of a unit.
-template <typename T>
-MII_DEVICE void multiply_unit(StreamSums& sums, uint32_t unit, int unit_depth) {
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp % kStreamWarps, column = threadIdx.x / kStreamTeam * kStreamTeamDepth;
-  const uint32_t weight = unit + (warp * 16 + lane % 16) * kStreamRowBytes + lane / 16 * 16 + 2 * column;
-  const uint32_t tokens = unit + kStreamWeightBytes + lane % 8 * kStreamRowBytes + lane / 8 * 16 + 2 * column;
-  if (unit_depth == kStreamDepth) {
-    constexpr int kCount = kStreamTeamDepth / 32;
-    StreamFragments all[kCount];
+// sums += (16 weight rows of this warp) x (all tokens, `rows`) over a unit.
+template <typename T, int Groups>
+MII_DEVICE void multiply_unit(float (&sums)[2][Groups][4], uint32_t unit, int depth, int rows) {
+  constexpr int kAtOnce = 4, kBatches = kStreamDepth / 32 / kAtOnce;  // a batch is loaded while the one before is multiplied
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const uint32_t weight = unit + (warp * 16 + lane % 16) * kStreamRowBytes + lane / 16 * 16;
+  const uint32_t tokens = unit + kStreamWeightBytes + lane % 8 * kStreamRowBytes + lane / 8 * 16;
+  if (depth == kStreamDepth) {
+    StreamFragments<Groups> batch[2][kAtOnce];
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) all[i].load(weight + 64 * i, tokens + 64 * i);
+    for (int b = 0; b <= kBatches; ++b) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) all[i].template multiply<T>(sums);
+      for (int i = 0; b < kBatches && i < kAtOnce; ++i) {
+        batch[b % 2][i].load(weight + 64 * (b * kAtOnce + i), tokens + 64 * (b * kAtOnce + i), rows);
+      }
+#pragma unroll
+      for (int i = 0; b > 0 && i < kAtOnce; ++i) batch[(b - 1) % 2][i].template multiply<T>(sums, rows, true);
+    }
     return;
   }
-  const int depth = min(kStreamTeamDepth, unit_depth - column);
   for (int first = 0; first < depth; first += 32) {
-    StreamFragments all;
-    all.load(weight + 2 * first, tokens + 2 * first);
-    if (first + 16 < depth) {
-      all.template multiply<T>(sums);
-    } else {  // the other 16 columns are not of this unit
-      multiply_add<T>(sums[0][0], all.weight[0], all.tokens[0], all.tokens[1]);
-    }
+    StreamFragments<Groups> all;
+    all.load(weight + 2 * first, tokens + 2 * first, rows);
+    all.template multiply<T>(sums, rows, first + 16 < depth);
   }
 }
 
 // The sums of two weight rows, `low` and `low` + 8 of a tile, for one token.
-template <typename T>
-MII_DEVICE void store_pair(const Stream<T>& s, int tile, int row, int token, float low, float high) {
+template <typename T, int Tokens>
+MII_DEVICE void store_pair(const Stream<T, Tokens>& s, int tile, int row, int token, float low, float high) {
   const LinearStreamArgs<T>& a = s.a;
   const int n = s.weight_row(tile, row), other = s.weight_row(tile, row + 8);
   T* out = a.out + token * a.out_stride;
@@ -253,70 +265,58 @@ MII_DEVICE void store_pair(const Stream<T>& s, int tile, int row, int token, flo
   }
 }
 
-template <typename T>
-MII_DEVICE void store_tile(const Stream<T>& s, const float (&sums)[4], int tile) {
-  const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp * 16 + lane / 4, token = 2 * (lane % 4);
-  if (token < s.a.rows) store_pair(s, tile, row, token, sums[0], sums[2]);
-  if (token + 1 < s.a.rows) store_pair(s, tile, row, token + 1, sums[1], sums[3]);
-}
-
-// The sums of both teams and of both chains of each, in sums[0] of the first team, which is true. `turn`: changes from one call
-// to the next, so that the second team may hand over before the first one has taken what it had before.
-MII_DEVICE bool join_teams(StreamSums& sums, int& turn) {
+template <typename T, int Tokens>
+MII_DEVICE void store_tile(const Stream<T, Tokens>& s, const float (&sums)[Tokens / 8][4], int tile) {
+  const int lane = threadIdx.x % kWarp, row = threadIdx.x / kWarp * 16 + lane / 4;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) sums[0][0][i] += sums[1][0][i];
-  auto* handed = reinterpret_cast<float4*>(dynamic_shared() + kStreamHandedOffset + turn * kStreamHandedBytes);
-  handed += threadIdx.x % kStreamTeam;
-  turn ^= 1;
-  const bool first = threadIdx.x < kStreamTeam;
-  if (!first) *handed = make_float4(sums[0][0][0], sums[0][0][1], sums[0][0][2], sums[0][0][3]);
-  threads_wait(kStreamTeamsBarrier, kStreamConsumers);
-  if (!first) return false;
-  const float4 others = *handed;
-  sums[0][0][0] += others.x, sums[0][0][1] += others.y, sums[0][0][2] += others.z, sums[0][0][3] += others.w;
-  return true;
+  for (int i = 0; i < Tokens / 4; ++i) {
+    const int token = i / 2 * 8 + 2 * (lane % 4) + i % 2;
+    if (token < s.a.rows) store_pair(s, tile, row, token, sums[i / 2][i % 2], sums[i / 2][2 + i % 2]);
+  }
 }
 
-// Multiplies a run's units, the first of which comes through `place` of the ring. left(cta): where this thread's partial sums
-// lie that a CTA leaves; store(sums, tile): for the whole sums of a tile, one group of four.
+// Multiplies a run's units, the first of which comes through `place` of the ring. left(cta, group): where this thread's partial
+// sums lie that a CTA leaves; store(sums, tile): for the whole sums of a tile.
 template <typename T, typename Run, typename Left, typename Store>
-MII_DEVICE void multiply_stream(const Run& s, StreamPlace& place, Left&& left, Store&& store) {
-  StreamSums sums = {};
+MII_DEVICE void multiply_stream(const Run& s, typename Run::Shape::Place& place, Left&& left, Store&& store) {
+  using Shape = typename Run::Shape;
+  typename Shape::Sums sums = {};
   StreamCursor at = s.start();
-  int turn = 0;
   int run_start = s.begin;  // first unit of the tile that `sums` belongs to
   while (at.unit < s.end) {
     const int tile = at.tile;
     s.ring.wait_full(place);
-    multiply_unit<T>(sums, s.ring.stage(place), s.depth(at.step));
+    multiply_unit<T>(sums, s.ring.stage(place), s.depth(at.step), s.tokens(tile));
     __syncwarp();
     if (threadIdx.x % kWarp == 0) barrier_arrive(s.ring.empty(place));
     place.next();
     if (!at.advance(s.runs.steps) && at.unit < s.end) continue;
-    if (join_teams(sums, turn)) {
-      const bool whole = at.unit - run_start == s.runs.steps;
-      if (whole || merge_by_words(sums[0], s.runs, tile, [&](int cta, int) { return left(cta); })) store(sums[0], tile);
-    }
+#pragma unroll
+    for (int i = 0; i < 4 * Shape::kGroups; ++i) sums[0][i / 4][i % 4] += sums[1][i / 4][i % 4];
+    const bool whole = at.unit - run_start == s.runs.steps;
+    if (whole || merge_by_words(sums[0], s.runs, tile, left)) store(sums[0], tile);
     run_start = at.unit;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) sums[i / 4][0][i % 4] = 0.0f;
+    for (int i = 0; i < 8 * Shape::kGroups; ++i) sums[i % 2][i / 8][i / 2 % 4] = 0.0f;
   }
 }
 
-template <typename T>
-MII_DEVICE void multiply_units(const Stream<T>& s) {
+template <typename T, int Tokens>
+MII_DEVICE void multiply_units(const Stream<T, Tokens>& s) {
   wait_for_previous();  // before anything is written that the kernel before this one may still read
-  StreamPlace place;
+  constexpr int kGroups = StreamShape<Tokens>::kGroups;
+  typename StreamShape<Tokens>::Place place;
   multiply_stream<T>(
-      s, place, [&](int cta) { return s.a.partial + cta * kStreamTeam + threadIdx.x; },
-      [&](const float (&sums)[1][4], int tile) { store_tile(s, sums[0], tile); });
+      s, place, [&](int cta, int group) { return s.a.partial + (cta * kGroups + group) * kStreamConsumers + threadIdx.x; },
+      [&](const float (&sums)[kGroups][4], int tile) { store_tile(s, sums, tile); });
 }
 
-// Grid: as many CTAs as fit the card at once, at most one a unit. Dynamic shared memory: kStreamSharedBytes.
-template <typename T>
-__global__ void __launch_bounds__(kStreamThreads) linear_stream(const LinearStreamArgs<T> a) {
+// For up to `Tokens` rows. Grid: as many CTAs as fit the card at once, at most one a unit. Dynamic shared memory:
+// StreamShape::kSharedBytes.
+template <typename T, int Tokens>
+__global__ void __launch_bounds__(kStreamThreads, 1) linear_stream(const LinearStreamArgs<T> a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  const Stream<T> s(a, shared_address(dynamic_shared()));
+  const Stream<T, Tokens> s(a, shared_address(dynamic_shared()));
   if (threadIdx.x == 0) s.ring.init();
   __syncthreads();
   if (threadIdx.x >= kStreamConsumers) {

@@ -75,7 +75,7 @@ struct LinearWide {
     RingPlace<Shape::kStages> place;
     WideSums<Shape> sums;
     for (int tile = blockIdx.x; tile < a.tiles; tile += gridDim.x) {
-      multiply_tile<T, false>(ring, sums, steps(), place, true, [] {});
+      multiply_tile<T>(ring, sums, steps(), place, true, [] {});
       store_tile<T>(sums, tile);
     }
   }
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(WideShape<Rows, kWideColumns>::kThreads, 1)
 #if defined(MII_HOPPER)
   using Shape = WideShape<Rows, kWideColumns>;
   const LinearWide<Rows, Gated> wide = {a, WideRing<Shape>(shared_address(dynamic_shared()))};
-  if (threadIdx.x == 0) wide.ring.init(1);
+  if (threadIdx.x == 0) wide.ring.init();
   __syncthreads();
   if (threadIdx.x >= Shape::kConsumers) {
     give_registers<40>();

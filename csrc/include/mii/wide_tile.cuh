@@ -51,10 +51,10 @@ struct WideRing {
   MII_DEVICE uint32_t weight(int place) const { return x(place) + Shape::X::kBytes; }
   MII_DEVICE uint32_t full(int place) const { return base + Shape::kStages * Shape::kStageBytes + kBarrierBytes * place; }
   MII_DEVICE uint32_t empty(int place) const { return full(Shape::kStages + place); }
-  // By one thread, before all others go on. `writers`: arrivals that make a stage full.
-  MII_DEVICE void init(int writers) const {
+  // By one thread, before all others go on.
+  MII_DEVICE void init() const {
     for (int i = 0; i < Shape::kStages; ++i) {
-      barrier_init(full(i), writers);
+      barrier_init(full(i), 1);
       barrier_init(empty(i), Shape::kConsumers / kWarp);
     }
     barrier_init_fence();
@@ -106,10 +106,9 @@ MII_DEVICE void multiply_step(const WideRing<Shape>& ring, WideSums<Shape>& sums
 }
 
 // sums = x . weight over the next `steps` stages. A stage is given back once the products of the one after are handed over,
-// so that the tensor cores always have work. `Gathered`: threads copied x, whose writes products do not see by themselves.
-// Not `any`: none of this warpgroup's rows is asked for, the stages only pass by. last() is called while the last products are
+// so that the tensor cores always have work. Not `any`: none of this warpgroup's rows is asked for, the stages only pass by. last() is called while the last products are
 // under way.
-template <typename T, bool Gathered, typename Shape, typename Last>
+template <typename T, typename Shape, typename Last>
 MII_DEVICE void multiply_tile(const WideRing<Shape>& ring, WideSums<Shape>& sums, int steps,
                               RingPlace<Shape::kStages>& place, bool any, Last&& last) {
   const auto release = [&](int of) {
@@ -127,7 +126,6 @@ MII_DEVICE void multiply_tile(const WideRing<Shape>& ring, WideSums<Shape>& sums
   int before = 0;
   for (int step = 0; step < steps; ++step) {
     barrier_wait(ring.full(place.at), place.parity);
-    if constexpr (Gathered) publish_writes();
     multiply_step<T>(ring, sums, place.at);
     if (step > 0) {
       products_wait<1>();

@@ -6,6 +6,7 @@
 
 namespace {
 
+template <int Tokens>
 void run(const Case& c, Tensors& t, std::vector<float4>& partial) {
   std::fill(t.out.begin(), t.out.end(), kUntouched);
   mii::LinearStreamArgs<Half> args = {};
@@ -16,18 +17,19 @@ void run(const Case& c, Tensors& t, std::vector<float4>& partial) {
   args.x_stride = c.x_stride(), args.out_stride = c.out_stride();
   args.rows = c.rows, args.n = c.n, args.k = c.k;
   args.activation = c.gated ? int(MII_SILU) : mii::kPlain;
-  run_at_once(c.ctas, mii::kStreamThreads, [&] { mii::linear_stream<Half>(args); });
+  run_at_once(c.ctas, mii::kStreamThreads, [&] { mii::linear_stream<Half, Tokens>(args); });
   must_be_empty(partial);
 }
 
+template <int Tokens = 8>
 void check(const Case& c) {
   Tensors t(c);
-  std::vector<float4> partial(size_t(c.ctas) * mii::kStreamTeam);
-  run(c, t, partial);
+  std::vector<float4> partial(size_t(c.ctas) * mii::StreamShape<Tokens>::kGroups * mii::kStreamConsumers);
+  run<Tokens>(c, t, partial);
   if (card::fetched == 0) card::refuse("fetched nothing of what comes next");
   compare(c, t);
   const std::vector<Half> first = t.out;
-  run(c, t, partial);
+  run<Tokens>(c, t, partial);
   if (std::memcmp(first.data(), t.out.data(), first.size() * sizeof(Half)) != 0) card::refuse("a second run differs");
   say_right(c);
 }
@@ -44,4 +46,7 @@ int main() {
   check({4, 100, 272, 2, true, false});
   check({6, 1300, 1520, 5, false, true});  // a ring that comes around several times
   check({8, 72, 4112, 1, true, true});
+  check<16>({16, 200, 1040, 7, false, true});  // two groups of tokens
+  check<16>({9, 320, 2064, 4, true, true});
+  check<16>({5, 130, 1296, 3, false, true});  // of which one is empty
 }

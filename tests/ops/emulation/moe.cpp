@@ -9,6 +9,7 @@
 
 #include "mii/moe_route.cuh"
 #include "mii/moe_few.cuh"
+#include "mii/moe_gather.cuh"
 #include "mii/moe_mma.cuh"
 #include "mii/moe_wide.cuh"
 
@@ -163,11 +164,10 @@ void check_down(const Case& c, const Tensors& t) {
 }
 
 template <bool Up>
-mii::MoeWideArgs<Half> wide_args(const Case& c, const mii::MoeArgs<Half>& args) {
+mii::MoeWideArgs<Half> wide_args(const Case& c, const mii::MoeArgs<Half>& args, const Half* rows) {
   constexpr int kBoxRows = mii::MoeWideShape::kHalf;
   const auto weight = mii::map_matrix(args.weight, c.experts * (Up ? 2 : 1) * args.n, args.k, args.k, kBoxRows, true);
-  if (Up) return {{}, weight, args, {1.0f, 0.0f}};
-  return {mii::map_matrix(args.x, c.pairs(), args.k, args.x_stride, kBoxRows, false), weight, args, {}};
+  return {mii::map_matrix(rows, c.pairs(), args.k, args.k, kBoxRows, false), weight, args, {Up ? 1.0f : 0.0f, 0.0f}};
 }
 
 template <bool Up>
@@ -183,7 +183,9 @@ void run_product(const Case& c, Tensors& t) {
   const auto run = [&](auto kernel, int threads) { run_grid(c.ctas, threads, [&] { kernel(args); }); };
   if (c.kernel == kSimple) return run(mii::moe_simple<Half, Up>, mii::kSimpleThreads);
   if (c.kernel == kMma) return run(mii::moe_mma<Half, Up>, mii::MoeMmaShape::kThreads);
-  run_grid(c.ctas, mii::MoeWideShape::kThreads, [wide = wide_args<Up>(c, args)] { mii::moe_wide<Half, Up>(wide); });
+  if (Up) run_grid(c.ctas, mii::kGatherThreads, [&] { mii::moe_gather<Half>(args, t.parts.data(), args.k); });
+  const auto wide = wide_args<Up>(c, args, Up ? t.parts.data() : args.x);
+  run_grid(c.ctas, mii::MoeWideShape::kThreads, [&] { mii::moe_wide<Half, Up>(wide); });
 }
 
 void run_products(const Case& c, Tensors& t) {

@@ -14,7 +14,7 @@ struct MiiLinear {
 };
 MII_API int32_t mii_linear(const struct MiiLinear* args, void* stream);
 
-// CUDA: the product of up to 8 rows as a stream of the weight, which is row-major and contiguous. cuBLASLt serves more.
+// CUDA: the product of up to 16 rows as a stream of the weight, which is row-major and contiguous. cuBLASLt serves more.
 // gated: the weight's rows are [gate | up], out = act(gate product) * (up product), both rounded before.
 struct MiiLinearStreamed {
   struct MiiLinear product;  // gated: out is [rows, out_features / 2]

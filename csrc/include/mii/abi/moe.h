@@ -50,6 +50,8 @@ struct MiiMoeLinear {
   const int32_t* tiles;
   int64_t tokens, in_features, out_features, x_stride, out_stride;
   int32_t experts, top_k, tile_rows, activation, kernel, dtype;
+  void* gathered;           // mii_moe_up by MII_MOE_WGMMA: room for the rows of x by row, [tokens * top_k, in_features],
+  int64_t gathered_stride;  // or null: by mma.sync
 };
 MII_API int32_t mii_moe_up(const struct MiiMoeLinear* args, void* stream);
 MII_API int32_t mii_moe_down(const struct MiiMoeLinear* args, void* stream);
