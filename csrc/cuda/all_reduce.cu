@@ -8,7 +8,7 @@
 namespace mii {
 namespace {
 
-int64_t half_bytes(const MiiRanks& ranks) { return (ranks.bytes - kPeerHeader) / 2 / kPackWords * kPackWords; }
+int64_t half_bytes(const MiiRanks& ranks) { return (ranks.bytes - kPeerHeader) / 2 / kPackBytes * kPackBytes; }
 int64_t memory_bytes(int64_t half) { return kPeerHeader + 2 * half; }
 
 int32_t check(const char* name, const MiiRanks& ranks, int32_t shots, int64_t half) {
@@ -66,7 +66,7 @@ struct Parts {
 Parts parts_of(const MiiAllReduce& a) {
   const int64_t packs = a.count * (a.dtype == MII_F32 ? 4 : 2) / 16;
   const int64_t part = a.shots == 2 ? ceil_div(packs, int64_t(a.ranks.size)) : packs;
-  return {packs, part, a.shots * a.ranks.size * part * kPackWords};
+  return {packs, part, a.shots * a.ranks.size * part * kPackBytes};
 }
 
 template <typename T, int Slots, bool Two>
@@ -96,7 +96,7 @@ int32_t sum_norm_rows(const MiiAllReduceNorm& a, void* stream) {
   const int most = sum_norm_threads(Slots, two), held = two ? a.ranks.size : count <= most ? 1 : count <= 2 * most ? 2 : 4;
   const int part = ceil_div(count, held);
   if (part > most) return fail(MII_UNSUPPORTED, "all_reduce_norm: rows of %lld elements", (long long)n.width);
-  const int32_t code = check("all_reduce_norm", a.ranks, a.shots, a.shots * a.ranks.size * n.rows * part * kPackWords *
+  const int32_t code = check("all_reduce_norm", a.ranks, a.shots, a.shots * a.ranks.size * n.rows * part * kPackBytes *
                                                                       (two ? 1 : held));
   if (code != MII_OK || n.rows == 0) return code;
   const NormArgs<T> norm = norm_args<T>(n);
@@ -158,7 +158,7 @@ extern "C" int32_t mii_all_reduce_norm(const MiiAllReduceNorm* a, void* stream) 
 }
 
 extern "C" int64_t mii_all_gather_bytes(const MiiAllGather* a) {
-  return mii::memory_bytes(mii::ceil_div(a->ranks.size * a->words * 8, int64_t(mii::kPackWords)) * mii::kPackWords);
+  return mii::memory_bytes(mii::ceil_div(a->ranks.size * a->words * 8, int64_t(mii::kPackBytes)) * mii::kPackBytes);
 }
 
 extern "C" int32_t mii_all_gather(const MiiAllGather* a, void* stream) {

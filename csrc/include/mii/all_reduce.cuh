@@ -3,7 +3,8 @@
 // One shot: every rank sends its packs to all others and adds up what came. Least delay; (size - 1) times the data leave
 // a card. Two shots: a rank has a part of the packs, gets that part from all others, adds it up and sends the sum to all.
 // One delay more; 2 (size - 1) / size times the data leave. The sums are made alike, in float in the order of the ranks, so
-// which of them serves makes no difference to the bits.
+// which of them serves makes no difference to the bits. What is added up and sent is `present` (peers.cuh), also a rank's own,
+// so that ranks agree in the sign of a zero too.
 #pragma once
 #include "mii/norm.cuh"
 #include "mii/peers.cuh"
@@ -12,7 +13,7 @@ namespace mii {
 
 template <typename T>
 __device__ __forceinline__ uint4 load_bits(const T* address) {
-  return *reinterpret_cast<const uint4*>(address);
+  return present<T>(*reinterpret_cast<const uint4*>(address));
 }
 template <typename T>
 __device__ __forceinline__ Pack<T> pack_of(const uint4& bits) {
@@ -42,7 +43,7 @@ __device__ __forceinline__ uint4 sum_of(const uint4 (&packs)[Slots], const uint4
 #pragma unroll
     for (int e = 0; e < kPack<T>; ++e) sum[e] = r == 0 ? values[e] : sum[e] + values[e];
   }
-  return bits_of<T>(make_pack<T>(sum));
+  return present<T>(bits_of<T>(make_pack<T>(sum)));
 }
 
 // The boxes of one shot: a rank's packs lie in the box of its number.
@@ -179,6 +180,7 @@ __global__ void __launch_bounds__(sum_norm_threads(Slots, Two)) all_reduce_norm_
 #pragma unroll
       for (int p = 0; p < Held; ++p) {
         if (thread + p * part < count) {
+          v[p] = pack_of<T>(present<T>(bits_of<T>(v[p])));
           send_to_all(round, round.rank(), (row * Held + p) * part + thread, bits_of<T>(v[p]));
         }
       }

@@ -1,6 +1,6 @@
-// What ranks write into one another's memory: 8 bytes at a time, 4 of data and 4 that say which round they belong to. Such
-// a word is written and read as a whole, so whoever finds the round's number has the data too: no fence, no flag that
-// comes after, no order among words. Two words make one access of 16 bytes.
+// What ranks write into one another's memory: words of 8 bytes, each written and read as a whole. One that is never zero, in a
+// place that held zero, says by itself that it is there: no fence, no flag that comes after, no order among words. Two words
+// make one access of 16 bytes.
 #pragma once
 #include <stdint.h>
 
@@ -20,6 +20,9 @@ __device__ __forceinline__ uint64_t load_word(const void* address) {
   asm volatile("ld.relaxed.sys.global.b64 %0, [%1];" : "=l"(word) : "l"(address) : "memory");
   return word;
 }
+// Of this card's own memory, before the kernel ends.
+__device__ __forceinline__ void clear_words(void* address) { store_words(address, 0, 0); }
+__device__ __forceinline__ void clear_word(void* address) { store_word(address, 0); }
 // For what kernels of one stream leave to one another, past the cache of the SM.
 __device__ __forceinline__ uint32_t load_state(const uint32_t* address) {
   uint32_t value;

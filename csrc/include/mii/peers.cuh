@@ -3,11 +3,15 @@
 // A call in which they do is a round, and rounds are counted on the device, so a captured graph can be replayed any number
 // of times. A rank's memory is
 //     state   PeerState, read and written by its own card only
-//     halves  two of them, which take turns: round e has the half e % 2. A half is divided into boxes of packs (16 bytes of
-//             data, 32 with the round's numbers); who writes which box is a matter of the call.
+//     halves  two of them, which take turns: round e has the half e % 2. A half is divided into boxes of packs (16 bytes);
+//             who writes which box is a matter of the call.
+// A half holds zeros until something comes, which is never zero: a pack of numbers has a -0 in place of a +0 where 8 bytes of it
+// would be (`present`), a single word comes with the number of the round. So whoever finds 8 bytes that are not zero has them
+// all, with no fence and no flag, and puts zeros back for the next round.
 // Two halves are enough, and no rank has to say that it has read: nobody writes into the half of round e again before
 // round e + 2, and a rank begins that only after round e + 1, for which it needed words that each other rank wrote, itself
-// or through a third one, after its round e had ended. So all has been read, and nothing of round e is still on its way.
+// or through a third one, after its round e had ended. So all has been read and is zeros again, and nothing of round e is still
+// on its way.
 //
 // Every CTA of a round must be resident, since those of one rank wait for those of another. All ranks go through the packs
 // in the same order, so whoever handles the first one that is not complete never waits for a later one.
@@ -18,7 +22,7 @@
 namespace mii {
 
 constexpr int kMostPeers = 8;
-constexpr int kPackWords = 32;  // bytes of a pack in a box
+constexpr int kPackBytes = 16;
 
 struct PeerState {
   uint32_t round, arrived;  // the last round; CTAs of this one that are done
@@ -38,6 +42,15 @@ struct Peers {
 
 // The number of the round after `round`. 0 is what memory holds that was never written; halves take turns across it too.
 __device__ __forceinline__ uint32_t round_after(uint32_t round) { return round + 1 == 0 ? 2 : round + 1; }
+
+// A pack of T whose halves of 8 bytes are not zero, of the same numbers.
+template <typename T>
+__device__ __forceinline__ uint4 present(uint4 pack) {
+  constexpr uint32_t kMinusZero = sizeof(T) == 4 ? 0x80000000u : 0x8000u;
+  if ((pack.x | pack.y) == 0) pack.x = kMinusZero;
+  if ((pack.z | pack.w) == 0) pack.z = kMinusZero;
+  return pack;
+}
 
 // One thread's view of a round. `stride`: packs of a box.
 template <int Slots>
@@ -60,36 +73,33 @@ class Round {
   // The other ranks, as bits.
   __device__ __forceinline__ unsigned others() const { return ((1u << peers_.size) - 1) & ~(1u << peers_.rank); }
 
-  // Writes a pack into a box of rank r.
+  // Writes a pack, which is `present`, into a box of rank r.
   __device__ __forceinline__ void send(int r, int box, int64_t index, const uint4& pack) const {
-    char* place = peers_.memory[r] + offset_ + (2 * box * stride_ + index) * 16;
-    store_words(place, word(pack.x), word(pack.y));
-    store_words(place + stride_ * 16, word(pack.z), word(pack.w));
+    char* place = peers_.memory[r] + offset_ + (box * stride_ + index) * kPackBytes;
+    store_words(place, uint64_t(pack.y) << 32 | pack.x, uint64_t(pack.w) << 32 | pack.z);
   }
 
   // Takes what the ranks in `from` have sent to the boxes `first` + their number, once all of it is there.
   __device__ __forceinline__ void receive(uint4 (&packs)[Slots], int first, int64_t index, unsigned from) {
-    const char* place = peers_.memory[peers_.rank] + offset_ + (2 * first * stride_ + index) * 16;
-    uint64_t words[Slots][4] = {};
+    char* place = peers_.memory[peers_.rank] + offset_ + (first * stride_ + index) * kPackBytes;
+    uint64_t words[Slots][2] = {};
     unsigned missing = from;
     for (unsigned tries = 0; missing != 0; ++tries) {
       if (tries > 0 && !patient(tries, missing)) break;
 #pragma unroll
       for (int r = 0; r < Slots; ++r) {
-        if ((missing >> r & 1) == 0) continue;
-        load_words(place + 2 * r * stride_ * 16, words[r][0], words[r][1]);
-        load_words(place + (2 * r + 1) * stride_ * 16, words[r][2], words[r][3]);
+        if (missing >> r & 1) load_words(place + r * stride_ * kPackBytes, words[r][0], words[r][1]);
       }
 #pragma unroll
       for (int r = 0; r < Slots; ++r) {
-        const bool fresh = current(words[r][0]) && current(words[r][1]) && current(words[r][2]) && current(words[r][3]);
-        if (fresh) missing &= ~(1u << r);
+        if (words[r][0] != 0 && words[r][1] != 0) missing &= ~(1u << r);
       }
     }
 #pragma unroll
     for (int r = 0; r < Slots; ++r) {
-      packs[r] = {static_cast<uint32_t>(words[r][0]), static_cast<uint32_t>(words[r][1]),
-                  static_cast<uint32_t>(words[r][2]), static_cast<uint32_t>(words[r][3])};
+      if ((from & ~missing) >> r & 1) clear_words(place + r * stride_ * kPackBytes);
+      packs[r] = {static_cast<uint32_t>(words[r][0]), static_cast<uint32_t>(words[r][0] >> 32),
+                  static_cast<uint32_t>(words[r][1]), static_cast<uint32_t>(words[r][1] >> 32)};
     }
   }
 
@@ -98,9 +108,10 @@ class Round {
     store_word(peers_.memory[r] + offset_ + (box * stride_ + index) * 8, word(value));
   }
   __device__ __forceinline__ uint32_t receive_word(int box, int64_t index) {
-    const char* place = peers_.memory[peers_.rank] + offset_ + (box * stride_ + index) * 8;
+    char* place = peers_.memory[peers_.rank] + offset_ + (box * stride_ + index) * 8;
     uint64_t found = load_word(place);
-    for (unsigned tries = 1; !current(found) && patient(tries, 1u << box); ++tries) found = load_word(place);
+    for (unsigned tries = 1; found == 0 && patient(tries, 1u << box); ++tries) found = load_word(place);
+    if (found != 0) clear_word(place);
     return static_cast<uint32_t>(found);
   }
 
@@ -115,7 +126,6 @@ class Round {
 
  private:
   __device__ __forceinline__ uint64_t word(uint32_t value) const { return uint64_t(number_) << 32 | value; }
-  __device__ __forceinline__ bool current(uint64_t word) const { return static_cast<uint32_t>(word >> 32) == number_; }
 
   // Whether to go on waiting for the ranks in `missing`. Looks at the clock now and then.
   __device__ __forceinline__ bool patient(unsigned tries, unsigned missing) {

@@ -41,6 +41,15 @@ inline void store_words(void* address, uint64_t first, uint64_t second) {
   store_word(address, first);
   store_word(static_cast<char*>(address) + 8, second);
 }
+inline void clear_word(void* address) {
+  const std::lock_guard lock(card::wires);
+  if (card::targets.count(address)) card::refuse("a word is on its way to a place that is cleared");
+  std::memset(address, 0, 8);
+}
+inline void clear_words(void* address) {
+  clear_word(address);
+  clear_word(static_cast<char*>(address) + 8);
+}
 inline uint64_t load_word(const void* address) {
   card::must_have_waited();
   if (card::chance() % 2) card::yield();
