@@ -28,25 +28,24 @@ namespace mii {
 constexpr int kPlain = -1;  // in place of an activation
 
 constexpr int kStreamMostTokens = 16, kStreamTileRows = 64, kStreamDepth = 256;  // of a unit: tokens, weight rows, columns
+constexpr int kStreamUnits = 5;                                                  // of the ring
 constexpr int kStreamWarps = 4, kStreamCopyWarps = 4;                            // that multiply, each 16 weight rows; that copy
 constexpr int kStreamConsumers = kStreamWarps * kWarp;
 constexpr int kStreamThreads = kStreamConsumers + kStreamCopyWarps * kWarp;
 constexpr int kStreamRowBytes = 2 * kStreamDepth + 16;
 constexpr int kStreamWeightBytes = kStreamTileRows * kStreamRowBytes;
+constexpr int kStreamRingOffset = 256;    // barriers come before the ring
 constexpr int kStreamBudget = 216 << 10;  // leaves room for the light kernels beside it
-static_assert(kStreamTileRows == 16 * kStreamWarps);
+static_assert(kStreamTileRows == 16 * kStreamWarps && 2 * kStreamUnits * kBarrierBytes <= kStreamRingOffset);
 
-// The shared memory, for up to so many tokens: barriers, then the ring.
+// For up to so many tokens, in eights.
 template <int Tokens>
 struct StreamShape {
   static constexpr int kGroups = Tokens / 8;
   static constexpr int kUnitBytes = kStreamWeightBytes + Tokens * kStreamRowBytes;
-  static constexpr int kUnits = 5, kRingOffset = 256;  // of the ring
-  static constexpr int kSharedBytes = kRingOffset + kUnits * kUnitBytes;
-  using Place = RingPlace<kUnits>;
+  static constexpr int kSharedBytes = kStreamRingOffset + kStreamUnits * kUnitBytes;
   using Sums = float[2][kGroups][4];  // of a thread: two chains, as one product waits long for the one before
-  static_assert(Tokens % 8 == 0 && Tokens <= kStreamMostTokens && 2 * kUnits * kBarrierBytes <= kRingOffset);
-  static_assert(kSharedBytes <= kStreamBudget);
+  static_assert(Tokens % 8 == 0 && Tokens <= kStreamMostTokens && kSharedBytes <= kStreamBudget);
 };
 
 template <typename T>
@@ -62,21 +61,24 @@ struct LinearStreamArgs {
   int activation;  // a MiiActivationKind, or kPlain
 };
 
-// The ring: for each place a barrier that tells of its copies, one that tells that it was read.
-template <typename Shape>
+using StreamPlace = RingPlace<kStreamUnits>;
+
+// The ring: a barrier for each place that tells of its copies, one that tells that it was read, then the places.
+template <int Tokens>
 struct StreamRing {
-  using Place = typename Shape::Place;
   uint32_t shared;
 
-  MII_DEVICE uint32_t full(const Place& place) const { return shared + place.at * kBarrierBytes; }
-  MII_DEVICE uint32_t empty(const Place& place) const { return shared + (Shape::kUnits + place.at) * kBarrierBytes; }
-  MII_DEVICE uint32_t stage(const Place& place) const { return shared + Shape::kRingOffset + place.at * Shape::kUnitBytes; }
-  MII_DEVICE void wait_full(const Place& place) const { barrier_wait_forever(full(place), place.parity); }
+  MII_DEVICE uint32_t full(const StreamPlace& place) const { return shared + place.at * kBarrierBytes; }
+  MII_DEVICE uint32_t empty(const StreamPlace& place) const { return shared + (kStreamUnits + place.at) * kBarrierBytes; }
+  MII_DEVICE uint32_t stage(const StreamPlace& place) const {
+    return shared + kStreamRingOffset + place.at * StreamShape<Tokens>::kUnitBytes;
+  }
+  MII_DEVICE void wait_full(const StreamPlace& place) const { barrier_wait_forever(full(place), place.parity); }
   // Until what the ring brought there the last time around was read.
-  MII_DEVICE void wait_empty(const Place& place) const { barrier_wait_forever(empty(place), place.parity ^ 1); }
+  MII_DEVICE void wait_empty(const StreamPlace& place) const { barrier_wait_forever(empty(place), place.parity ^ 1); }
   // By one thread, before all others go on.
   MII_DEVICE void init() const {
-    for (Place place; place.parity == 0; place.next()) {
+    for (StreamPlace place; place.parity == 0; place.next()) {
       barrier_init(full(place), 1);
       barrier_init(empty(place), kStreamWarps);
     }
@@ -105,7 +107,7 @@ struct Stream {
   using Shape = StreamShape<Tokens>;
   const LinearStreamArgs<T>& a;
   StreamRuns runs;
-  StreamRing<Shape> ring;
+  StreamRing<Tokens> ring;
   int begin, end;
 
   MII_DEVICE Stream(const LinearStreamArgs<T>& args, uint32_t memory) : a(args), ring{memory} {
@@ -146,8 +148,7 @@ MII_DEVICE void deal_blocks(Count&& count, Copy&& copy) {
 }
 
 template <typename T, int Tokens>
-MII_DEVICE void load_weights(const Stream<T, Tokens>& s, const StreamCursor& at, const RingPlace<StreamShape<Tokens>::kUnits>& place,
-                             uint64_t policy) {
+MII_DEVICE void load_weights(const Stream<T, Tokens>& s, const StreamCursor& at, const StreamPlace& place, uint64_t policy) {
   const int tile = at.tile, bytes = 2 * s.depth(at.step), gate_end = s.a.activation == kPlain ? s.a.n : s.a.n / 2;
   const uint32_t target = s.ring.stage(place), full = s.ring.full(place);
   // One thread announces the bytes of all; those that land before count down from nothing, and the phase waits for the
@@ -164,7 +165,7 @@ MII_DEVICE void load_weights(const Stream<T, Tokens>& s, const StreamCursor& at,
 }
 
 template <typename T, int Tokens>
-MII_DEVICE void load_tokens(const Stream<T, Tokens>& s, int step, const RingPlace<StreamShape<Tokens>::kUnits>& place) {
+MII_DEVICE void load_tokens(const Stream<T, Tokens>& s, int step, const StreamPlace& place) {
   const T* source = s.a.x + step * kStreamDepth;
   const uint32_t target = s.ring.stage(place) + kStreamWeightBytes, full = s.ring.full(place);
   const int bytes = 2 * s.depth(step);
@@ -179,9 +180,9 @@ MII_DEVICE void load_tokens(const Stream<T, Tokens>& s, int step, const RingPlac
 template <typename T, int Tokens>
 MII_DEVICE void copy_units(const Stream<T, Tokens>& s) {
   const uint64_t policy = read_once_policy();
-  const int steps = s.runs.steps, filled = min(s.end, s.begin + StreamShape<Tokens>::kUnits);
+  const int steps = s.runs.steps, filled = min(s.end, s.begin + kStreamUnits);
   StreamCursor weights = s.start(), tokens = weights;
-  typename StreamShape<Tokens>::Place place, last;
+  StreamPlace place, last;
   start_next();
   for (; weights.unit < filled; weights.advance(steps), place.next()) load_weights(s, weights, place, policy);
   wait_for_previous();
@@ -278,7 +279,7 @@ MII_DEVICE void store_tile(const Stream<T, Tokens>& s, const float (&sums)[Token
 // Multiplies a run's units, the first of which comes through `place` of the ring. left(cta, group): where this thread's partial
 // sums lie that a CTA leaves; store(sums, tile): for the whole sums of a tile.
 template <typename T, typename Run, typename Left, typename Store>
-MII_DEVICE void multiply_stream(const Run& s, typename Run::Shape::Place& place, Left&& left, Store&& store) {
+MII_DEVICE void multiply_stream(const Run& s, StreamPlace& place, Left&& left, Store&& store) {
   using Shape = typename Run::Shape;
   typename Shape::Sums sums = {};
   StreamCursor at = s.start();
@@ -305,7 +306,7 @@ template <typename T, int Tokens>
 MII_DEVICE void multiply_units(const Stream<T, Tokens>& s) {
   wait_for_previous();  // before anything is written that the kernel before this one may still read
   constexpr int kGroups = StreamShape<Tokens>::kGroups;
-  typename StreamShape<Tokens>::Place place;
+  StreamPlace place;
   multiply_stream<T>(
       s, place, [&](int cta, int group) { return s.a.partial + (cta * kGroups + group) * kStreamConsumers + threadIdx.x; },
       [&](const float (&sums)[kGroups][4], int tile) { store_tile(s, sums, tile); });

@@ -13,7 +13,6 @@ namespace mii {
 
 constexpr int kFewRows = 8;
 using FewShape = StreamShape<kFewRows>;
-using FewPlace = FewShape::Place;
 constexpr int kFewBarrier = 1;  // named, of the multiplying warps
 
 // One of the two products as a CTA has it: its run of units.
@@ -23,11 +22,11 @@ struct FewRun {
   static constexpr int kColumns = Up ? kStreamTileRows / 2 : kStreamTileRows;  // of out, that a tile yields
 
   const MoeArgs<T>& a;
-  StreamRing<FewShape> ring;
+  StreamRing<kFewRows> ring;
   StreamRuns runs;
   int tiles, begin, end;  // tiles: of weight rows, of an expert
 
-  MII_DEVICE FewRun(const MoeArgs<T>& args, const StreamRing<FewShape>& ring_, int groups) : a(args), ring(ring_) {
+  MII_DEVICE FewRun(const MoeArgs<T>& args, const StreamRing<kFewRows>& ring_, int groups) : a(args), ring(ring_) {
     const int steps = (a.k + kStreamDepth - 1) / kStreamDepth;
     tiles = (a.n + kColumns - 1) / kColumns;
     const int units = groups * tiles * steps;
@@ -78,7 +77,7 @@ struct FewWeights {
   FewTile<T, Up> tile;
 
   MII_DEVICE explicit FewWeights(const FewRun<T, Up>& run_) : run(run_), at(run.start()), tile(run) {}
-  MII_DEVICE void copy(const FewPlace& place, uint64_t policy) {
+  MII_DEVICE void copy(const StreamPlace& place, uint64_t policy) {
     const int bytes = 2 * run.depth(at.step);
     const uint32_t target = run.ring.stage(place), full = run.ring.full(place);
     if (threadIdx.x == kStreamConsumers) barrier_expect(full, bytes * (tile.valid_rows(run) + tile.rows.z));
@@ -104,12 +103,12 @@ struct FewTokens {
   const FewRun<T, Up>& run;
   StreamCursor at;
   FewTile<T, Up> tile;
-  FewPlace place;
+  StreamPlace place;
   const T* sources[kMost];
 
   // `turns`: how many units come through the ring before those of the run.
   MII_DEVICE FewTokens(const FewRun<T, Up>& run_, int turns)
-      : run(run_), at(run.start()), tile(run), place(FewPlace::after(turns)) {
+      : run(run_), at(run.start()), tile(run), place(StreamPlace::after(turns)) {
     find();
   }
   MII_DEVICE int asked() const { return at.unit - run.begin; }
@@ -146,10 +145,10 @@ struct FewTokens {
 template <typename T>
 MII_DEVICE void copy_few(const FewRun<T, true>& up, const FewRun<T, false>& down, const uint32_t* met, uint32_t before) {
   const uint64_t policy = read_once_policy();
-  const int first_down = up.size(), places = first_down + down.size(), filled = min(FewShape::kUnits, first_down);
+  const int first_down = up.size(), places = first_down + down.size(), filled = min(kStreamUnits, first_down);
   FewWeights<T, true> up_weights(up);
   FewWeights<T, false> down_weights(down);
-  FewPlace place;
+  StreamPlace place;
   // The ring takes its first weights before anything is known of the rows.
   for (; up_weights.at.unit < up.begin + filled; place.next()) up_weights.copy(place, policy);
   FewTokens<T, true> up_tokens(up, 0);
@@ -163,9 +162,9 @@ MII_DEVICE void copy_few(const FewRun<T, true>& up, const FewRun<T, false>& down
     all_met = true;
   };
   for (int at = filled; at < places; ++at, place.next()) {
-    if (at >= FewShape::kUnits) {
+    if (at >= kStreamUnits) {
       // The ring is full of weights of the second product, none of which can be multiplied before.
-      if (!all_met && at - FewShape::kUnits >= first_down) meet();
+      if (!all_met && at - kStreamUnits >= first_down) meet();
       while (all_met && first_down + down_tokens.asked() < at) down_tokens.copy();
       up.ring.wait_empty(place);
     }
@@ -212,7 +211,7 @@ struct FewResults {
 };
 
 template <typename T, bool Up>
-MII_DEVICE void multiply_few(const FewRun<T, Up>& run, FewPlace& place, FewResults<T, Up>& results, float4* words) {
+MII_DEVICE void multiply_few(const FewRun<T, Up>& run, StreamPlace& place, FewResults<T, Up>& results, float4* words) {
   multiply_stream<T>(
       run, place, [&](int cta, int) { return words + (2 * cta + Up) * kStreamConsumers + threadIdx.x; },
       [&](const float (&sums)[1][4], int tile) { results.store(sums, tile); });
@@ -222,7 +221,7 @@ MII_DEVICE void multiply_few(const FewRun<T, Up>& run, FewPlace& place, FewResul
 template <typename T>
 __global__ void __launch_bounds__(kStreamThreads, 1) moe_few(const MoeStreamArgs<T> a) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  const StreamRing<FewShape> ring = {shared_address(dynamic_shared())};
+  const StreamRing<kFewRows> ring = {shared_address(dynamic_shared())};
   if (threadIdx.x == 0) ring.init();
   wait_for_previous();
   start_next();
@@ -233,7 +232,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1) moe_few(const MoeStreamArgs
   const FewRun<T, true> up(a.up, ring, groups);
   const FewRun<T, false> down(a.down, ring, groups);
   if (threadIdx.x >= kStreamConsumers) return copy_few(up, down, a.met, before);
-  FewPlace place;
+  StreamPlace place;
   FewResults<T, true> up_results(up);
   FewResults<T, false> down_results(down);
   multiply_few(up, place, up_results, a.words);
