@@ -2,9 +2,9 @@
 
 Up to 128 rows of a weight that has tiles for the multiprocessors: warpgroup products
 (csrc/include/mii/linear_wide.cuh); 17 to 64 rows where memory is so fast that the last tiles would leave it idle. Up to
-8 rows of other weights, 16 where memory is fast: a stream of the weight (linear_stream.cuh). Both read the weight where it lies, row-major,
-so cuBLASLt serves all else from the same memory. The gated forms compute gate and up of an output side by side and
-apply the activation before anything is written.
+8 rows of other weights, 16 where memory is fast: a stream of the weight (linear_stream.cuh). Both read the weight where
+it lies, row-major, so cuBLASLt serves all else from the same memory. The gated forms compute gate and up of an output
+side by side and apply the activation before anything is written.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ WIDE_TILES = 96  # of 128 weight rows, from which warpgroup products keep enough
 WIDE_ROWS = range(1, 129)  # for which reading the weight is most of a product's time
 FAST_MEMORY = 100 << 30  # bytes: GPUs that have more have HBM3e, 4 TB/s and above
 FAST_WIDE_ROWS = range(17, 65)  # of these: with fewer and more rows cuBLASLt is 2 % faster
-FAST_STREAMED_ROWS = 16  # of these, but of weights of no more than so many features: cuBLASLt is 4 to 6 % faster at a head
-FAST_STREAMED_FEATURES = 1 << 16
+FAST_STREAMED_ROWS = 16  # of these
+FAST_STREAMED_FEATURES = 1 << 16  # of a weight, up to which so: at a head of more cuBLASLt is 4 to 6 % faster
 GATES = ("silu", "gelu_tanh", "gelu_quick")  # that warpgroup products apply
 # Bytes of the following product's weight that come into the L2 cache while a product ends: about what memory delivers
 # between the last read of one product and the first of the next.

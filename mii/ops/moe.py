@@ -198,8 +198,8 @@ def moe_up(
         weight: Gated, from `pack_experts`.
         rows: From `route`. The stream's kernel does both products at once: see `moe_mlp`.
         kind: The activation, one of `abi.ACTIVATIONS`.
-        scratch: [tokens * top_k, in_features] of x's dtype, rows may be strided, where the fastest kernel for prompts has
-            each expert's rows of x one after the other. None: another kernel serves.
+        scratch: [tokens * top_k, in_features] of x's dtype, rows may be strided: where the fastest kernel for prompts
+            has each expert's rows of x one after the other. None: another kernel serves.
 
     Raises:
         ValueError: Shapes or dtypes that do not fit together.

@@ -116,7 +116,7 @@ struct Stream {
     begin = runs.begin(blockIdx.x), end = runs.begin(blockIdx.x + 1);
   }
   MII_DEVICE StreamCursor start() const { return {begin, runs.steps}; }
-  MII_DEVICE int tokens(int) const { return a.rows; }
+  MII_DEVICE int tokens() const { return a.rows; }
   MII_DEVICE int depth(int step) const { return min(kStreamDepth, a.k - step * kStreamDepth); }
   // Gated tiles pair eight rows of gate with eight of up in each 16, so that a thread ends up with both of a pair.
   MII_DEVICE int weight_row(int tile, int row) const {
@@ -287,7 +287,7 @@ MII_DEVICE void multiply_stream(const Run& s, StreamPlace& place, Left&& left, S
   while (at.unit < s.end) {
     const int tile = at.tile;
     s.ring.wait_full(place);
-    multiply_unit<T>(sums, s.ring.stage(place), s.depth(at.step), s.tokens(tile));
+    multiply_unit<T>(sums, s.ring.stage(place), s.depth(at.step), s.tokens());
     __syncwarp();
     if (threadIdx.x % kWarp == 0) barrier_arrive(s.ring.empty(place));
     place.next();

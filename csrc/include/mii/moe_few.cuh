@@ -36,7 +36,7 @@ struct FewRun {
   }
   MII_DEVICE int size() const { return end - begin; }
   MII_DEVICE StreamCursor start() const { return {begin, runs.steps}; }
-  MII_DEVICE int tokens(int) const { return kFewRows; }
+  MII_DEVICE int tokens() const { return kFewRows; }
   MII_DEVICE int depth(int step) const { return min(kStreamDepth, a.k - step * kStreamDepth); }
 };
 
