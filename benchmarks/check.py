@@ -2,7 +2,7 @@
 
     python benchmarks/check.py results.json kernels.json ...
 
-The files are those of `mii bench offline --json` and of `run_kernels.py --json`. Exits with 1 when a figure falls
+The files are those of `mii bench offline --json`, `run_kernels.py --json` and `run_all_reduce.py --json`. Exits with 1 when a figure falls
 short, or when no entry of minimum.json belongs to a result: a check of nothing would pass for ever.
 """
 
@@ -19,12 +19,18 @@ MINIMUM = Path(__file__).with_name("minimum.json")
 
 
 def matches(entry: dict[str, Any], report: dict[str, Any]) -> bool:
-    """Whether an entry is about this machine and, but for kernels, this model and number format with all layers."""
+    """Whether an entry is about this machine and about what was measured: kernels, sums of as many ranks, or this model
+    and number format with all layers.
+    """
     device = report["machine"].get("gpu", "cpu")
     if not any(name in device for name in entry["devices"]):
         return False
-    if report["benchmark"] == "kernels" or "cases" in entry:
-        return report["benchmark"] == "kernels" and "cases" in entry
+    if "cases" in entry:
+        return bool(report["benchmark"] == "kernels")
+    if "sums" in entry:
+        return bool(report["benchmark"] == "all-reduce" and report["ranks"] == entry["ranks"])
+    if "model" not in report:
+        return False
     model = report["model"]
     same = all(entry[name] == model[name] for name in ("dtype", "layers"))
     ranks = entry.get("tensor_parallel", 1) == model.get("tensor_parallel", 1)
@@ -35,7 +41,7 @@ def compare(entry: dict[str, Any], report: dict[str, Any]) -> list[tuple[str, st
     """(figure, what was measured against what is accepted, good enough) for each figure that both have."""
     lines = []
     for name, figures in figures_of(report):
-        accepted = (entry.get("rows") or entry["cases"]).get(name)
+        accepted = (entry.get("rows") or entry.get("cases") or entry["sums"]).get(name)
         if accepted is None:
             continue
         measured = figures[accepted["of"]]
@@ -52,6 +58,8 @@ def figures_of(report: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         yield row["name"], {"value": row["value"], "share": row["share"], **row["details"]}
     for case in report.get("cases", []):
         yield f"{case['kernel']} | {case['case']}", case
+    for result in report.get("results", []):
+        yield f"sum of {result['bytes']} bytes", result["us"]
 
 
 def check(path: Path, entries: list[dict[str, Any]]) -> bool:

@@ -77,6 +77,40 @@ def test_kernels_of_an_unknown_machine_fail(check: ModuleType, tmp_path: Path) -
     assert check.main([kernels(tmp_path, "NVIDIA A100", 1.0, 1e-6)]) == 1
 
 
-@pytest.mark.parametrize("name", ["h100-llama3-8b.json", "h200-llama3-8b.json", "h200-llama3-8b-kernels.json"])
+def sums(tmp_path: Path, ranks: int, microseconds: float) -> str:
+    report = {
+        "benchmark": "all-reduce",
+        "machine": {"gpu": "NVIDIA H200", "cpu": "a cpu"},
+        "ranks": ranks,
+        "results": [{"bytes": 16384, "us": {"nccl": 10.0, "norm one": microseconds}}],
+    }
+    path = tmp_path / "sums.json"
+    path.write_text(json.dumps(report))
+    return str(path)
+
+
+@pytest.mark.parametrize(("ranks", "microseconds", "code"), [(2, 5.5, 0), (2, 9.0, 1), (4, 5.5, 1)])
+def test_sums_over_ranks_are_compared_by_time(
+    check: ModuleType, tmp_path: Path, ranks: int, microseconds: float, code: int
+) -> None:
+    assert check.main([sums(tmp_path, ranks, microseconds)]) == code
+
+
+def test_a_result_of_another_kind_is_one_that_nothing_is_known_about(
+    check: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "starts.json"
+    path.write_text(json.dumps({"benchmark": "starts", "machine": {"gpu": "NVIDIA H200", "cpu": "a cpu"}}))
+    assert check.main([str(path)]) == 1
+    assert "starts\n  nothing in minimum.json belongs to this machine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("h100-llama3-8b.json", "h200-llama3-8b.json", "h200-llama3-8b-kernels.json", "h200-kernels-moe.json"),
+        *("h200x2-llama3-8b.json", "h200x2-all-reduce.json"),
+    ],
+)
 def test_the_results_that_are_kept_pass(check: ModuleType, name: str) -> None:
     assert check.main([str(PATH.parent / "results" / name)]) == 0
