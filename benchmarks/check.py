@@ -2,8 +2,8 @@
 
     python benchmarks/check.py results.json kernels.json ...
 
-The files are those of `mii bench offline --json`, `run_kernels.py --json` and `run_all_reduce.py --json`. Exits with 1 when a figure falls
-short, or when no entry of minimum.json belongs to a result: a check of nothing would pass for ever.
+The files are those of `mii bench offline --json`, `run_kernels.py --json` and `run_all_reduce.py --json`. Exits with 1
+when a figure falls short, or when no entry of minimum.json belongs to a result: a check of nothing would pass for ever.
 """
 
 from __future__ import annotations
