@@ -32,10 +32,6 @@ MII_DEVICE void barrier_arrive(uint32_t barrier) {
 MII_DEVICE void barrier_expect(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// Arrives once all that this thread asked for by copy_async has landed.
-MII_DEVICE void barrier_arrive_after_copies(uint32_t barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
 // Whether the phase of this parity is over; waits for a moment of the hardware's choice.
 MII_DEVICE bool barrier_try(uint32_t barrier, uint32_t parity) {
   uint32_t done;

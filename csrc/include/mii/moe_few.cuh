@@ -62,7 +62,9 @@ struct FewTile {
   MII_DEVICE int weight_row(const FewRun<T, Up>& run, int row) const {
     return Up ? first_column() + row / 16 * 8 + (row / 8 % 2) * run.a.n : first_column() + row;
   }
-  MII_DEVICE bool has_rows(const FewRun<T, Up>& run, int row) const { return first_column() + (Up ? row / 16 * 8 : row) < run.a.n; }
+  MII_DEVICE bool has_rows(const FewRun<T, Up>& run, int row) const {
+    return first_column() + (Up ? row / 16 * 8 : row) < run.a.n;
+  }
   MII_DEVICE int valid_rows(const FewRun<T, Up>& run) const {
     return min(FewRun<T, Up>::kColumns, run.a.n - first_column()) * (Up ? 2 : 1);
   }

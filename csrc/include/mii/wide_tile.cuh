@@ -106,8 +106,8 @@ MII_DEVICE void multiply_step(const WideRing<Shape>& ring, WideSums<Shape>& sums
 }
 
 // sums = x . weight over the next `steps` stages. A stage is given back once the products of the one after are handed over,
-// so that the tensor cores always have work. Not `any`: none of this warpgroup's rows is asked for, the stages only pass by. last() is called while the last products are
-// under way.
+// so that the tensor cores always have work. Not `any`: none of this warpgroup's rows is asked for, the stages only pass by.
+// last() is called while the last products are under way.
 template <typename T, typename Shape, typename Last>
 MII_DEVICE void multiply_tile(const WideRing<Shape>& ring, WideSums<Shape>& sums, int steps,
                               RingPlace<Shape::kStages>& place, bool any, Last&& last) {

@@ -4,12 +4,6 @@
 
 namespace card {
 
-// Copies by a thread itself, after which it arrives at a barrier.
-struct Gathered {
-  std::vector<mii::Copies::Copy> copies;
-  uint32_t barrier;
-};
-inline thread_local std::map<int, std::deque<Gathered>> gathered;  // by thread; empty again when a CTA has ended
 inline thread_local uint32_t published[1024];         // by thread: the writes of threads that its products may find
 
 }  // namespace card
@@ -31,9 +25,6 @@ inline void barrier_expect(uint32_t barrier, int bytes) {
   card::barriers.at(barrier).bytes += bytes;
   barrier_arrive(barrier);
 }
-inline void barrier_arrive_after_copies(uint32_t barrier) {
-  card::gathered[card::current].push_back({std::exchange(copies[card::current].open, {}), barrier});
-}
 inline void barrier_wait(uint32_t barrier, uint32_t parity) {
   do {
     card::yield();
@@ -49,20 +40,3 @@ inline void threads_arrive(int number, int threads) {
 }
 
 }  // namespace mii
-
-namespace card {
-
-inline void land_gathered() {
-  for (auto& [thread, mine] : gathered) {
-    if (mine.empty() || chance() % slowness != 0) continue;
-    for (const auto& copy : mine.front().copies) mii::land(copy);
-    mii::barrier_arrive(mine.front().barrier);
-    mine.pop_front();
-  }
-}
-inline bool none_gathered() {
-  return std::all_of(gathered.begin(), gathered.end(), [](const auto& each) { return each.second.empty(); });
-}
-inline const bool gathers = (engines.push_back({land_gathered, none_gathered}), true);
-
-}  // namespace card
