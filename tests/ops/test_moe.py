@@ -108,6 +108,8 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         moe_down(torch.empty(4, 8), torch.empty(4, 8), up, rows, case.routing)
     with pytest.raises(ValueError, match="weight gated"):
         moe_up(torch.empty(4, 8), torch.empty(2, 8), down, rows, case.routing, "silu")
+    with pytest.raises(ValueError, match=r"scratch \(4, 9\) torch.float32 must be \[4, 8\]"):
+        moe_up(torch.empty(4, 8), torch.empty(2, 8), up, rows, case.routing, "silu", scratch=torch.empty(4, 9))
     with pytest.raises(ValueError, match="pack_experts"):
         pack_experts(torch.empty(4, 7, 8), gated=True)
     with pytest.raises(ValueError, match="moe_combine"):
