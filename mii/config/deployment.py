@@ -17,7 +17,13 @@ from urllib.parse import quote
 from pydantic import Field, field_validator
 
 from mii.config.model import ModelConfig
-from mii.config.placement import available_slots, check_ports, make_replica_configs, place_replicas
+from mii.config.placement import (
+    available_slots,
+    check_ports,
+    make_replica_configs,
+    move_unasked_ports,
+    place_replicas,
+)
 from mii.constants import (
     DEPLOYMENT_NAME_SUFFIX,
     HOST_DEFAULT,
@@ -153,6 +159,9 @@ class MIIConfig(ConfigModel):
             HostfileError: the hostfile is missing, empty or malformed.
         """
         model = self.model_conf
+        named = {} if self.replica_only else {"port_number": [self.port_number]}
+        if self.enable_restful_api and "restful_api_port" in self.model_fields_set:
+            named["restful_api_port"] = [self.restful_api_port]
         if not model.replica_configs and not self.replica_addresses:
             slots = available_slots(self.hostfile, model, os.environ.get("CUDA_VISIBLE_DEVICES"))
             model.replica_configs = make_replica_configs(
@@ -160,7 +169,5 @@ class MIIConfig(ConfigModel):
                 self.port_number - self.replica_only,  # alone, a replica has the deployment's port
                 place_replicas(model.device_map, slots, model.replica_num, model.tensor_parallel),
             )
-        named = {} if self.replica_only else {"port_number": [self.port_number]}
-        if self.enable_restful_api:
-            named["restful_api_port"] = [self.restful_api_port]
+            move_unasked_ports(model, named, model.replica_configs)
         check_ports(named, model.replica_configs)

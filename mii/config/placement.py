@@ -28,6 +28,7 @@ __all__ = [
     "check_ports",
     "local_gpu_count",
     "make_replica_configs",
+    "move_unasked_ports",
     "place_more",
     "place_replicas",
     "read_hostfile",
@@ -292,6 +293,28 @@ def make_replica_configs(model: ModelConfig, port_number: int, placements: Seque
         )
         for index, placement in enumerate(placements)
     ]
+
+
+def move_unasked_ports(
+    model: ModelConfig, named: Mapping[str, Sequence[int]], replicas: Sequence[ReplicaConfig]
+) -> None:
+    """Moves the ports for torch and for steps, as far as nobody asked for them, up past what else the hosts use.
+
+    Args:
+        model: whose options say which ones were asked for.
+        named: as for `check_ports`.
+        replicas: from `make_replica_configs`; changed in place.
+    """
+    taken = {("localhost", port) for ports in named.values() for port in ports}
+    taken |= {(replica.hostname or "localhost", port) for replica in replicas for port in replica.tensor_parallel_ports}
+    options = {"torch_dist_port": "torch_dist_port", "zmq_port_number": "zmq_port"}
+    for option in sorted(options, key=model.model_fields_set.__contains__, reverse=True):  # those asked for first
+        for replica in replicas:
+            host, first = replica.hostname or "localhost", getattr(replica, options[option])
+            if option not in model.model_fields_set:
+                free = (port for port in range(first, _LAST_PORT + 1) if (host, port) not in taken)
+                setattr(replica, options[option], next(free, first))
+            taken.add((host, getattr(replica, options[option])))
 
 
 def check_ports(named: Mapping[str, Sequence[int]], replicas: Sequence[ReplicaConfig]) -> None:

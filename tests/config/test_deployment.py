@@ -158,8 +158,26 @@ def test_replica_configs_that_were_given_are_kept_and_their_ports_are_checked() 
 def test_the_gateways_port_must_not_be_a_replicas() -> None:
     options = {"port_number": 28079, "hostfile": None}
     make(model={"device": "cpu"}, **options).generate_replica_configs()
+    options |= {"enable_restful_api": True, "restful_api_port": 28080}
     with pytest.raises(PlacementError, match="port 28080 of localhost"):
-        make(model={"device": "cpu"}, enable_restful_api=True, **options).generate_replica_configs()
+        make(model={"device": "cpu"}, **options).generate_replica_configs()
+
+
+@pytest.mark.parametrize(
+    ("port_number", "field", "moved"), [(25554, "zmq_port", 25556), (29499, "torch_dist_port", 29501)]
+)
+def test_ports_that_nobody_asked_for_make_way_for_those_of_the_deployment(
+    port_number: int, field: str, moved: int
+) -> None:
+    config = make(model={"device": "cpu"}, port_number=port_number, hostfile=None)
+    config.generate_replica_configs()
+    (replica,) = config.model_conf.replica_configs
+    assert replica.tensor_parallel_ports == [port_number + 1]
+    assert getattr(replica, field) == moved
+    option = "zmq_port_number" if field == "zmq_port" else field
+    asked = make(model={"device": "cpu", option: port_number + 1}, port_number=port_number, hostfile=None)
+    with pytest.raises(PlacementError, match=f"port {port_number + 1} of localhost would be used twice"):
+        asked.generate_replica_configs()
 
 
 def test_a_config_survives_a_round_trip_through_json() -> None:
