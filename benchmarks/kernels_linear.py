@@ -27,7 +27,7 @@ LAYER = {
     "down": (HIDDEN, INTERMEDIATE),
 }
 WEIGHTS = LAYER | {"head": (128256, HIDDEN)}
-ROWS, MORE_ROWS = (1, 4, 8), (16, 64, 128)
+ROWS, MORE_ROWS = (1, 4, 8, 16), (64, 128)  # that the stream takes, and more
 CHAIN_ROWS, LAYERS = (1, 8, 16, 64, 128), 32
 KERNELS = {
     "cuBLASLt": (),
@@ -48,7 +48,7 @@ def run(device: torch.device) -> list[dict[str, Any]]:
 
 def _choose(kernels: tuple[str, ...], fetched: int = linear_hopper.FETCH_BYTES >> 20) -> None:
     """Which of our kernels multiply, and how much they bring of what follows."""
-    linear_hopper.STREAMED_ROWS = 8 if "STREAMED" in kernels else 0
+    linear_hopper.STREAMED_ROWS = linear_hopper.FAST_STREAMED_ROWS = ROWS[-1] if "STREAMED" in kernels else 0
     linear_hopper.WIDE_ROWS = linear_hopper.FAST_WIDE_ROWS = range(1, 129 if "WIDE" in kernels else 1)
     linear_hopper.FETCH_BYTES = fetched << 20
 
