@@ -139,14 +139,14 @@ def moe_mlp(
     kind: str,
 ) -> None:
     """`moe_up` of x into hidden and `moe_down` of that into out, in one launch where the step's kernel is the stream.
-    What out holds before may be lost as soon as this begins: rows of x are gathered there.
+    What out holds before may be lost as soon as this begins: rows of x as wide as it are gathered there.
 
     Raises:
         ValueError: Shapes or dtypes that do not fit together.
     """
     pairs = rows.tokens * routing.top_k
     if rows.kernel != abi.MOE_STREAM:
-        moe_up(hidden, x, up, rows, routing, kind, scratch=out)
+        moe_up(hidden, x, up, rows, routing, kind, scratch=out if down.out_features == up.in_features else None)
         moe_down(out, hidden, down, rows, routing)
         return
     _check("moe_up", hidden, (pairs, up.out_features), x, (rows.tokens, up.in_features), up, gated=True)

@@ -13,6 +13,7 @@ from mii.ops.moe import (
     moe_combine_reference,
     moe_down,
     moe_down_reference,
+    moe_mlp,
     moe_up,
     moe_up_reference,
     pack_experts,
@@ -71,6 +72,19 @@ def test_every_activation_equals_reference(kind: str) -> None:
     moe_up(hidden, case.x(torch.float32, "cpu"), up, rows, case.routing, kind)
     moe_up_reference(expected, case.x(torch.float32, "cpu"), up, rows, case.routing, kind)
     assert_close(hidden, expected)
+
+
+def test_results_may_be_of_another_width_than_what_the_experts_read() -> None:
+    case, generator = MoeCase(6, 24, 16, Routing(5, 2)), torch.Generator().manual_seed(0)
+    up = pack_experts(torch.randn(5, 32, 24, generator=generator), gated=True)
+    down = pack_experts(torch.randn(5, 40, 16, generator=generator), gated=False)
+    rows, x = lists(case, "cpu"), case.x(torch.float32, "cpu")
+    route(rows, case.logits(torch.float32, "cpu"), case.routing)
+    hidden, parts, expected = torch.empty(12, 16), torch.empty(12, 40), torch.empty(12, 40)
+    moe_mlp(parts, hidden, x, up, down, rows, case.routing, "silu")
+    moe_up_reference(hidden, x, up, rows, case.routing, "silu")
+    moe_down_reference(expected, hidden, down, rows)
+    assert_close(parts, expected)
 
 
 def test_the_whole_is_the_weighted_sum_of_the_chosen_experts() -> None:
