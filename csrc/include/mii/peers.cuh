@@ -73,8 +73,10 @@ class Round {
   // The other ranks, as bits.
   __device__ __forceinline__ unsigned others() const { return ((1u << peers_.size) - 1) & ~(1u << peers_.rank); }
 
-  // Writes a pack, which is `present`, into a box of rank r.
+  // Writes a pack, which is `present`, into a box of rank r. Not once a rank was given up: others may still be waiting in a
+  // round that this rank has left, and would take what is not theirs for what is missing.
   __device__ __forceinline__ void send(int r, int box, int64_t index, const uint4& pack) const {
+    if (lost_) return;
     char* place = peers_.memory[r] + offset_ + (box * stride_ + index) * kPackBytes;
     store_words(place, uint64_t(pack.y) << 32 | pack.x, uint64_t(pack.w) << 32 | pack.z);
   }
@@ -105,6 +107,7 @@ class Round {
 
   // The same for single words: word `index` of box `box`, which has two words in place of each pack's 16 bytes.
   __device__ __forceinline__ void send_word(int r, int box, int64_t index, uint32_t value) const {
+    if (lost_) return;
     store_word(peers_.memory[r] + offset_ + (box * stride_ + index) * 8, word(value));
   }
   __device__ __forceinline__ uint32_t receive_word(int box, int64_t index) {
