@@ -14,8 +14,9 @@ import torch
 
 from benchmarks.timing import Call, Case, run_cases
 from mii.ops import abi
-from mii.ops.moe import moe_combine, moe_down, moe_mlp, moe_up, pack_experts, stream_rows
+from mii.ops.moe import moe_combine, moe_down, moe_mlp, moe_up, stream_rows
 from mii.ops.moe_routing import ExpertLists, ExpertRows, Routing, route
+from mii.ops.moe_weights import pack_experts
 
 KERNELS = {
     abi.MOE_STREAM: "stream",

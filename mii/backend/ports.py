@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from mii.config import MIIConfig, ReplicaConfig
-from mii.config.placement import Placement, check_ports, make_replica_configs
+from mii.config.placement import Placement, check_ports, make_replica_configs, move_unasked_ports
 from mii.errors import PlacementError, PortTakenError
 
 __all__ = ["PortClaims", "add_replicas", "choose_ports", "is_free", "port_owner", "ports_of"]
@@ -108,11 +108,14 @@ def add_replicas(
     nowhere = [Placement("localhost", ())] * len(before)
     added = make_replica_configs(model, config.port_number, [*nowhere, *placements])[len(before) :]
     free, used = _Free(reserved, claims), set(ports_of(config))
+    used.update(port for replica in before if replica.is_local for port in replica.inner_ports)
     for index, replica in enumerate(added, start=len(before)):
         if replica.is_local:
             _settle_replica(replica, index, False, free, used)
     replicas = [*before, *added]
-    check_ports({name: [port] for name, port in _named(config).items()}, replicas)
+    named = {name: [port] for name, port in _named(config).items()}
+    move_unasked_ports(model, named, added, running=before)
+    check_ports(named, replicas)
     return replicas
 
 

@@ -55,6 +55,11 @@ class ReplicaConfig(ConfigModel):
         """Whether its front and first process run on this machine."""
         return is_this_host(self.hostname)
 
+    @property
+    def inner_ports(self) -> list[int]:
+        """Its ports for torch and for steps, as far as it has them."""
+        return [port for port in (self.torch_dist_port, self.zmq_port) if port is not None]
+
     def host_of(self, rank: int) -> str:
         """The host of one of its processes."""
         return self.rank_hosts[rank] if self.rank_hosts else self.hostname

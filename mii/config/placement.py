@@ -296,7 +296,10 @@ def make_replica_configs(model: ModelConfig, port_number: int, placements: Seque
 
 
 def move_unasked_ports(
-    model: ModelConfig, named: Mapping[str, Sequence[int]], replicas: Sequence[ReplicaConfig]
+    model: ModelConfig,
+    named: Mapping[str, Sequence[int]],
+    replicas: Sequence[ReplicaConfig],
+    running: Sequence[ReplicaConfig] = (),
 ) -> None:
     """Moves the ports for torch and for steps, as far as nobody asked for them, up past what else the hosts use.
 
@@ -304,9 +307,15 @@ def move_unasked_ports(
         model: whose options say which ones were asked for.
         named: as for `check_ports`.
         replicas: from `make_replica_configs`; changed in place.
+        running: replicas beside them, whose ports stay.
     """
     taken = {("localhost", port) for ports in named.values() for port in ports}
-    taken |= {(replica.hostname or "localhost", port) for replica in replicas for port in replica.tensor_parallel_ports}
+    taken |= {
+        (replica.hostname or "localhost", port)
+        for replica in (*replicas, *running)
+        for port in replica.tensor_parallel_ports
+    }
+    taken |= {(replica.hostname or "localhost", port) for replica in running for port in replica.inner_ports}
     options = {"torch_dist_port": "torch_dist_port", "zmq_port_number": "zmq_port"}
     for option in sorted(options, key=model.model_fields_set.__contains__, reverse=True):  # those asked for first
         for replica in replicas:

@@ -10,8 +10,9 @@ import torch
 from mii.modeling.parameters import Module, Parameter, Piece, Placement, as_span
 from mii.modeling.sharding import Span
 from mii.modeling.spec import ExpertsSpec, ModelSpec
-from mii.ops.moe import ExpertWeights, choose_kernel, pack_experts
+from mii.ops.moe import choose_kernel
 from mii.ops.moe_routing import ExpertLists, ExpertRows, Routing
+from mii.ops.moe_weights import ExpertWeights, pack_experts
 
 
 def routing_of(experts: ExpertsSpec) -> Routing:

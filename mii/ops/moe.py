@@ -5,24 +5,23 @@
                                                                     moe_mlp: both
     out[token]  = sum of its parts + sigmoid(shared_gate) * shared  moe_combine: in float, in the order of the choices
 
-Rows, pairs and tiles are those of `mii.ops.moe_routing`. On the CPU every expert's weight is packed into the panels of
-`mii.ops.linear` (csrc/cpu/isa/moe.cpp). On a GPU the weights stay as they are, and `choose_kernel` picks by the number
-of tokens: a stream of the weights of the experts that are hit, which does both products in one launch
-(csrc/include/mii/moe_stream.cuh; moe_few.cuh for tiles of 8 rows on compute capability 9.0), or tensor-core tiles
-(moe_mma.cuh; moe_wide.cuh on 9.0).
+Rows, pairs and tiles are those of `mii.ops.moe_routing`, weights those of `mii.ops.moe_weights`. On the CPU
+csrc/cpu/isa/moe.cpp multiplies. On a GPU `choose_kernel` picks by the number of tokens: a stream of the weights of the
+experts that are hit, which does both products in one launch (csrc/include/mii/moe_stream.cuh; moe_few.cuh for tiles of
+8 rows on compute capability 9.0), or tensor-core tiles (moe_mma.cuh; moe_wide.cuh on 9.0, for which moe_gather.cuh puts
+an expert's rows side by side).
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 
 import torch
 
 from mii.ops import abi, native
 from mii.ops.activation import activation_reference
-from mii.ops.linear import huge_pages
 from mii.ops.moe_routing import ExpertRows, Routing
+from mii.ops.moe_weights import ExpertWeights
 
 # The best kernels that a GPU may take: "simple" (plain cores), "mma" (with the stream for few rows), "wgmma" (the same
 # and compute capability 9.0's tensor cores for prompts). benchmarks/kernels_moe.py measures them.
@@ -63,69 +62,6 @@ def stream_rows(routing: Routing, tokens: int) -> int:
     if tokens <= 8 or mean <= 3:
         return 8
     return 16 if tokens <= 16 or mean <= 8 else 64
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertWeights:
-    """The stacked weights of one product, in the layout that `moe_up` (gated) or `moe_down` reads.
-
-    Args:
-        data: The row-major weights [experts, rows, in_features], or (packed) the bytes that mii_moe_pack wrote.
-        experts, out_features, in_features: Sizes; a gated weight has 2 * out_features rows, gate before up.
-        dtype: Of the weights' elements.
-        gated: Whether it holds gate and up.
-        packed: Whether `data` is in the native layout.
-    """
-
-    data: torch.Tensor
-    experts: int
-    out_features: int
-    in_features: int
-    dtype: torch.dtype
-    gated: bool
-    packed: bool
-
-    def expert(self, index: int) -> torch.Tensor:
-        """One expert's weight as a row-major matrix (a copy where it is packed)."""
-        if not self.packed:
-            return self.data[index]
-        panels = -(-self.out_features // 16) * (2 if self.gated else 1)
-        values = self.data.view(self.dtype).view(self.experts, panels, -1)[index]
-        if self.dtype == torch.bfloat16:
-            rows = values.view(panels, -1, 16, 2).permute(0, 2, 1, 3).reshape(panels, 16, -1)
-        else:
-            rows = values.view(panels, -1, 16).permute(0, 2, 1)
-        rows = rows[..., : self.in_features]
-        halves = [rows[0::2], rows[1::2]] if self.gated else [rows]
-        return torch.cat([half.reshape(-1, self.in_features)[: self.out_features] for half in halves])
-
-
-def pack_experts(weight: torch.Tensor, *, gated: bool) -> ExpertWeights:
-    """Prepares stacked weights for `moe_up` (gated) or `moe_down`.
-
-    Args:
-        weight: [experts, rows, in_features], contiguous; gated: the first half of the rows is gate, the second up.
-
-    Raises:
-        ValueError: not of three dimensions, not contiguous, or gated with an odd number of rows.
-    """
-    if weight.dim() != 3 or not weight.is_contiguous() or (gated and weight.shape[1] % 2):
-        raise ValueError(
-            f"pack_experts: the weight must be [experts, {'2 * ' if gated else ''}out_features, in_features] and "
-            f"contiguous; it is {tuple(weight.shape)} with strides {weight.stride()}"
-        )
-    experts, rows, in_features = weight.shape
-    out_features = rows // 2 if gated else rows
-    library, code = native.library(weight.device), abi.DTYPE_CODES.get(weight.dtype)
-    data, packed = weight, False
-    if library is not None and code is not None and library.has("mii_moe_pack") and weight.numel():
-        args = abi.MiiMoePack(None, None, in_features, out_features, in_features, gated, code)
-        size = library.bytes("mii_moe_packed_bytes", args)
-        data, packed = huge_pages.empty(experts * size), True
-        for index in range(experts):
-            args.packed, args.weight = data.data_ptr() + index * size, weight[index].data_ptr()
-            library.call("mii_moe_pack", args)
-    return ExpertWeights(data, experts, out_features, in_features, weight.dtype, gated, packed)
 
 
 def moe_mlp(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from mii.ops import abi
-from mii.ops.moe import ExpertWeights, pack_experts
 from mii.ops.moe_routing import ExpertLists, ExpertRows, Routing
+from mii.ops.moe_weights import ExpertWeights, pack_experts
 
 
 @dataclass(frozen=True)

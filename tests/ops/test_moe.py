@@ -16,9 +16,9 @@ from mii.ops.moe import (
     moe_mlp,
     moe_up,
     moe_up_reference,
-    pack_experts,
 )
 from mii.ops.moe_routing import Routing, route
+from mii.ops.moe_weights import pack_experts
 from tests.ops.cpu_library import DTYPES, ISAS, assert_close, using
 from tests.ops.kernel_checks import in_wider_rows
 from tests.ops.moe_cases import MoeCase, lists

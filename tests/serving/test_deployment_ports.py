@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from mii.backend.ports import PortClaims, choose_ports, is_free, port_owner, ports_of
+from mii.backend.ports import PortClaims, add_replicas, choose_ports, is_free, port_owner, ports_of
 from mii.config import MIIConfig
+from mii.config.placement import Placement
 from mii.errors import PlacementError, PortTakenError
 
 
@@ -77,6 +78,18 @@ def test_a_replicas_port_that_nobody_asked_for_moves_up() -> None:
     with listening(first + 1):
         chosen = choose_ports(config({"replica_num": 2}, port_number=first))
     assert ports_of(chosen) == [first, first + 2, first + 3]
+
+
+def test_replicas_that_come_later_leave_the_ports_that_have_moved_alone() -> None:
+    first = free_block(6)
+    given = config({"replica_num": 1}, port_number=first)
+    given.model_conf.__dict__["zmq_port_number"] = first + 1  # a default that lies there
+    chosen = choose_ports(given)
+    assert chosen.model_conf.replica_configs[0].zmq_port == first + 2
+    old, new = add_replicas(chosen, [Placement("localhost", (0,))], [])
+    assert old == chosen.model_conf.replica_configs[0]
+    assert new.tensor_parallel_ports == [first + 3]
+    assert new.zmq_port == first + 4
 
 
 @pytest.mark.parametrize("option", ["port_number", "restful_api_port"])
