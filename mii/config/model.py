@@ -48,7 +48,7 @@ class ReplicaConfig(ConfigModel):
     tensor_parallel_ports: list[Port] = Field(default=[], description="gRPC port of each process")
     torch_dist_port: Port | None = Field(default=None, description="torch's rendezvous port")
     gpu_indices: list[NonNegativeInt] = Field(default=[], description="device of each process, as the host counts them")
-    zmq_port: Port | None = Field(default=None, description="port on which its first process sends steps to the others")
+    zmq_port: Port | None = Field(default=None, description="from zmq_port_number; kept apart from its other ports")
 
     @property
     def is_local(self) -> bool:

@@ -1,5 +1,6 @@
 // The rows of x that each expert's tokens have, one after the other, for moe_wide.cuh: boxes of the copy engine are of rows that
-// follow one another, and warps that gather rows while others multiply cost prompts more than this copy does.
+// follow one another. Measured beside warps that gather while others multiply: Mixtral's prompts are a fifth faster so, those
+// of Qwen3-30B-A3B, whose rows are half as long, as fast at 8,192 tokens and a tenth slower at 2,048.
 #pragma once
 #include "mii/moe_mma.cuh"
 
