@@ -29,7 +29,7 @@ def matches(entry: dict[str, Any], report: dict[str, Any]) -> bool:
         return bool(report["benchmark"] == "kernels")
     if "sums" in entry:
         return bool(report["benchmark"] == "all-reduce" and report["ranks"] == entry["ranks"])
-    if "model" not in report:
+    if report["benchmark"] != "offline":
         return False
     model = report["model"]
     same = all(entry[name] == model[name] for name in ("dtype", "layers"))
@@ -66,7 +66,7 @@ def check(path: Path, entries: list[dict[str, Any]]) -> bool:
     """Prints the comparison of one result; True when everything is good enough."""
     report = json.loads(path.read_text())
     lines = [line for entry in entries if matches(entry, report) for line in compare(entry, report)]
-    about = report["model"]["name"] if "model" in report else report["benchmark"]
+    about = report["model"]["name"] if report["benchmark"] == "offline" else report["benchmark"]
     print(f"{path}: {report['machine'].get('gpu', report['machine']['cpu'])}, {about}")
     for name, what, good in lines:
         print(f"  {'ok   ' if good else 'SHORT'} {name}: {what}")

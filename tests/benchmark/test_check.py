@@ -114,3 +114,14 @@ def test_a_result_of_another_kind_is_one_that_nothing_is_known_about(
 )
 def test_the_results_that_are_kept_pass(check: ModuleType, name: str) -> None:
     assert check.main([str(PATH.parent / "results" / name)]) == 0
+
+
+def test_kept_results_of_every_benchmark_are_good_enough_or_said_to_be_unknown(
+    check: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = sorted((PATH.parent / "results").glob("*.json"))
+    assert len({json.loads(path.read_text())["benchmark"] for path in results}) >= 6
+    for path in results:
+        passed, said = check.main([str(path)]) == 0, capsys.readouterr().out
+        assert "SHORT" not in said
+        assert passed == ("nothing in minimum.json" not in said)
