@@ -68,6 +68,25 @@ __device__ __forceinline__ void activate_pack(float (&x)[N], int kind, float lim
   }
 }
 
+// act(x) for the kind that the arguments name; the same for every thread.
+template <typename T>
+__device__ __forceinline__ float activate_one(float x, int kind) {
+  float value[1] = {x};
+  activate_pack<T>(value, kind, 0.0f);
+  return value[0];
+}
+
+// The same as a function that is called where it is not SiLU: an epilogue has up to 32 of these, and seven kinds at each
+// place would be most of its code, and of the time that its compilation takes.
+template <typename T>
+__device__ __noinline__ float activate_called(float x, int kind) {
+  return activate_one<T>(x, kind);
+}
+template <typename T>
+__device__ __forceinline__ float activate_any(float x, int kind) {
+  return kind == MII_SILU ? activate<T, MII_SILU>(x) : activate_called<T>(x, kind);
+}
+
 template <typename T>
 struct ActivationArgs {
   T* out;

@@ -116,7 +116,6 @@ struct Stream {
     begin = runs.begin(blockIdx.x), end = runs.begin(blockIdx.x + 1);
   }
   MII_DEVICE StreamCursor start() const { return {begin, runs.steps}; }
-  MII_DEVICE int tokens() const { return a.rows; }
   MII_DEVICE int depth(int step) const { return min(kStreamDepth, a.k - step * kStreamDepth); }
   // Gated tiles pair eight rows of gate with eight of up in each 16, so that a thread ends up with both of a pair.
   MII_DEVICE int weight_row(int tile, int row) const {
@@ -203,29 +202,27 @@ template <int Groups>
 struct StreamFragments {
   uint32_t weight[2][4], tokens[Groups][4];
 
-  MII_DEVICE void load(uint32_t weight_at, uint32_t tokens_at, int rows) {
+  MII_DEVICE void load(uint32_t weight_at, uint32_t tokens_at) {
     load_matrices(weight[0], weight_at);
     load_matrices(weight[1], weight_at + 32);
 #pragma unroll
-    for (int g = 0; g < Groups; ++g) {
-      if (g == 0 || 8 * g < rows) load_matrices(tokens[g], tokens_at + 8 * g * kStreamRowBytes);
-    }
+    for (int g = 0; g < Groups; ++g) load_matrices(tokens[g], tokens_at + 8 * g * kStreamRowBytes);
   }
   // `both`: or the other 16 columns are not of this unit.
   template <typename T>
-  MII_DEVICE void multiply(float (&sums)[2][Groups][4], int rows, bool both) const {
+  MII_DEVICE void multiply(float (&sums)[2][Groups][4], bool both) const {
 #pragma unroll
     for (int g = 0; g < Groups; ++g) {
-      if (g > 0 && 8 * g >= rows) continue;
       multiply_add<T>(sums[0][g], weight[0], tokens[g][0], tokens[g][1]);
       if (both) multiply_add<T>(sums[1][g], weight[1], tokens[g][2], tokens[g][3]);
     }
   }
 };
 
-// sums += (16 weight rows of this warp) x (all tokens, `rows`) over a unit.
+// sums += (16 weight rows of this warp) x (all tokens) over a unit. Sums of tokens that there are not are of whatever lies in
+// their place, and nobody reads them.
 template <typename T, int Groups>
-MII_DEVICE void multiply_unit(float (&sums)[2][Groups][4], uint32_t unit, int depth, int rows) {
+MII_DEVICE void multiply_unit(float (&sums)[2][Groups][4], uint32_t unit, int depth) {
   constexpr int kAtOnce = 4, kBatches = kStreamDepth / 32 / kAtOnce;  // a batch is loaded while the one before is multiplied
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const uint32_t weight = unit + (warp * 16 + lane % 16) * kStreamRowBytes + lane / 16 * 16;
@@ -236,17 +233,17 @@ MII_DEVICE void multiply_unit(float (&sums)[2][Groups][4], uint32_t unit, int de
     for (int b = 0; b <= kBatches; ++b) {
 #pragma unroll
       for (int i = 0; b < kBatches && i < kAtOnce; ++i) {
-        batch[b % 2][i].load(weight + 64 * (b * kAtOnce + i), tokens + 64 * (b * kAtOnce + i), rows);
+        batch[b % 2][i].load(weight + 64 * (b * kAtOnce + i), tokens + 64 * (b * kAtOnce + i));
       }
 #pragma unroll
-      for (int i = 0; b > 0 && i < kAtOnce; ++i) batch[(b - 1) % 2][i].template multiply<T>(sums, rows, true);
+      for (int i = 0; b > 0 && i < kAtOnce; ++i) batch[(b - 1) % 2][i].template multiply<T>(sums, true);
     }
     return;
   }
   for (int first = 0; first < depth; first += 32) {
     StreamFragments<Groups> all;
-    all.load(weight + 2 * first, tokens + 2 * first, rows);
-    all.template multiply<T>(sums, rows, first + 16 < depth);
+    all.load(weight + 2 * first, tokens + 2 * first);
+    all.template multiply<T>(sums, first + 16 < depth);
   }
 }
 
@@ -260,9 +257,8 @@ MII_DEVICE void store_pair(const Stream<T, Tokens>& s, int tile, int row, int to
     if (n < a.n) out[n] = from_float<T>(low + (a.bias ? to_float(a.bias[n]) : 0.0f));
     if (other < a.n) out[other] = from_float<T>(high + (a.bias ? to_float(a.bias[other]) : 0.0f));
   } else if (n < a.n / 2) {
-    float gate[1] = {rounded<T>(low + (a.bias ? to_float(a.bias[n]) : 0.0f))};
-    activate_pack<T>(gate, a.activation, 0.0f);
-    out[n] = from_float<T>(gate[0] * rounded<T>(high + (a.bias ? to_float(a.bias[other]) : 0.0f)));
+    const float gate = activate_any<T>(rounded<T>(low + (a.bias ? to_float(a.bias[n]) : 0.0f)), a.activation);
+    out[n] = from_float<T>(gate * rounded<T>(high + (a.bias ? to_float(a.bias[other]) : 0.0f)));
   }
 }
 
@@ -287,7 +283,7 @@ MII_DEVICE void multiply_stream(const Run& s, StreamPlace& place, Left&& left, S
   while (at.unit < s.end) {
     const int tile = at.tile;
     s.ring.wait_full(place);
-    multiply_unit<T>(sums, s.ring.stage(place), s.depth(at.step), s.tokens());
+    multiply_unit<T>(sums, s.ring.stage(place), s.depth(at.step));
     __syncwarp();
     if (threadIdx.x % kWarp == 0) barrier_arrive(s.ring.empty(place));
     place.next();

@@ -36,21 +36,19 @@ struct FewRun {
   }
   MII_DEVICE int size() const { return end - begin; }
   MII_DEVICE StreamCursor start() const { return {begin, runs.steps}; }
-  MII_DEVICE int tokens() const { return kFewRows; }
   MII_DEVICE int depth(int step) const { return min(kStreamDepth, a.k - step * kStreamDepth); }
 };
 
 // The tile that a run has come to: whose rows it has, and which weight rows of their expert.
 template <typename T, bool Up>
 struct FewTile {
-  int tile, column, group;
+  int column, group;
   int4 rows;  // (expert, first row, rows, 0)
 
-  MII_DEVICE explicit FewTile(const FewRun<T, Up>& run)
-      : tile(run.begin / run.runs.steps), column(tile % run.tiles), group(tile / run.tiles), rows(run.a.tiles[1 + group]) {}
+  MII_DEVICE FewTile(const FewRun<T, Up>& run, int tile)
+      : column(tile % run.tiles), group(tile / run.tiles), rows(run.a.tiles[1 + group]) {}
   // To the next one; true when that is of other rows, whose entry of the list a run has to read that goes on.
   MII_DEVICE bool advance(const FewRun<T, Up>& run) {
-    ++tile;
     if (++column < run.tiles) return false;
     column = 0;
     ++group;
@@ -78,7 +76,7 @@ struct FewWeights {
   StreamCursor at;
   FewTile<T, Up> tile;
 
-  MII_DEVICE explicit FewWeights(const FewRun<T, Up>& run_) : run(run_), at(run.start()), tile(run) {}
+  MII_DEVICE explicit FewWeights(const FewRun<T, Up>& run_) : run(run_), at(run.start()), tile(run, at.tile) {}
   MII_DEVICE void copy(const StreamPlace& place, uint64_t policy) {
     const int bytes = 2 * run.depth(at.step);
     const uint32_t target = run.ring.stage(place), full = run.ring.full(place);
@@ -110,7 +108,7 @@ struct FewTokens {
 
   // `turns`: how many units come through the ring before those of the run.
   MII_DEVICE FewTokens(const FewRun<T, Up>& run_, int turns)
-      : run(run_), at(run.start()), tile(run), place(StreamPlace::after(turns)) {
+      : run(run_), at(run.start()), tile(run, at.tile), place(StreamPlace::after(turns)) {
     find();
   }
   MII_DEVICE int asked() const { return at.unit - run.begin; }
@@ -187,12 +185,14 @@ MII_DEVICE void copy_few(const FewRun<T, true>& up, const FewRun<T, false>& down
 template <typename T, bool Up>
 struct FewResults {
   const FewRun<T, Up>& run;
+  int number;  // of the tile
   FewTile<T, Up> at;
   MoePair pairs[2];  // of the two tokens of which this thread has sums; not Up
 
-  MII_DEVICE explicit FewResults(const FewRun<T, Up>& run_) : run(run_), at(run) { find(); }
+  MII_DEVICE explicit FewResults(const FewRun<T, Up>& run_) : run(run_), number(run.begin / run.runs.steps), at(run, number) { find(); }
   MII_DEVICE void store(const float (&sums)[1][4], int tile) {
-    while (at.tile < tile) {
+    while (number < tile) {
+      ++number;
       if (!at.advance(run)) continue;
       at.read(run);
       find();

@@ -28,25 +28,6 @@ MII_DEVICE int64_t source_row(const MoeArgs<T>& a, int row) {
   return Up ? a.pairs[row] / a.top_k : row;
 }
 
-// act(x) for the kind that the arguments name; the same for every thread.
-template <typename T>
-MII_DEVICE float activate_one(float x, int kind) {
-  float value[1] = {x};
-  activate_pack<T>(value, kind, 0.0f);
-  return value[0];
-}
-
-// The same as a function that is called where it is not SiLU: an epilogue has up to 32 of these, and seven kinds at each
-// place would be most of its code, and of the time that its compilation takes.
-template <typename T>
-__device__ __noinline__ float activate_called(float x, int kind) {
-  return activate_one<T>(x, kind);
-}
-template <typename T>
-MII_DEVICE float activate_any(float x, int kind) {
-  return kind == MII_SILU ? activate<T, MII_SILU>(x) : activate_called<T>(x, kind);
-}
-
 // ---- the simple kernel --------------------------------------------------------------------------------------------
 // A warp computes one column of up to kSimpleRows rows of a tile, lanes along k. Takes every format, size and stride.
 constexpr int kSimpleThreads = 256;

@@ -10,9 +10,13 @@ float activate(float x) {
   return x / (1.0f + std::exp(-x));
 }
 
-template <typename T, int N>
-void activate_pack(float (&x)[N], int, float) {
-  for (float& value : x) value /= 1.0f + std::exp(-value);
+template <typename T>
+float activate_one(float x, int) {
+  return activate<T, MII_SILU>(x);
+}
+template <typename T>
+float activate_any(float x, int) {
+  return activate<T, MII_SILU>(x);
 }
 
 }  // namespace mii
