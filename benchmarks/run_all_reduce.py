@@ -36,7 +36,8 @@ from mii.parallel.pages import open_pages
 from mii.parallel.peers import MOST_BYTES, PeerMemory, open_peers
 
 KIB = 1024
-SIZES = [KIB << power for power in range(2, 13)]  # 4 KiB to 4 MiB
+SIZES = [KIB << power for power in range(2, 17)]  # 4 KiB to 64 MiB
+CPU_SIZES = SIZES[:11]  # to 4 MiB
 COLUMNS = ("nccl", "one", "two", "norm nccl", "norm one", "norm two")
 
 
@@ -130,7 +131,7 @@ def run_cpus(store: Any, rank: int, size: int) -> dict[str, Any] | None:
     if pages is None:
         return None
     results = []
-    for num_bytes in SIZES:
+    for num_bytes in CPU_SIZES:
         x = torch.zeros(num_bytes // 4)
         result: dict[str, Any] = {"bytes": num_bytes}
         calls: tuple[tuple[str, Callable[..., object]], ...] = (("gloo", dist.all_reduce), ("ours", pages.all_reduce))

@@ -17,10 +17,10 @@ from torch.distributed.distributed_c10d import PrefixStore
 from mii.ops import native
 from mii.parallel.meeting import meet, this_machine
 from mii.parallel.pages import STEP_SECONDS, SharedPages, open_pages
-from mii.parallel.peers import MOST_BYTES, PeerMemory, open_peers
+from mii.parallel.peers import PeerMemory, open_peers
 
 # Bytes of a sum up to which it is not begun early: what computes a half meanwhile would read all weights for few rows.
-MOST_ALONE = MOST_BYTES
+MOST_ALONE = 4 << 20
 
 
 class Group:
@@ -65,8 +65,12 @@ class Group:
             native.aside(lambda: self._ranks.allreduce([tensor]).wait())
 
     def overlaps(self, num_bytes: int) -> bool:
-        """See `mii.ops.all_reduce.Group`: on GPUs, by NCCL, which has a stream of its own."""
-        return self._is_cuda and num_bytes > MOST_ALONE
+        """See `mii.ops.all_reduce.Group`: on GPUs, by NCCL, which has a stream of its own. Where GPUs sum what both
+        halves give in each other's memory, as one kernel with the norm that follows, that is the faster way.
+        """
+        if not self._is_cuda or num_bytes <= MOST_ALONE:
+            return False
+        return not (isinstance(self._peers, PeerMemory) and self._peers.takes(2 * num_bytes))
 
     def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], object] | None:
         """See `mii.ops.all_reduce.Group`."""

@@ -11,7 +11,8 @@ from torch import distributed as dist
 from mii.logging import logger
 from mii.ops import native
 from mii.parallel import peers
-from mii.parallel.peers import PeerMemory, open_peers
+from mii.parallel.group import MOST_ALONE, Group
+from mii.parallel.peers import MOST_BYTES, PeerMemory, open_peers
 from tests.parallel.threads import on_threads
 
 
@@ -107,3 +108,15 @@ def test_nothing_is_said_where_nobody_asked(monkeypatch: pytest.MonkeyPatch, cap
 def test_two_gpus_need_not_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "ASKED_FOR", None)
     assert None not in opened(2)
+
+
+def test_halves_of_a_step_are_summed_apart_where_nccl_sums_the_whole() -> None:
+    group = object.__new__(Group)
+    group._is_cuda, group._peers = True, None
+    assert group.overlaps(MOST_ALONE + 1)
+    assert not group.overlaps(MOST_ALONE)
+    group._peers = object.__new__(PeerMemory)
+    assert group.overlaps(MOST_BYTES // 2 + 1)
+    assert not group.overlaps(MOST_BYTES // 2)
+    group._is_cuda, group._peers = False, None
+    assert not group.overlaps(MOST_BYTES)
