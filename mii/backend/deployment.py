@@ -33,7 +33,7 @@ from mii.constants import SERVER_STOP_GRACE_SECONDS
 from mii.errors import DeploymentError, DeploymentExistsError, DeploymentNotFoundError, LauncherError
 from mii.launch.child import read_tail
 from mii.launch.folder import DeploymentFolder
-from mii.launch.lock import acquire, is_held, locked, wait_released
+from mii.launch.lock import acquire, is_held, locked, watched
 from mii.launch.state import (
     SUPERVISOR,
     Event,
@@ -223,12 +223,13 @@ def stop(model_or_deployment_name: str, *, hurry: bool = False) -> None:
     name = _name_of(model_or_deployment_name)
     folder = deployment_folder(name)
     pid = _supervisor_pid(folder)
-    if pid and is_held(folder.lock_file):
-        seconds = _drain_seconds(folder) + END_SECONDS
-        _send(pid, signal.SIGINT if hurry else signal.SIGTERM)
-        if not wait_released(folder.lock_file, seconds):
-            _send(pid, signal.SIGKILL)  # its processes die with it
-            wait_released(folder.lock_file, END_SECONDS)
+    with watched(folder.lock_file) as released:
+        if pid and not released(0.0):
+            seconds = _drain_seconds(folder) + END_SECONDS
+            _send(pid, signal.SIGINT if hurry else signal.SIGTERM)
+            if not released(seconds):
+                _send(pid, signal.SIGKILL)  # its processes die with it
+                released(END_SECONDS)
     clear_leftovers(name)
 
 

@@ -6,10 +6,10 @@ import contextlib
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-__all__ = ["acquire", "is_held", "locked", "wait_released"]
+__all__ = ["acquire", "is_held", "locked", "watched"]
 
 _LOOK_SECONDS = 0.02
 
@@ -30,27 +30,35 @@ def acquire(path: Path) -> int:
 
 def is_held(path: Path) -> bool:
     """Whether a process holds the lock; nothing is made or kept."""
-    return not wait_released(path, 0.0)
+    with watched(path) as released:
+        return not released(0.0)
 
 
-def wait_released(path: Path, seconds: float) -> bool:
-    """Waits until no process holds the lock; False when one still does after this time.
+@contextlib.contextmanager
+def watched(path: Path) -> Iterator[Callable[[float], bool]]:
+    """A function that waits until no process holds the lock, for some seconds at most; False when one still does then.
 
-    A holder that removes the file and lives on is waited for too, if it does so during the wait.
+    A holder that removes the file and lives on is waited for too, if it does so after this has begun: so begin it
+    before the holder is told to end.
     """
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
-        return True
-    deadline = time.monotonic() + seconds
+        yield lambda seconds: True
+        return
     try:
-        while not _is_released(descriptor):
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(_LOOK_SECONDS)
-        return True
+        yield lambda seconds: _wait_released(descriptor, seconds)
     finally:
         os.close(descriptor)
+
+
+def _wait_released(descriptor: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while not _is_released(descriptor):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_LOOK_SECONDS)
+    return True
 
 
 def _is_released(descriptor: int) -> bool:

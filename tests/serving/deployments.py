@@ -76,7 +76,8 @@ def nothing_left(cache: Path, temporary: Path) -> Iterator[None]:
         yield
         left = {path for path in cache.rglob("*") if not path.is_dir()}
         assert left == set(), left
-        assert processes_of(cache) == {}
+        processes = processes_of(cache)
+        assert processes == {}, processes
     finally:
         for pid in processes_of(cache):
             os.kill(pid, 9)

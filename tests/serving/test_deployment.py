@@ -249,6 +249,25 @@ def test_whoever_is_in_a_hurry_does_not_wait_for_the_drain(stand_ins: StandIns) 
     server.terminate(hurry=True)
 
 
+def test_whoever_stops_one_waits_for_a_supervisor_that_was_quick_to_clear_away(
+    stand_ins: StandIns, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send, lock, helpers = deployment._send, deployment_folder("demo").lock_file, []
+
+    def send_and_come_late(pid: int, number: signal.Signals) -> None:
+        send(pid, number)
+        while lock.exists():
+            time.sleep(0.001)
+        os.kill(pid, signal.SIGSTOP)
+        helpers.append(fork(lambda: (time.sleep(0.3), os.kill(pid, signal.SIGCONT))))
+
+    server = MIIServer(config())
+    monkeypatch.setattr(deployment, "_send", send_and_come_late)
+    server.terminate(hurry=True)
+    assert processes_of(cache) == {}
+    assert [ended_with(helper) for helper in helpers] == [0]
+
+
 def test_a_part_may_ask_for_the_end(stand_ins: StandIns, cache: Path) -> None:
     stand_ins("balancer", stop=True)
     server = MIIServer(config(), attached=True)
