@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +86,16 @@ def test_mixed_calls_beyond_the_queue_each_get_their_own_answer(replica: Replica
             return error.code()
         return grpc.StatusCode.OK
 
+    async def read(replies: AsyncIterator[Any]) -> None:
+        async for _ in replies:
+            pass
+
     async def run() -> None:
         async with connected(replica.address) as stub:
-            await asyncio.gather(*[one(stub, number) for number in range(len(prompts))])
+            options = {"do_sample": False, "ignore_eos": True, "max_new_tokens": 300}
+            filling = aiter(stub.GeneratorReplyStream(pack_request(["one"] * QUEUE, options)))
+            await anext(filling)
+            await asyncio.gather(read(filling), *[one(stub, number) for number in range(len(prompts))])
 
     in_loop(run(), 120.0)
     counts = replica.wait_idle()
