@@ -101,7 +101,7 @@ def _prompt(text: str, work: Work) -> Case:
     return Case("attention", text, work.bytes, lambda device: _call(work, device), work.flops)
 
 
-def _batch(work: Work, device: torch.device) -> tuple[AttentionBatch, int]:
+def attention_batch(work: Work, device: torch.device) -> tuple[AttentionBatch, int]:
     """The batch and how many blocks its cache has."""
     blocks = [-(-context // work.block) for _, context in work.lengths]
     table = torch.zeros(len(blocks), max(blocks), dtype=torch.int32)
@@ -116,7 +116,7 @@ def _batch(work: Work, device: torch.device) -> tuple[AttentionBatch, int]:
     return AttentionBatch(*(t.to(device) for t in tensors), len(blocks), work.tokens), sum(blocks)
 
 
-def _planned(work: Work, batch: AttentionBatch, device: torch.device) -> AttentionPlan:
+def attention_plan(work: Work, batch: AttentionBatch, device: torch.device) -> AttentionPlan:
     plan = AttentionPlan(
         q_heads=work.q_heads, kv_heads=work.kv_heads, head_dim=work.head_dim, block_size=work.block, device=device,
         max_seqs=batch.max_seqs, max_tokens=batch.max_tokens, max_blocks=batch.block_table.shape[1], dtype=DTYPE,
@@ -127,14 +127,14 @@ def _planned(work: Work, batch: AttentionBatch, device: torch.device) -> Attenti
 
 
 def _plan_call(work: Work, device: torch.device) -> Call:
-    batch, _ = _batch(work, device)
-    plan = _planned(work, batch, device)
+    batch, _ = attention_batch(work, device)
+    plan = attention_plan(work, batch, device)
     return lambda: plan.update(batch)
 
 
 def _call(work: Work, device: torch.device) -> Call:
-    batch, blocks = _batch(work, device)
-    plan = _planned(work, batch, device)
+    batch, blocks = attention_batch(work, device)
+    plan = attention_plan(work, batch, device)
     shape = (blocks, work.kv_heads, work.block, work.head_dim)
     k_cache, v_cache = (torch.randn(shape, device=device, dtype=DTYPE) for _ in range(2))
     q = torch.randn(work.tokens, work.q_heads * work.head_dim, device=device, dtype=DTYPE)

@@ -1,7 +1,8 @@
 """Products with the weights of an 8B Llama: our kernels beside cuBLASLt.
 
 Each product alone, then chains over 32 layers with weights of their own, in one graph, so that nothing is found in the
-cache and what lies between two kernels counts: the four products of a layer, and all of a layer but attention.
+cache and what lies between two kernels counts: the four products of a layer, and all of a layer but attention. At last
+whole layers, of tokens that are generated, by the kernels that an engine chooses.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.kernels_attention import Work, attention_batch, attention_plan
 from benchmarks.timing import Call, Case, graph_seconds, run_cases
 from mii.ops import linear_hopper
+from mii.ops.attention import attention
 from mii.ops.linear import LinearWeight, gated_linear, linear, pack_linear
 from mii.ops.norm import norm
 from mii.ops.rope_kv import rope_kv
@@ -29,6 +32,7 @@ LAYER = {
 WEIGHTS = LAYER | {"head": (128256, HIDDEN)}
 ROWS, MORE_ROWS = (1, 4, 8, 16), (64, 128)  # that the stream takes, and more
 CHAIN_ROWS, LAYERS = (1, 8, 16, 64, 128), 32
+LAYER_ROWS, CONTEXT = (1, 8, 12, 16, 32, 64, 128, 256), 264  # of whole layers: sequences, and tokens of each
 KERNELS = {
     "cuBLASLt": (),
     "streamed": ("STREAMED",),
@@ -37,13 +41,15 @@ KERNELS = {
 }
 FETCHED = (0, 8)  # MiB of the next weight that a streamed product brings into the cache
 DTYPE, SIZE = torch.bfloat16, 2
+CHOICES = ("STREAMED_ROWS", "FAST_STREAMED_ROWS", "WIDE_ROWS", "FAST_WIDE_ROWS", "FETCH_BYTES")
+OWN_CHOICES = {name: getattr(linear_hopper, name) for name in CHOICES}
 
 
 def run(device: torch.device) -> list[dict[str, Any]]:
     """A row for each weight, number of rows and kernel, then the chains, whose seconds are those of one layer."""
     if device.type != "cuda":
         return []
-    return [*run_cases(_products(), device), *_chains(device)]
+    return [*run_cases(_products(), device), *_chains(device), *_whole_layers(device)]
 
 
 def _choose(kernels: tuple[str, ...], fetched: int = linear_hopper.FETCH_BYTES >> 20) -> None:
@@ -104,20 +110,60 @@ class _Chain:
         linear(self.up, self.hidden, up, following=down)
         linear(self.hidden, self.up[:, :INTERMEDIATE], down, following=following)
 
+    def attend(self) -> torch.Tensor:
+        """The heads' results; here the queries stand in for them."""
+        return self.qkv[:, :HIDDEN]
+
     def layer(self, weights: list[LinearWeight], following: LinearWeight) -> None:
         qkv, output, up, down = weights
         norm(self.hidden, self.branch, self.gain, eps=1e-5, residual=self.residual)
         linear(self.qkv, self.hidden, qkv, following=output)
         heads = {"q_heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "rotary_dim": HEAD_DIM}
         rope_kv(self.qkv, self.cache[0], self.cache[1], self.table, self.rows, self.rows, **heads)
-        linear(self.branch, self.qkv[:, :HIDDEN], output, following=up)
+        linear(self.branch, self.attend(), output, following=up)
         norm(self.hidden, self.branch, self.gain, eps=1e-5, residual=self.residual)
         gated_linear(self.activated, self.up, self.hidden, up, "silu", following=down)
         linear(self.branch, self.activated, down, following=following)
 
 
+class _WholeChain(_Chain):
+    """With attention of each row to a context of its own."""
+
+    def __init__(self, device: torch.device, rows: int) -> None:
+        super().__init__(device, rows)
+        self.work = Work(((1, CONTEXT),) * rows, block=BLOCK)
+        self.batch, blocks = attention_batch(self.work, device)
+        self.plan = attention_plan(self.work, self.batch, device)
+        self.cache = torch.randn(2, blocks, KV_HEADS, BLOCK, HEAD_DIM, device=device, dtype=DTYPE)
+        self.attended = torch.empty(rows, HIDDEN, device=device, dtype=DTYPE)
+
+    def attend(self) -> torch.Tensor:
+        keys, values = self.cache
+        attention(self.attended, super().attend(), keys, values, self.batch, self.plan, scale=HEAD_DIM**-0.5)
+        return self.attended
+
+
+def _layers(device: torch.device) -> list[list[LinearWeight]]:
+    return [[_weight(device, n, k) for n, k in LAYER.values()] for _ in range(LAYERS)]
+
+
+def _whole_layers(device: torch.device) -> Iterator[dict[str, Any]]:
+    layers = _layers(device)
+    for name, value in OWN_CHOICES.items():
+        setattr(linear_hopper, name, value)
+    for rows in LAYER_ROWS:
+        chain = _WholeChain(device, rows)
+        calls = [
+            lambda i=i, chain=chain: chain.layer(layers[i], layers[(i + 1) % LAYERS][0])  # type: ignore[misc]
+            for i in range(LAYERS)
+        ]
+        moved = SIZE * sum(n * k for n, k in LAYER.values()) + chain.work.bytes
+        case = f"whole layer, {rows} x {CONTEXT} tokens"
+        yield {"kernel": "linear chain", "case": case, "seconds": graph_seconds(calls), "bytes": moved}
+
+
 def _chains(device: torch.device) -> Iterator[dict[str, Any]]:
-    layers = [[_weight(device, n, k) for n, k in LAYER.values()] for _ in range(LAYERS)]
+    layers = _layers(device)
     moved = SIZE * sum(n * k for n, k in LAYER.values())
     for rows in CHAIN_ROWS:
         chain = _Chain(device, rows)
