@@ -117,6 +117,7 @@ def attention_batch(work: Work, device: torch.device) -> tuple[AttentionBatch, i
 
 
 def attention_plan(work: Work, batch: AttentionBatch, device: torch.device) -> AttentionPlan:
+    """A plan that holds the batch."""
     plan = AttentionPlan(
         q_heads=work.q_heads, kv_heads=work.kv_heads, head_dim=work.head_dim, block_size=work.block, device=device,
         max_seqs=batch.max_seqs, max_tokens=batch.max_tokens, max_blocks=batch.block_table.shape[1], dtype=DTYPE,

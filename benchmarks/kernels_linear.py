@@ -8,7 +8,8 @@ whole layers, of tokens that are generated, by the kernels that an engine choose
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,15 +42,23 @@ KERNELS = {
 }
 FETCHED = (0, 8)  # MiB of the next weight that a streamed product brings into the cache
 DTYPE, SIZE = torch.bfloat16, 2
+LAYER_BYTES = SIZE * sum(n * k for n, k in LAYER.values())
 CHOICES = ("STREAMED_ROWS", "FAST_STREAMED_ROWS", "WIDE_ROWS", "FAST_WIDE_ROWS", "FETCH_BYTES")
 OWN_CHOICES = {name: getattr(linear_hopper, name) for name in CHOICES}
+
+Layers = list[list[LinearWeight]]
 
 
 def run(device: torch.device) -> list[dict[str, Any]]:
     """A row for each weight, number of rows and kernel, then the chains, whose seconds are those of one layer."""
     if device.type != "cuda":
         return []
-    return [*run_cases(_products(), device), *_chains(device), *_whole_layers(device)]
+    products = run_cases(_products(), device)
+    layers = [[_weight(device, n, k) for n, k in LAYER.values()] for _ in range(LAYERS)]
+    chains = list(_chains(device, layers))
+    for name, value in OWN_CHOICES.items():
+        setattr(linear_hopper, name, value)
+    return [*products, *chains, *_whole_layers(device, layers)]
 
 
 def _choose(kernels: tuple[str, ...], fetched: int = linear_hopper.FETCH_BYTES >> 20) -> None:
@@ -143,28 +152,14 @@ class _WholeChain(_Chain):
         return self.attended
 
 
-def _layers(device: torch.device) -> list[list[LinearWeight]]:
-    return [[_weight(device, n, k) for n, k in LAYER.values()] for _ in range(LAYERS)]
-
-
-def _whole_layers(device: torch.device) -> Iterator[dict[str, Any]]:
-    layers = _layers(device)
-    for name, value in OWN_CHOICES.items():
-        setattr(linear_hopper, name, value)
+def _whole_layers(device: torch.device, layers: Layers) -> Iterator[dict[str, Any]]:
     for rows in LAYER_ROWS:
         chain = _WholeChain(device, rows)
-        calls = [
-            lambda i=i, chain=chain: chain.layer(layers[i], layers[(i + 1) % LAYERS][0])  # type: ignore[misc]
-            for i in range(LAYERS)
-        ]
-        moved = SIZE * sum(n * k for n, k in LAYER.values()) + chain.work.bytes
-        case = f"whole layer, {rows} x {CONTEXT} tokens"
-        yield {"kernel": "linear chain", "case": case, "seconds": graph_seconds(calls), "bytes": moved}
+        text = f"whole layer, {rows} x {CONTEXT} tokens"
+        yield _chained(text, layers, chain.layer, LAYER_BYTES + chain.work.bytes)
 
 
-def _chains(device: torch.device) -> Iterator[dict[str, Any]]:
-    layers = _layers(device)
-    moved = SIZE * sum(n * k for n, k in LAYER.values())
+def _chains(device: torch.device, layers: Layers) -> Iterator[dict[str, Any]]:
     for rows in CHAIN_ROWS:
         chain = _Chain(device, rows)
         for name, run_layer in (("four products", chain.products), ("layer but attention", chain.layer)):
@@ -172,10 +167,12 @@ def _chains(device: torch.device) -> Iterator[dict[str, Any]]:
                 if not KERNELS[how] and fetched:
                     continue  # cuBLASLt brings nothing
                 _choose(KERNELS[how], fetched)
-                calls = [
-                    lambda i=i, run_layer=run_layer: run_layer(layers[i], layers[(i + 1) % LAYERS][0])  # type: ignore[misc]
-                    for i in range(LAYERS)
-                ]
-                text = f"{name}, {rows} rows, {how}, {fetched} MiB ahead"
-                yield {"kernel": "linear chain", "case": text, "seconds": graph_seconds(calls), "bytes": moved}
-    _choose(KERNELS["both"])
+                yield _chained(f"{name}, {rows} rows, {how}, {fetched} MiB ahead", layers, run_layer, LAYER_BYTES)
+
+
+def _chained(
+    text: str, layers: Layers, run_layer: Callable[[list[LinearWeight], LinearWeight], None], moved: int
+) -> dict[str, Any]:
+    """A layer's time where it follows itself with other weights."""
+    calls = [partial(run_layer, layers[i], layers[(i + 1) % LAYERS][0]) for i in range(LAYERS)]
+    return {"kernel": "linear chain", "case": text, "seconds": graph_seconds(calls), "bytes": moved}

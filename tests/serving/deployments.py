@@ -6,9 +6,11 @@ import itertools
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -16,6 +18,7 @@ import pytest
 from mii.backend import deployment
 from mii.backend.ports import is_free
 from mii.config import MIIConfig
+from mii.config.registry import deployment_folder
 from mii.launch.folder import DeploymentFolder
 from mii.launch.state import BALANCER, Plan, Spec, engine_role, front_role, read_state
 from tests.serving.idle_process import Behaviour
@@ -154,3 +157,30 @@ def pid_of(folder: DeploymentFolder, role: str) -> int | None:
     """The process of a role, as state.json has it."""
     state = read_state(folder.state_file)
     return next((process.pid for process in state.processes if process.role == role), None) if state else None
+
+
+def config(name: str = "demo", **options: Any) -> MIIConfig:
+    model = {"model_name_or_path": "m", "progress": False, "device": "cpu", **options.pop("model", {})}
+    return MIIConfig(deployment_name=name, model_config=model, **{"port_number": free_port(), **options})
+
+
+def fork(work: Callable[[], object]) -> int:
+    """A copy of this process that does some work and ends with 0, or 1 when that fails."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        finally:
+            traceback.print_exc()
+            os._exit(1)
+    return pid
+
+
+def ended_with(pid: int) -> int:
+    """Waits for it; its exit code, or the negative number of the signal that killed it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def log_of(name: str, role: str) -> str:
+    return deployment_folder(name).log(role).read_text()

@@ -17,8 +17,7 @@ from mii.backend import deployment
 from mii.backend.server import MIIServer
 from mii.cli import main
 from mii.config.registry import deployment_folder
-from tests.serving.deployments import StandIns, free_port, pid_of, processes_of, wait_until
-from tests.serving.test_deployment import config
+from tests.serving.deployments import StandIns, config, free_port, pid_of, processes_of, wait_until
 
 SERVE = """
 import sys

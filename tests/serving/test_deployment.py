@@ -1,4 +1,4 @@
-"""Deployments of stand-in processes: start, failure, restart, drain, end, and what is left: nothing."""
+"""Deployments of stand-in processes: start, failure, restart, ports, logs, and what is left: nothing."""
 
 from __future__ import annotations
 
@@ -6,14 +6,7 @@ import os
 import signal
 import socket
 import stat
-import subprocess
-import sys
-import textwrap
-import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,34 +16,21 @@ from mii.backend.server import MIIServer
 from mii.config import MIIConfig, get_mii_config
 from mii.config.registry import deployment_folder
 from mii.errors import DeploymentError, DeploymentExistsError, DeploymentNotFoundError, LauncherError, PortTakenError
-from mii.launch import child, supervisor
+from mii.launch import child
 from mii.launch.state import Spec, read_state
-from tests.serving.deployments import StandIns, free_port, pid_of, processes_of, wait_until
+from tests.serving.deployments import (
+    StandIns,
+    config,
+    ended_with,
+    fork,
+    free_port,
+    log_of,
+    pid_of,
+    processes_of,
+    wait_until,
+)
 
 ROLES = ["balancer", "replica-0-front", "replica-0-engine", "gateway"]
-
-
-def config(name: str = "demo", **options: Any) -> MIIConfig:
-    model = {"model_name_or_path": "m", "progress": False, "device": "cpu", **options.pop("model", {})}
-    return MIIConfig(deployment_name=name, model_config=model, **{"port_number": free_port(), **options})
-
-
-def fork(work: Callable[[], object]) -> int:
-    """A copy of this process that does some work and ends with 0, or 1 when that fails."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            work()
-            os._exit(0)
-        finally:
-            traceback.print_exc()
-            os._exit(1)
-    return pid
-
-
-def ended_with(pid: int) -> int:
-    """Waits for it; its exit code, or the negative number of the signal that killed it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def is_back(name: str, role: str, killed: int) -> bool:
@@ -58,10 +38,6 @@ def is_back(name: str, role: str, killed: int) -> bool:
     assert state is not None
     process = next(process for process in state.processes if process.role == role)
     return process.stage == "ready" and process.pid != killed
-
-
-def log_of(name: str, role: str) -> str:
-    return deployment_folder(name).log(role).read_text()
 
 
 @pytest.mark.parametrize("name", ["demo", "with space", "org/model", "ü/../x", "x" * 200])
@@ -222,112 +198,6 @@ def test_a_failed_one_makes_room_for_another_of_its_name(stand_ins: StandIns) ->
         list(server.notices())
     del stand_ins.behaviours["balancer"]
     MIIServer(config()).terminate()
-
-
-def test_the_doors_drain_before_the_replicas_end(stand_ins: StandIns, cache: Path) -> None:
-    stand_ins("balancer", drain=0.4)
-    server = MIIServer(config())
-    engine = pid_of(deployment_folder("demo"), "replica-0-engine")
-    os.kill(server.pid, signal.SIGTERM)
-    wait_until(lambda: "stand-in drains" in log_of("demo", "balancer"))
-    assert "stand-in drains" not in log_of("demo", "replica-0-engine")
-    assert Path(f"/proc/{engine}").exists()
-    wait_until(lambda: not processes_of(cache))
-
-
-def test_what_does_not_drain_in_time_is_killed(stand_ins: StandIns) -> None:
-    stand_ins("balancer", deaf=True)
-    server = MIIServer(config(drain_seconds=0.2))
-    started = time.monotonic()
-    server.terminate()
-    assert time.monotonic() - started < 0.2 + supervisor.END_SECONDS
-
-
-def test_whoever_is_in_a_hurry_does_not_wait_for_the_drain(stand_ins: StandIns) -> None:
-    stand_ins("balancer", drain=60.0)
-    server = MIIServer(config(drain_seconds=60))
-    server.terminate(hurry=True)
-
-
-def test_whoever_stops_one_waits_for_a_supervisor_that_was_quick_to_clear_away(
-    stand_ins: StandIns, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    send, lock, helpers = deployment._send, deployment_folder("demo").lock_file, []
-
-    def send_and_come_late(pid: int, number: signal.Signals) -> None:
-        send(pid, number)
-        while lock.exists():
-            time.sleep(0.001)
-        os.kill(pid, signal.SIGSTOP)
-        helpers.append(fork(lambda: (time.sleep(0.3), os.kill(pid, signal.SIGCONT))))
-
-    server = MIIServer(config())
-    monkeypatch.setattr(deployment, "_send", send_and_come_late)
-    server.terminate(hurry=True)
-    assert processes_of(cache) == {}
-    assert [ended_with(helper) for helper in helpers] == [0]
-
-
-def test_a_part_may_ask_for_the_end(stand_ins: StandIns, cache: Path) -> None:
-    stand_ins("balancer", stop=True)
-    server = MIIServer(config(), attached=True)
-    assert list(server.notices()) == []
-    assert processes_of(cache) == {}
-
-
-def test_a_killed_supervisor_takes_its_processes_along_and_the_rest_is_cleared_away(
-    stand_ins: StandIns, cache: Path
-) -> None:
-    server = MIIServer(config())
-    os.kill(server.pid, signal.SIGKILL)
-    wait_until(lambda: not processes_of(cache))
-    assert deployment.find("demo").stage == "killed"
-    assert not deployment.find("demo").alive
-    lock = deployment_folder("demo").lock_file
-    lock.write_text(f"{server.pid}00")  # processes are counted from 1 again some time, and the next number is shorter
-    following = MIIServer(config())
-    assert int(lock.read_text()) == following.pid
-    following.terminate()
-
-
-def test_a_supervisor_that_is_killed_while_it_starts_is_an_error_and_leaves_nothing(stand_ins: StandIns) -> None:
-    stand_ins("replica-0-engine", start=60.0)
-
-    def kill_supervisor() -> None:
-        folder = deployment_folder("demo")
-        wait_until(lambda: bool(pid_of(folder, "replica-0-engine")))
-        os.kill(int(folder.lock_file.read_text()), signal.SIGKILL)
-
-    killer = fork(kill_supervisor)
-    with pytest.raises(DeploymentError, match="'demo' failed: its supervisor was killed"):
-        MIIServer(config())
-    assert ended_with(killer) == 0
-
-
-SCRIPT = """
-import sys
-from tests.serving.deployments import StandIns
-from tests.serving.test_deployment import config
-from mii.backend.server import MIIServer
-import pytest
-with pytest.MonkeyPatch.context() as patch:
-    stand_ins = StandIns(patch)
-    stand_ins("replica-0-engine", start=60.0)
-    print("starting", flush=True)
-    MIIServer(config())
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_whoever_starts_it_and_is_ended_leaves_nothing(cache: Path, number: signal.Signals) -> None:
-    script = subprocess.Popen([sys.executable, "-c", textwrap.dedent(SCRIPT)], stderr=subprocess.PIPE)
-    wait_until(lambda: bool(pid_of(deployment_folder("demo"), "replica-0-engine")))
-    script.send_signal(number)
-    _, errors = script.communicate(timeout=60)
-    assert script.returncode == -number, errors
-    assert (b"KeyboardInterrupt" in errors) == (number == signal.SIGINT)
-    wait_until(lambda: not processes_of(cache))
-    wait_until(lambda: not deployment_folder("demo").path.exists())
 
 
 def test_two_run_side_by_side_on_ports_of_their_own(stand_ins: StandIns) -> None:

@@ -76,8 +76,8 @@ __device__ __forceinline__ float activate_one(float x, int kind) {
   return value[0];
 }
 
-// The same as a function that is called where it is not SiLU: an epilogue has up to 32 of these, and seven kinds at each
-// place would be most of its code, and of the time that its compilation takes.
+// The same as a function that is called where it is not SiLU, so that an epilogue, which has up to 32 of these, does not have
+// seven kinds at each place.
 template <typename T>
 __device__ __noinline__ float activate_called(float x, int kind) {
   return activate_one<T>(x, kind);

@@ -189,7 +189,10 @@ struct FewResults {
   FewTile<T, Up> at;
   MoePair pairs[2];  // of the two tokens of which this thread has sums; not Up
 
-  MII_DEVICE explicit FewResults(const FewRun<T, Up>& run_) : run(run_), number(run.begin / run.runs.steps), at(run, number) { find(); }
+  MII_DEVICE explicit FewResults(const FewRun<T, Up>& run_)
+      : run(run_), number(run.begin / run.runs.steps), at(run, number) {
+    find();
+  }
   MII_DEVICE void store(const float (&sums)[1][4], int tile) {
     while (number < tile) {
       ++number;
