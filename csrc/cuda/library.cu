@@ -78,6 +78,7 @@ int64_t mii_struct_size(const char* name) {
       {"MiiMoeRoute", sizeof(MiiMoeRoute)},   {"MiiMoeLinear", sizeof(MiiMoeLinear)},
       {"MiiMoeCombine", sizeof(MiiMoeCombine)}, {"MiiAllReduce", sizeof(MiiAllReduce)},
       {"MiiAllReduceNorm", sizeof(MiiAllReduceNorm)}, {"MiiAllGather", sizeof(MiiAllGather)},
+      {"MiiCopiedSum", sizeof(MiiCopiedSum)}, {"MiiCopiedSumNorm", sizeof(MiiCopiedSumNorm)},
       {"MiiPeerMemory", sizeof(MiiPeerMemory)}, {"MiiEventWait", sizeof(MiiEventWait)},
       {"MiiSampleShard", sizeof(MiiSampleShard)}, {"MiiMoeStream", sizeof(MiiMoeStream)},
   };

@@ -2,30 +2,18 @@
 #include "tensor_map.cuh"
 
 #include <cuda.h>
-#include <cuda_runtime.h>
+
+#include "driver.cuh"
 
 namespace mii {
 namespace {
 
 static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= alignof(CUtensorMap));
 
-// cuTensorMapEncodeTiled by way of the runtime, so that nothing has to be linked with the driver; null: not there.
-decltype(&cuTensorMapEncodeTiled) find_encoder() {
-  void* entry = nullptr;
-  cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
-#if CUDART_VERSION >= 12050
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result);
-#else
-  const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &result);
-#endif
-  if (error != cudaSuccess) cudaGetLastError();
-  const bool found = error == cudaSuccess && result == cudaDriverEntryPointSuccess;
-  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(found ? entry : nullptr);
-}
-
+// Null: not there.
 decltype(&cuTensorMapEncodeTiled) encoder() {
-  static const auto found = find_encoder();
+  static const auto found =
+      reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(driver_function("cuTensorMapEncodeTiled", 12000));
   return found;
 }
 

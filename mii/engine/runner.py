@@ -339,7 +339,7 @@ class Runner:
             batch=batch,
             plans=self.plans,
             buffers=self.arena.views(tokens, sequences),
-            halves=self.model.halves(tokens),
+            halves=self.model.halves(tokens, captured=tokens <= self.most_captured),
         )
 
     # -- from plan to tensors -----------------------------------------------------------------------------------------

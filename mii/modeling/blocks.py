@@ -100,15 +100,13 @@ class SequentialBlock(Module):
             if first:
                 self.attention_norm(hidden[half], residual[half])
             else:
-                forward.sums[index]()
-                self.attention_norm(hidden[half], branch[half], residual[half], is_sum=True)
+                self.attention_norm.of_started(hidden[half], branch[half], residual[half], forward.sums[index])
             self.attention.project(forward, half, hidden[half])
         heads = self.attention.attend_projected(forward)
         sums = [start_all_reduce(output(branch[half], heads[half]), self.mlp_norm.group) for half in halves]
         forward.sums = later = []
-        for half, wait in zip(halves, sums, strict=True):
-            wait()
-            self.mlp_norm(hidden[half], branch[half], residual[half], is_sum=True)
+        for half, started in zip(halves, sums, strict=True):
+            self.mlp_norm.of_started(hidden[half], branch[half], residual[half], started)
             later.append(start_all_reduce(self.mlp(forward, branch[half], hidden[half]), self._sums_left))
 
 

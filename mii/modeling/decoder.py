@@ -39,11 +39,13 @@ class Decoder(Module):
             return TiedHead(self.place, spec.vocab_span, bias=spec.head_bias)
         return Linear(self.place, spec.embedding_size or spec.hidden_size, {"": spec.vocab_span}, bias=spec.head_bias)
 
-    def halves(self, tokens: int) -> Sequence[slice]:
-        """The two pieces of a step of so many tokens whose sums over the ranks are worth overlapping; else none."""
+    def halves(self, tokens: int, *, captured: bool = False) -> Sequence[slice]:
+        """The two pieces of a step of so many tokens whose sums over the ranks are worth overlapping; else none.
+        `captured`: the step becomes a CUDA graph.
+        """
         group, place = self.place.group, self.place
         num_bytes = tokens // 2 * self.spec.hidden_size * place.dtype.itemsize
-        if group is None or not self._works_in_halves or not group.overlaps(num_bytes):
+        if group is None or not self._works_in_halves or not group.overlaps(num_bytes, captured=captured):
             return ()
         return list(pieces(tokens, -(-tokens // 2)))
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from mii.modeling.experts import ExpertBuffers
+from mii.ops.all_reduce import StartedSum
 from mii.ops.attention import AttentionBatch, AttentionPlan
 from mii.ops.prepare import StepTensors
 
@@ -47,7 +48,7 @@ class Forward:
     `cos_sin` has the rotary table of every layer, None for no rotation; `rope_rows` are the rows that the tokens take.
 
     `halves`: two pieces of a large step among ranks, each computed while sums of the other are on their way; else none.
-    `sums`: what to call before a half of `branch`, in their order.
+    `sums`: those of the halves of `branch`, in their order, where they are still to be taken.
     """
 
     step: StepTensors
@@ -62,4 +63,4 @@ class Forward:
     plans: dict[int, AttentionPlan]
     buffers: Activations
     halves: Sequence[slice] = ()
-    sums: Sequence[Callable[[], object]] = ()
+    sums: Sequence[StartedSum | None] = ()

@@ -164,6 +164,16 @@ MiiAllReduce = _struct(
     (c_int32, "shots dtype"),
 )
 MiiAllReduceNorm = _struct("MiiAllReduceNorm", (MiiRanks, "ranks"), (MiiNorm, "norm"), (c_int32, "shots"))
+MiiCopiedSum = _struct(
+    "MiiCopiedSum",
+    (MiiRanks, "ranks"),
+    (c_void_p, "x"),
+    (c_int64, "place count"),
+    (c_int32, "round dtype"),
+)
+MiiCopiedSumNorm = _struct(
+    "MiiCopiedSumNorm", (MiiRanks, "ranks"), (MiiNorm, "norm"), (c_int64, "place"), (c_int32, "round")
+)
 MiiAllGather = _struct("MiiAllGather", (MiiRanks, "ranks"), (c_void_p, "out x"), (c_int64, "words"))
 MiiPeerMemory = _struct("MiiPeerMemory", (c_void_p, "memory handle"), (c_int64, "bytes"), (c_int32, "device action"))
 MiiEventWait = _struct("MiiEventWait", (c_void_p, "event lost"))
@@ -210,6 +220,9 @@ FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "mii_all_reduce": MiiAllReduce,
     "mii_all_reduce_bytes": MiiAllReduce,
     "mii_all_reduce_norm": MiiAllReduceNorm,
+    "mii_send_copy": MiiCopiedSum,
+    "mii_copied_sum": MiiCopiedSum,
+    "mii_copied_sum_norm": MiiCopiedSumNorm,
     "mii_all_gather": MiiAllGather,
     "mii_all_gather_bytes": MiiAllGather,
     "mii_peer_memory": MiiPeerMemory,

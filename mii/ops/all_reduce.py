@@ -8,13 +8,25 @@ What serves is the group's matter: memory that the ranks share, or a library.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 
 from mii.ops import abi
 from mii.ops.norm import norm, norm_arguments
+
+
+class StartedSum(Protocol):
+    """A sum over the ranks that is under way. Sums are taken in the order in which they were begun, each once."""
+
+    def wait(self) -> None:
+        """What the device does next finds the sum in the tensor."""
+
+    def norm(self, norm: ctypes.Structure) -> bool:
+        """Norms the sum, by an `abi.MiiNorm` of which x is the tensor. False: nothing is normed, and the tensor is the
+        sum.
+        """
 
 
 class Group(Protocol):
@@ -32,11 +44,13 @@ class Group(Protocol):
     def all_reduce(self, tensor: torch.Tensor) -> None:
         """Sums a tensor over the ranks, in place."""
 
-    def overlaps(self, num_bytes: int) -> bool:
-        """Whether a sum of so many bytes that is begun early goes on beside what the device computes next."""
+    def overlaps(self, num_bytes: int, *, captured: bool = False) -> bool:
+        """Whether a sum of so many bytes that is begun early goes on beside what the device computes next, and is worth
+        it. `captured`: in a step that becomes a CUDA graph.
+        """
 
-    def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], object] | None:
-        """Begins to sum a tensor over the ranks, in place; what to call before it is used. None: the sum is there."""
+    def start_all_reduce(self, tensor: torch.Tensor) -> StartedSum | None:
+        """Begins to sum a tensor over the ranks, in place. None: the sum is there."""
 
     def all_reduce_norm(self, norm: ctypes.Structure) -> bool:
         """Sums the x of an `abi.MiiNorm` over the ranks and norms the sum. False: nothing was done."""
@@ -78,23 +92,19 @@ def all_reduce(x: torch.Tensor, group: Group) -> None:
         group.all_reduce(x)
 
 
-def start_all_reduce(x: torch.Tensor, group: Group | None) -> Callable[[], object]:
-    """Begins `all_reduce(x, group)`; None: x is a sum already.
+def start_all_reduce(x: torch.Tensor, group: Group | None) -> StartedSum | None:
+    """Begins `all_reduce(x, group)`; no group: x is a sum already.
 
     Returns:
-        What to call before anything reads x or writes to it.
+        What gives the sum, before anything else reads x or writes to it. None: x is the sum.
 
     Raises:
         ValueError: as `all_reduce`.
     """
     if group is None or not x.numel():
-        return _wait_for_nothing
+        return None
     _check(x)
-    return group.start_all_reduce(x) or _wait_for_nothing
-
-
-def _wait_for_nothing() -> None:
-    pass
+    return group.start_all_reduce(x)
 
 
 def _check(x: torch.Tensor) -> None:
@@ -128,3 +138,32 @@ def all_reduce_norm(
     if args is None or not x.numel() or not x.is_cuda or not group.all_reduce_norm(args):
         all_reduce(x, group)
         norm(out, x, weight, **options)
+
+
+def started_norm(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    *,
+    started: StartedSum,
+    eps: float,
+    residual: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    kind: int = abi.RMS,
+) -> None:
+    """`all_reduce_norm` of a sum that has been begun.
+
+    Args:
+        started: what `start_all_reduce(x, ...)` has returned.
+        out, x, weight, eps, residual, bias, kind: as in `all_reduce_norm`.
+
+    Raises:
+        ValueError: as `norm`.
+    """
+    options: dict[str, Any] = {"eps": eps, "bias": bias, "residual": residual, "kind": kind}
+    args = norm_arguments(out, x, weight, **options)
+    if args is None:
+        started.wait()
+    elif started.norm(args):
+        return
+    norm(out, x, weight, **options)

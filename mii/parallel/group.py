@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from mii.ops import native
+from mii.ops.all_reduce import StartedSum
 from mii.parallel.meeting import meet, this_machine
 from mii.parallel.pages import STEP_SECONDS, SharedPages, open_pages
 from mii.parallel.peers import PeerMemory, open_peers
@@ -64,18 +64,25 @@ class Group:
         if self._peers is None or not self._peers.all_reduce(tensor):
             native.aside(lambda: self._ranks.allreduce([tensor]).wait())
 
-    def overlaps(self, num_bytes: int) -> bool:
-        """See `mii.ops.all_reduce.Group`: on GPUs, by NCCL, which has a stream of its own. Where GPUs sum what both
-        halves give in each other's memory, as one kernel with the norm that follows, that is the faster way.
+    def overlaps(self, num_bytes: int, *, captured: bool = False) -> bool:
+        """See `mii.ops.all_reduce.Group`: on two GPUs by their copy engines, else by NCCL, which has a stream of its
+        own, unless the sum of a whole step, as one kernel with the norm that follows, is the faster way.
         """
         if not self._is_cuda or num_bytes <= MOST_ALONE:
             return False
-        return not (isinstance(self._peers, PeerMemory) and self._peers.takes(2 * num_bytes))
+        if not isinstance(self._peers, PeerMemory):
+            return True
+        if self._peers.copies is not None and not captured and self._peers.copies.takes(num_bytes):
+            return True
+        return not self._peers.takes(2 * num_bytes)
 
-    def start_all_reduce(self, tensor: torch.Tensor) -> Callable[[], object] | None:
+    def start_all_reduce(self, tensor: torch.Tensor) -> StartedSum | None:
         """See `mii.ops.all_reduce.Group`."""
-        if self.overlaps(tensor.nbytes):
-            return self._ranks.allreduce([tensor]).wait
+        started = self._peers.start(tensor) if isinstance(self._peers, PeerMemory) else None
+        if started is not None:
+            return started
+        if self._is_cuda and not (isinstance(self._peers, PeerMemory) and self._peers.takes(tensor.nbytes)):
+            return _NcclSum(self._ranks.allreduce([tensor]))
         self.all_reduce(tensor)
         return None
 
@@ -109,6 +116,20 @@ class Group:
             peers.close(self._store)
         if ranks is not None:
             ranks.shutdown()
+
+
+class _NcclSum:
+    """A sum on NCCL's stream."""
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
+
+    def wait(self) -> None:
+        self._work.wait()
+
+    def norm(self, norm: ctypes.Structure) -> bool:
+        self.wait()
+        return False
 
 
 def _gloo(store: Any, rank: int, size: int, address: str) -> Any:

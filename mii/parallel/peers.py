@@ -18,6 +18,8 @@ import torch
 from mii.errors import GenerationError
 from mii.logging import logger
 from mii.ops import abi, native
+from mii.ops.all_reduce import StartedSum
+from mii.parallel.copies import PLACE_BYTES, PLACES, Copies
 from mii.parallel.meeting import DisagreementError, agree
 
 # Whether it is asked for (True), refused (False), or left to MEASURED: the numbers of GPUs on which it was measured.
@@ -54,11 +56,12 @@ class PeerMemory:
         self._memory = (ctypes.c_void_p * size)()
         self._handle = (ctypes.c_char * 64)()
         self._lost = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-        self.num_bytes = _memory_bytes(library, size)
-        self.ranks = abi.MiiRanks(
-            ctypes.addressof(self._memory), self._lost.data_ptr(), None, self.num_bytes, int(PATIENCE_SECONDS * 1e9),
-            rank, size, 0,
-        )  # fmt: skip
+        at_once = _memory_bytes(library, size)
+        self.num_bytes = at_once + (PLACES * PLACE_BYTES if size == 2 else 0)
+        places, lost, patience = ctypes.addressof(self._memory), self._lost.data_ptr(), int(PATIENCE_SECONDS * 1e9)
+        self.ranks = abi.MiiRanks(places, lost, None, at_once, patience, rank, size, 0)
+        self.copies = Copies(self.ranks, library, device) if size == 2 else None
+        """What carries large sums while something else is computed, of two GPUs; None: nothing does."""
         self._act(abi.PEER_ALLOCATE, rank)
 
     @property
@@ -92,6 +95,30 @@ class PeerMemory:
                 raise native.NativeError(f"nothing has come from rank {lost - 1} for {PATIENCE_SECONDS:g} seconds")
             if not right:
                 raise native.NativeError("sums in the GPUs' memory come out wrong")
+
+    def try_copies(self) -> None:
+        """Adds up small numbers whose sums are begun before they are needed.
+
+        Raises:
+            NativeError: they do not come, or come wrong.
+        """
+        assert self.copies is not None
+        numbers = torch.arange(4096, dtype=torch.float32, device=self.device)
+        for _ in range(2 * PLACES):
+            x = numbers * (self.rank + 1)
+            started = self.copies.start(x)
+            if started is None:
+                raise native.NativeError("copies of numbers are refused")
+            started.wait()
+            right = torch.equal(x, numbers * 3)
+            if lost := self.lost():
+                raise native.NativeError(f"no copy has come from rank {lost - 1} for {PATIENCE_SECONDS:g} seconds")
+            if not right:
+                raise native.NativeError("sums of copied numbers come out wrong")
+
+    def start(self, x: torch.Tensor) -> StartedSum | None:
+        """Begins to sum a contiguous tensor over two GPUs; None: not for this one, on any rank."""
+        return None if self.copies is None else self.copies.start(x)
 
     def takes(self, num_bytes: int) -> bool:
         """Whether a sum of so many bytes is not left to NCCL."""
@@ -191,6 +218,7 @@ def open_peers(store: Any, rank: int, size: int, device: torch.device, is_local:
         (peers,) = made
         agree(store, rank, size, "opened", lambda: peers.open(handles))
         agree(store, rank, size, "tried", peers.try_out)
+        _try_copies(store, peers)
     except DisagreementError as reason:
         for peers in made:
             peers.close(store)
@@ -200,6 +228,17 @@ def open_peers(store: Any, rank: int, size: int, device: torch.device, is_local:
     if rank == 0:
         logger.info("%d GPUs add up in each other's memory, %.0f MiB on each", size, peers.num_bytes / (1 << 20))
     return peers
+
+
+def _try_copies(store: Any, peers: PeerMemory) -> None:
+    if peers.copies is None:
+        return
+    try:
+        agree(store, peers.rank, peers.size, "copied", peers.try_copies)
+    except DisagreementError as reason:
+        peers.copies = None
+        if peers.rank == 0:
+            logger.warning("GPUs add up large steps' numbers while nothing else is computed (%s)", reason)
 
 
 def _offer(made: list[PeerMemory], rank: int, size: int, device: torch.device) -> str:

@@ -11,6 +11,7 @@ from torch import distributed as dist
 from mii.logging import logger
 from mii.ops import native
 from mii.parallel import peers
+from mii.parallel.copies import LEAST_BYTES, PLACE_BYTES, Copies
 from mii.parallel.group import MOST_ALONE, Group
 from mii.parallel.peers import MOST_BYTES, PeerMemory, open_peers
 from tests.parallel.threads import on_threads
@@ -23,6 +24,7 @@ class Memory(PeerMemory):
 
     def __init__(self, rank: int, size: int, device: torch.device) -> None:
         self.rank, self.size, self.device, self.num_bytes = rank, size, device, 0
+        self.copies = object.__new__(Copies) if size == 2 else None
         self.done: list[str] = []
         made.append(self)
 
@@ -36,6 +38,9 @@ class Memory(PeerMemory):
 
     def try_out(self) -> None:
         self._do("try out")
+
+    def try_copies(self) -> None:
+        self._do("try copies")
 
     def close(self, store: object) -> None:
         self.done.append("close")
@@ -81,6 +86,17 @@ def test_what_one_rank_cannot_do_none_does_and_it_is_said_once(
     assert "NCCL adds up what the ranks compute (rank 1: CUDA error 217 (peer access is not supported" in warning
 
 
+def test_without_copies_sums_in_memory_remain(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Memory, "fails_to", "try copies")
+    found = [memory for memory in opened(2) if memory is not None]
+    assert [memory.copies for memory in found] == [None, None]
+    assert [memory.done[-1] for memory in found] == ["try copies"] * 2
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "while nothing else is computed (rank 1: CUDA error 217" in warning
+
+
 def test_a_rank_without_memory_keeps_the_others_from_waiting(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -116,7 +132,19 @@ def test_halves_of_a_step_are_summed_apart_where_nccl_sums_the_whole() -> None:
     assert group.overlaps(MOST_ALONE + 1)
     assert not group.overlaps(MOST_ALONE)
     group._peers = object.__new__(PeerMemory)
+    group._peers.copies = None
     assert group.overlaps(MOST_BYTES // 2 + 1)
     assert not group.overlaps(MOST_BYTES // 2)
     group._is_cuda, group._peers = False, None
     assert not group.overlaps(MOST_BYTES)
+
+
+def test_halves_of_a_step_are_summed_apart_where_copy_engines_carry_them() -> None:
+    group = object.__new__(Group)
+    group._is_cuda, group._peers = True, object.__new__(PeerMemory)
+    group._peers.copies = object.__new__(Copies)
+    assert group.overlaps(LEAST_BYTES)
+    assert group.overlaps(PLACE_BYTES)
+    assert not group.overlaps(PLACE_BYTES, captured=True)
+    assert not group.overlaps(LEAST_BYTES - 1)
+    assert group.overlaps(MOST_BYTES // 2 + 1)

@@ -29,6 +29,12 @@ __device__ __forceinline__ uint32_t load_state(const uint32_t* address) {
   asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
   return value;
 }
+// A word that another rank's stream has written, and with it all that this stream had written before.
+__device__ __forceinline__ uint32_t load_said(const void* address) {
+  uint32_t value;
+  asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+  return value;
+}
 __device__ __forceinline__ void store_host(int32_t* address, int32_t value) {
   asm volatile("st.relaxed.sys.global.s32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }

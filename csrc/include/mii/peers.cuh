@@ -29,6 +29,38 @@ struct PeerState {
   uint32_t lost;            // 1 + a rank that has not come: nobody is waited for any more
 };
 constexpr int64_t kPeerHeader = 256;
+constexpr int64_t kCopiedAt = 128;  // within the header, and written by another rank: see copied_sum.cuh
+
+// Waits for other ranks, though not without end.
+class Patience {
+ public:
+  // `host`: the host's copy of state->lost.
+  __device__ __forceinline__ Patience(PeerState* state, int32_t* host, uint64_t nanoseconds)
+      : state_(state), host_(host), nanoseconds_(nanoseconds), lost_(load_state(&state->lost) != 0) {}
+
+  // Whether a rank was given up, before or now.
+  __device__ __forceinline__ bool lost() const { return lost_; }
+
+  // Whether to try once more for the ranks in `missing`. Looks at the clock now and then.
+  __device__ __forceinline__ bool more(unsigned tries, unsigned missing) {
+    if (lost_) return false;
+    if (tries % 64 != 0) return true;
+    const uint64_t now = nanoseconds();
+    if (tries == 64) deadline_ = now + nanoseconds_;
+    if (now <= deadline_) return true;
+    lost_ = true;
+    const int first = __ffs(missing);
+    state_->lost = first;
+    store_host(host_, first);
+    return false;
+  }
+
+ private:
+  PeerState* state_;
+  int32_t* host_;
+  uint64_t nanoseconds_, deadline_ = 0;
+  bool lost_;
+};
 
 // Slots: the most ranks that the code is made for.
 template <int Slots>
@@ -56,10 +88,12 @@ __device__ __forceinline__ uint4 present(uint4 pack) {
 template <int Slots>
 class Round {
  public:
-  __device__ __forceinline__ Round(const Peers<Slots>& peers, int64_t stride) : peers_(peers), stride_(stride) {
-    state_ = reinterpret_cast<PeerState*>(peers.memory[peers.rank]);
+  __device__ __forceinline__ Round(const Peers<Slots>& peers, int64_t stride)
+      : peers_(peers),
+        state_(reinterpret_cast<PeerState*>(peers.memory[peers.rank])),
+        patience_(state_, peers.lost, peers.patience),
+        stride_(stride) {
     number_ = round_after(load_state(&state_->round));
-    lost_ = load_state(&state_->lost) != 0;
     offset_ = kPeerHeader + (number_ & 1) * peers.half;
   }
 
@@ -76,7 +110,7 @@ class Round {
   // Writes a pack, which is `present`, into a box of rank r. Not once a rank was given up: others may still be waiting in a
   // round that this rank has left, and would take what is not theirs for what is missing.
   __device__ __forceinline__ void send(int r, int box, int64_t index, const uint4& pack) const {
-    if (lost_) return;
+    if (patience_.lost()) return;
     char* place = peers_.memory[r] + offset_ + (box * stride_ + index) * kPackBytes;
     store_words(place, uint64_t(pack.y) << 32 | pack.x, uint64_t(pack.w) << 32 | pack.z);
   }
@@ -87,7 +121,7 @@ class Round {
     uint64_t words[Slots][2] = {};
     unsigned missing = from;
     for (unsigned tries = 0; missing != 0; ++tries) {
-      if (tries > 0 && !patient(tries, missing)) break;
+      if (tries > 0 && !patience_.more(tries, missing)) break;
 #pragma unroll
       for (int r = 0; r < Slots; ++r) {
         if (missing >> r & 1) load_words(place + r * stride_ * kPackBytes, words[r][0], words[r][1]);
@@ -107,13 +141,13 @@ class Round {
 
   // The same for single words: word `index` of box `box`, which has two words in place of each pack's 16 bytes.
   __device__ __forceinline__ void send_word(int r, int box, int64_t index, uint32_t value) const {
-    if (lost_) return;
+    if (patience_.lost()) return;
     store_word(peers_.memory[r] + offset_ + (box * stride_ + index) * 8, word(value));
   }
   __device__ __forceinline__ uint32_t receive_word(int box, int64_t index) {
     char* place = peers_.memory[peers_.rank] + offset_ + (box * stride_ + index) * 8;
     uint64_t found = load_word(place);
-    for (unsigned tries = 1; found == 0 && patient(tries, 1u << box); ++tries) found = load_word(place);
+    for (unsigned tries = 1; found == 0 && patience_.more(tries, 1u << box); ++tries) found = load_word(place);
     if (found != 0) clear_word(place);
     return static_cast<uint32_t>(found);
   }
@@ -130,26 +164,11 @@ class Round {
  private:
   __device__ __forceinline__ uint64_t word(uint32_t value) const { return uint64_t(number_) << 32 | value; }
 
-  // Whether to go on waiting for the ranks in `missing`. Looks at the clock now and then.
-  __device__ __forceinline__ bool patient(unsigned tries, unsigned missing) {
-    if (lost_) return false;
-    if (tries % 64 != 0) return true;
-    const uint64_t now = nanoseconds();
-    if (tries == 64) deadline_ = now + peers_.patience;
-    if (now <= deadline_) return true;
-    lost_ = true;
-    const int first = __ffs(missing);
-    state_->lost = first;
-    store_host(peers_.lost, first);
-    return false;
-  }
-
   const Peers<Slots>& peers_;
   PeerState* state_;
+  Patience patience_;
   int64_t stride_, offset_;
-  uint64_t deadline_ = 0;
   uint32_t number_;
-  bool lost_;
 };
 
 }  // namespace mii
