@@ -75,6 +75,7 @@ int64_t mii_struct_size(const char* name) {
       {"MiiAttention", sizeof(MiiAttention)}, {"MiiActivation", sizeof(MiiActivation)},
       {"MiiGather", sizeof(MiiGather)},       {"MiiSample", sizeof(MiiSample)},
       {"MiiLinear", sizeof(MiiLinear)},       {"MiiLinearStreamed", sizeof(MiiLinearStreamed)},
+      {"MiiProduct", sizeof(MiiProduct)},     {"MiiProductChoice", sizeof(MiiProductChoice)},
       {"MiiMoeRoute", sizeof(MiiMoeRoute)},   {"MiiMoeLinear", sizeof(MiiMoeLinear)},
       {"MiiMoeCombine", sizeof(MiiMoeCombine)}, {"MiiAllReduce", sizeof(MiiAllReduce)},
       {"MiiAllReduceNorm", sizeof(MiiAllReduceNorm)}, {"MiiAllGather", sizeof(MiiAllGather)},

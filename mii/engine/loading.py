@@ -11,6 +11,7 @@ import torch
 from mii.batching.pace import Pace, make_pace
 from mii.config import DSStateManagerConfig, ModelConfig
 from mii.engine.capture import AMONG_RANKS, capture_steps, graph_memory
+from mii.engine.choices import choose_products
 from mii.engine.costs import count_weights
 from mii.engine.devices import choose_device, choose_dtype, free_memory
 from mii.engine.engine import Engine
@@ -97,6 +98,9 @@ def build_engine(
             runner = Runner(model, limits, ends, weights=count_weights(largest))
         if ranks is not None:
             ranks.compare(checkpoint, _options(config, dtype, limits))
+        if device.type == "cuda":
+            with start.phase("products"):
+                start.note(choose_products(runner))
         _make_cache(config, runner, free, start, ranks)
         pace = _pace(config, runner, start)
     except RuntimeError as error:

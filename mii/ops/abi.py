@@ -15,6 +15,7 @@ RMS, RMS_PLUS1, LAYER = range(3)
 NORMS = {"rms": RMS, "rms_plus1": RMS_PLUS1, "layer": LAYER}
 MOE_SCORINGS = {"softmax": 0, "sigmoid": 1}
 MOE_CHUNK = 16
+ALGORITHM_BYTES = 64
 PEER_ALLOCATE, PEER_OPEN, PEER_CLOSE, PEER_FREE = range(4)
 MOE_SIMPLE, MOE_STREAM, MOE_MMA, MOE_WGMMA = range(4)
 SHARD_NOTHING, SHARD_BEST, SHARD_COUNTS, _, _, SHARD_WEIGHTS, _, _, SHARD_KEPT, SHARD_DRAWN, SHARD_TOKEN = range(11)
@@ -106,6 +107,15 @@ MiiLinearStreamed = _struct(
     (c_void_p, "next"),
     (c_int64, "next_bytes next_fetch"),
     (c_int32, "gated activation"),
+)
+
+MiiProduct = _struct("MiiProduct", (MiiLinear, "product"), (c_void_p, "algorithm"), (c_int64, "workspace_bytes"))
+MiiProductChoice = _struct(
+    "MiiProductChoice",
+    (MiiProduct, "product"),
+    (c_void_p, "weights"),
+    (c_int64, "num_weights patience"),
+    (c_void_p, "times"),
 )
 
 MiiLinearPack = _struct(
@@ -207,6 +217,8 @@ FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "mii_linear_streamed": MiiLinearStreamed,
     "mii_linear_wide": MiiLinearStreamed,
     "mii_linear_workspace_bytes": MiiLinear,
+    "mii_product": MiiProduct,
+    "mii_product_choose": MiiProductChoice,
     "mii_linear_pack": MiiLinearPack,
     "mii_linear_packed_bytes": MiiLinearPack,
     "mii_moe_route": MiiMoeRoute,

@@ -2,8 +2,9 @@
 
 On the CPU the weight is repacked into panels of 16 output features (csrc/cpu/isa/linear.cpp) that serve one row (a
 stream through memory) and many (AMX tiles) alike, so there is one copy of it. On a GPU the weight stays as it is and
-torch multiplies (cuBLASLt), or, for a few rows, a kernel that streams the weight (mii/ops/linear_hopper.py). Where no
-native library serves, torch multiplies.
+torch multiplies (cuBLASLt, by an algorithm of its choice or, where it was found to be faster, of ours: mii/ops/
+products.py), or, for a few rows, a kernel that streams the weight (mii/ops/linear_hopper.py). Where no native library
+serves, torch multiplies.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mii.ops import abi, linear_hopper, native
+from mii.ops import abi, linear_hopper, native, products
 from mii.ops.activation import activation
 
 
@@ -231,10 +232,10 @@ def _data(weight: LinearWeight | None) -> torch.Tensor | None:
 
 
 def _linear_torch(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-    if bias is None:
-        torch.mm(x, weight.t(), out=out)
-    else:
+    if bias is not None:
         torch.addmm(bias, x, weight.t(), out=out)
+    elif not products.product(out, x, weight):
+        torch.mm(x, weight.t(), out=out)
 
 
 def linear_reference(

@@ -87,6 +87,11 @@ def _ahead(following: torch.Tensor | None) -> tuple[int | None, int]:
     return following.data_ptr(), following.numel() * following.element_size()
 
 
+def serves(weight: torch.Tensor, rows: int, activation: str | None) -> bool:
+    """Whether `linear` is asked for products of so many rows at all; else cuBLASLt multiplies."""
+    return _kernel(rows, weight.shape[0], activation, _fast_memory(weight.device)) is not None
+
+
 def _kernel(rows: int, features: int, activation: str | None, fast_memory: bool) -> str | None:
     """The function that multiplies so many rows by a weight of so many features; None: cuBLASLt does."""
     tiled = features >= 128 * WIDE_TILES and (activation is None or activation in GATES)

@@ -27,6 +27,27 @@ MII_API int32_t mii_linear_streamed(const struct MiiLinearStreamed* args, void* 
 MII_API int32_t mii_linear_wide(const struct MiiLinearStreamed* args, void* stream);
 MII_API int64_t mii_linear_workspace_bytes(const struct MiiLinear* args);
 
+// CUDA: the product by cuBLASLt, of a row-major and contiguous weight and no bias, with an algorithm that mii_product_choose found
+// for its shape. MII_UNSUPPORTED where the process has no cuBLASLt, pointers do not begin at whole 256 bytes, or cuBLASLt refuses.
+enum { MII_ALGORITHM_BYTES = 64 };
+struct MiiProduct {
+  struct MiiLinear product;
+  void* algorithm;          // [MII_ALGORITHM_BYTES]
+  int64_t workspace_bytes;  // of product.workspace
+};
+MII_API int32_t mii_product(const struct MiiProduct* args, void* stream);
+
+// Times the algorithms that cuBLASLt proposes for a product, over weights of one shape in turn, and writes the fastest into
+// product.algorithm. Allocates and waits; no step may be captured meanwhile.
+struct MiiProductChoice {
+  struct MiiProduct product;
+  const void* const* weights;  // [num_weights]; together more than a cache holds
+  int64_t num_weights;
+  int64_t patience;            // nanoseconds for which each of the best is repeated at a time
+  float* times;                // [2] microseconds of a product: by the algorithm that cuBLASLt proposes first, and by the fastest
+};
+MII_API int32_t mii_product_choose(const struct MiiProductChoice* args, void* stream);
+
 // Packs a row-major weight into the layout that mii_linear reads, once at load. Padding is zeros. The layout depends on
 // dtype and instruction set only, so a packed weight is never stored.
 struct MiiLinearPack {

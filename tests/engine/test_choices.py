@@ -1,0 +1,76 @@
+"""Which products an engine times when it starts, and what it makes of the times; the timing itself is in tests/gpu."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from mii.engine import choices
+from mii.engine.choices import choose_products
+from mii.engine.runner import Runner
+from mii.ops import linear_hopper, products
+from mii.ops.linear import LinearWeight
+from mii.ops.products import Times
+from tests.oracle import small_engine
+
+HIDDEN, QKV, UP, DOWN, VOCAB = 64, 128, 256, 128, 512
+
+
+class Timed(list[tuple[tuple[int, ...], int, int]]):
+    """Stands in for `choose`: shape, rows and number of weights of each call."""
+
+    def __call__(self, weights: Sequence[torch.Tensor], rows: int, *, seconds: float) -> Times:
+        assert len({weight.shape for weight in weights}) == 1
+        self.append((tuple(weights[0].shape), rows, len(weights)))
+        return Times(10.0, 8.0 if rows == 32 else 10.0)
+
+
+@pytest.fixture
+def runner(make_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> Runner:
+    """Of an engine whose weights lie as they do on a GPU: row-major."""
+    folder = make_checkpoint(
+        hidden_size=HIDDEN, num_attention_heads=4, num_key_value_heads=2, intermediate_size=DOWN, vocab_size=VOCAB
+    )
+    runner = small_engine(folder, max_tokens=2000, max_sequences=40).runner
+    assert runner is not None
+    for _, _, module in choices._multiplied(runner.model):
+        assert module.packed is not None
+        data = module.packed.unpacked()
+        module.packed = LinearWeight(data, *data.shape, data.dtype, packed=False)
+    monkeypatch.setattr(choices, "_LEAST_WEIGHT", 1)
+    monkeypatch.setattr(choices, "_warm_up", lambda weight, rows: None)
+    monkeypatch.setattr(linear_hopper, "_fast_memory", lambda device: True)
+    return runner
+
+
+def test_large_steps_come_first_and_then_those_of_decode(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = Timed()
+    monkeypatch.setattr(choices, "choose", timed)
+    said = choose_products(runner)
+    layers = runner.spec.num_layers
+    shapes = {(QKV, HIDDEN), (HIDDEN, HIDDEN), (UP, HIDDEN), (HIDDEN, DOWN)}
+    assert {(shape, rows) for shape, rows, _ in timed[:4]} == {(shape, 2000) for shape in shapes}
+    assert all(count == layers for _, _, count in timed[:4])
+    small = timed[4:]
+    assert {rows for _, rows, _ in small} == {24, 32, 40}  # up to 16 rows a kernel of our own multiplies
+    assert {shape for shape, _, _ in small} == {*shapes, (VOCAB, HIDDEN)}
+    assert [rows for _, rows, _ in small] == sorted(rows for _, rows, _ in small)
+    assert said == f"5 of {len(timed)} by another algorithm than the first, up to 25 % faster"
+
+
+def test_what_is_left_when_the_time_is_up_is_left(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = Timed()
+    monkeypatch.setattr(choices, "choose", timed)
+    monkeypatch.setattr(choices, "SECONDS", -1.0)
+    assert choose_products(runner).startswith("0 of 1 ")
+    monkeypatch.setattr(choices, "ASKED_FOR", False)
+    assert choose_products(runner) == "left to cuBLASLt: MII_CHOOSE_PRODUCTS=0"
+    assert len(timed) == 1
+
+
+def test_nothing_is_chosen_without_a_library_for_it(runner: Runner) -> None:
+    assert choose_products(runner) == "left to torch"
+    assert not products._chosen
