@@ -26,12 +26,11 @@ const CublasLt* find_all() {
                      find(library, "cublasLtMatmulDescCreate", lt.create_product) &&
                      find(library, "cublasLtMatmulDescSetAttribute", lt.set_product) &&
                      find(library, "cublasLtMatrixLayoutCreate", lt.create_layout) &&
-                     find(library, "cublasLtMatrixLayoutDestroy", lt.destroy_layout) &&
                      find(library, "cublasLtMatmulPreferenceCreate", lt.create_preference) &&
                      find(library, "cublasLtMatmulPreferenceSetAttribute", lt.set_preference) &&
                      find(library, "cublasLtMatmulPreferenceDestroy", lt.destroy_preference) &&
                      find(library, "cublasLtMatmulAlgoGetHeuristic", lt.propose) &&
-                     find(library, "cublasLtMatmulAlgoCheck", lt.check) && find(library, "cublasLtMatmul", lt.multiply);
+                     find(library, "cublasLtMatmul", lt.multiply);
   return found ? &lt : nullptr;
 }
 

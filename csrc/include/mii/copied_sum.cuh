@@ -1,7 +1,7 @@
 // Sums of two cards whose numbers the copy engines carry, so that no multiprocessor has to: contracts in abi/ranks.h.
 //
-// A copy lies in this card's memory when the word at kCopiedAt says its round: the other rank's stream writes it there after the copy,
-// and rounds come in their order.
+// A copy lies in this card's memory when the word at kCopiedAt says its round: the other rank's stream writes it there after
+// the copy, and rounds come in their order.
 #pragma once
 #include "mii/norm.cuh"
 #include "mii/peers.cuh"

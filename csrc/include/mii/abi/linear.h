@@ -27,8 +27,9 @@ MII_API int32_t mii_linear_streamed(const struct MiiLinearStreamed* args, void* 
 MII_API int32_t mii_linear_wide(const struct MiiLinearStreamed* args, void* stream);
 MII_API int64_t mii_linear_workspace_bytes(const struct MiiLinear* args);
 
-// CUDA: the product by cuBLASLt, of a row-major and contiguous weight and no bias, with an algorithm that mii_product_choose found
-// for its shape. MII_UNSUPPORTED where the process has no cuBLASLt, pointers do not begin at whole 256 bytes, or cuBLASLt refuses.
+// CUDA: the product by cuBLASLt, of a row-major and contiguous weight and no bias, with an algorithm that mii_product_choose
+// found for its shape. MII_UNSUPPORTED where the process has no cuBLASLt, pointers do not begin at whole 256 bytes, or
+// cuBLASLt refuses.
 enum { MII_ALGORITHM_BYTES = 64 };
 struct MiiProduct {
   struct MiiLinear product;
@@ -44,7 +45,7 @@ struct MiiProductChoice {
   const void* const* weights;  // [num_weights]; together more than a cache holds
   int64_t num_weights;
   int64_t patience;            // nanoseconds for which each of the best is repeated at a time
-  float* times;                // [2] microseconds of a product: by the algorithm that cuBLASLt proposes first, and by the fastest
+  float* times;                // [2] microseconds of a product: by the algorithm that is proposed first, and by the fastest
 };
 MII_API int32_t mii_product_choose(const struct MiiProductChoice* args, void* stream);
 
