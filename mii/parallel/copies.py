@@ -56,7 +56,8 @@ class Copies:
         args = abi.MiiCopiedSum(self._ranks, x.data_ptr(), place, x.numel(), self._begun + 1, dtype)
         self._made.record()
         self._stream.wait_event(self._made)
-        self.library.call("mii_send_copy", args, self._stream.cuda_stream)
+        if not self.library.call("mii_send_copy", args, self._stream.cuda_stream):
+            return None
         self._sent[turn].record(self._stream)
         self._begun += 1
         return CopiedSum(self, args, self._sent[turn])

@@ -91,8 +91,7 @@ class PeerMemory:
             x = numbers * (self.rank + 1)
             self.all_reduce(x, shots)
             right = torch.equal(x, numbers * (self.size * (self.size + 1) // 2))
-            if lost := self.lost():
-                raise native.NativeError(f"nothing has come from rank {lost - 1} for {PATIENCE_SECONDS:g} seconds")
+            self.check_lost()
             if not right:
                 raise native.NativeError("sums in the GPUs' memory come out wrong")
 
@@ -108,13 +107,21 @@ class PeerMemory:
             x = numbers * (self.rank + 1)
             started = self.copies.start(x)
             if started is None:
-                raise native.NativeError("copies of numbers are refused")
+                raise native.NativeError("the driver has no words in the order of a stream")
             started.wait()
             right = torch.equal(x, numbers * 3)
-            if lost := self.lost():
-                raise native.NativeError(f"no copy has come from rank {lost - 1} for {PATIENCE_SECONDS:g} seconds")
+            self.check_lost()
             if not right:
                 raise native.NativeError("sums of copied numbers come out wrong")
+
+    def check_lost(self) -> None:
+        """Does nothing while every rank has come.
+
+        Raises:
+            NativeError: one was given up, so no sum is right any more.
+        """
+        if lost := self.lost():
+            raise native.NativeError(f"nothing has come from rank {lost - 1} for {PATIENCE_SECONDS:g} seconds")
 
     def start(self, x: torch.Tensor) -> StartedSum | None:
         """Begins to sum a contiguous tensor over two GPUs; None: not for this one, on any rank."""
@@ -231,11 +238,17 @@ def open_peers(store: Any, rank: int, size: int, device: torch.device, is_local:
 
 
 def _try_copies(store: Any, peers: PeerMemory) -> None:
+    """Finds out whether copies go, and does without them where they do not.
+
+    Raises:
+        DisagreementError: nothing can be summed in this memory any more.
+    """
     if peers.copies is None:
         return
     try:
         agree(store, peers.rank, peers.size, "copied", peers.try_copies)
     except DisagreementError as reason:
+        agree(store, peers.rank, peers.size, "all there", peers.check_lost)
         peers.copies = None
         if peers.rank == 0:
             logger.warning("GPUs add up large steps' numbers while nothing else is computed (%s)", reason)

@@ -42,12 +42,15 @@ class Memory(PeerMemory):
     def try_copies(self) -> None:
         self._do("try copies")
 
+    def check_lost(self) -> None:
+        self._do("check lost")
+
     def close(self, store: object) -> None:
         self.done.append("close")
 
     def _do(self, what: str) -> None:
         self.done.append(what)
-        if self.rank == 1 and what == self.fails_to:
+        if self.rank == 1 and what in self.fails_to.split(", "):
             raise native.NativeError("CUDA error 217 (peer access is not supported between these two devices)")
 
 
@@ -92,9 +95,18 @@ def test_without_copies_sums_in_memory_remain(
     monkeypatch.setattr(Memory, "fails_to", "try copies")
     found = [memory for memory in opened(2) if memory is not None]
     assert [memory.copies for memory in found] == [None, None]
-    assert [memory.done[-1] for memory in found] == ["try copies"] * 2
+    assert [memory.done[-1] for memory in found] == ["check lost"] * 2
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert "while nothing else is computed (rank 1: CUDA error 217" in warning
+
+
+def test_nothing_remains_where_a_rank_was_given_up_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Memory, "fails_to", "try copies, check lost")
+    assert opened(2) == [None, None]
+    assert all(memory.done[-1] == "close" for memory in made)
+    assert "NCCL adds up" in caplog.text
 
 
 def test_a_rank_without_memory_keeps_the_others_from_waiting(
