@@ -259,6 +259,7 @@ inline void __syncthreads() {
 }
 inline void __threadfence() { card::yield(); }
 inline void __stcg(float4* address, float4 value) { card::must_have_waited(), *address = value; }
+inline void __stcs(uint4* address, uint4 value) { card::must_have_waited(), *address = value; }
 inline float4 __ldcg(const float4* address) { return card::must_have_waited(), *address; }
 inline int __ldcg(const int* address) { return card::must_have_waited(), *address; }
 inline uint4 __ldcg(const uint4* address) { return card::must_have_waited(), *address; }
