@@ -61,23 +61,21 @@ def _cases(hopper: bool) -> Iterator[Case]:
     for shape, counts in ((QWEN3, (1, 4, 16, 64, 256, 512)), (MIXTRAL, (1, 4, 16, 64))):
         for tokens in counts:
             yield _both(shape, tokens, stream_rows(shape.routing, tokens))
-    for kernel in (abi.MOE_MMA, abi.MOE_WGMMA) if hopper else (abi.MOE_MMA,):
+    for kernel, rows in ((abi.MOE_MMA, 128), (abi.MOE_WGMMA, 192)) if hopper else ((abi.MOE_MMA, 128),):
         for shape in (QWEN3, MIXTRAL):
-            yield from _products(shape, 8192, kernel, 128)
-    yield from _products(QWEN3, 2048, *_for_prompts(QWEN3, hopper))
+            yield from _products(shape, 8192, kernel, rows)
+    yield from _products(QWEN3, 2048, *_for_prompts(hopper))
     yield from _products(QWEN3, 1, abi.MOE_SIMPLE, 8)
     for shape in (QWEN3, MIXTRAL):
         for tokens in (1, 4, 16, 64):
             yield _layer(shape, tokens, abi.MOE_STREAM, stream_rows(shape.routing, tokens))
     for shape in (QWEN3, MIXTRAL):
-        yield _layer(shape, 8192, *_for_prompts(shape, hopper))
+        yield _layer(shape, 8192, *_for_prompts(hopper))
 
 
-def _for_prompts(shape: Shape, hopper: bool) -> tuple[int, int]:
+def _for_prompts(hopper: bool) -> tuple[int, int]:
     """The best kernel for many rows, and the rows of its tiles."""
-    if not hopper:
-        return abi.MOE_MMA, 128
-    return abi.MOE_WGMMA, 128
+    return (abi.MOE_WGMMA, 192) if hopper else (abi.MOE_MMA, 128)
 
 
 @dataclass

@@ -90,19 +90,20 @@ int32_t launch_mma(const MiiMoeLinear& a, void* stream) {
   constexpr int kShared = MoeMmaShape::kSharedBytes;
   if (const int32_t status = grant_shared<moe_mma<T, Up>>("mii_moe", kShared); status != MII_OK) return status;
   const Shape shape = {dim3(card().sms * 2), dim3(MoeMmaShape::kThreads), kShared};
-  return launch("mii_moe (mma)", moe_mma<T, Up>, shape, stream, moe_args<T>(a));
+  MoeArgs<T> args = moe_args<T>(a);
+  args.tile_parts = ceil_div(a.tile_rows, kMoeTileRows);
+  return launch("mii_moe (mma)", moe_mma<T, Up>, shape, stream, args);
 }
 
 template <typename T, bool Up>
 int32_t launch_wide(const MiiMoeLinear& a, WideGate gate, void* stream) {
-  constexpr int kShared = MoeWideShape::kSharedBytes, kBoxRows = MoeWideShape::kHalf;
-  static_assert(MoeWideShape::kRows == kMoeTileRows && kBoxRows == kMoeTileRows);
+  constexpr int kShared = MoeWideShape::kSharedBytes, kWeightRows = MoeWideShape::kHalf;
   if (const int32_t status = grant_shared<moe_wide<T, Up>>("mii_moe", kShared); status != MII_OK) return status;
   MoeWideArgs<T> args = {{}, {}, moe_args<T>(a), gate};
   const void* x = Up ? a.gathered : a.x;
   const int64_t rows = int64_t(a.experts) * (Up ? 2 : 1) * a.out_features, x_stride = Up ? a.gathered_stride : a.x_stride;
-  const bool mapped = encode_matrix(&args.weight, a.dtype, a.weight, rows, a.in_features, a.in_features, kBoxRows) &&
-                      encode_matrix(&args.x, a.dtype, x, a.tokens * a.top_k, a.in_features, x_stride, kBoxRows);
+  const bool mapped = encode_matrix(&args.weight, a.dtype, a.weight, rows, a.in_features, a.in_features, kWeightRows) &&
+                      encode_matrix(&args.x, a.dtype, x, a.tokens * a.top_k, a.in_features, x_stride, args.kBoxRows);
   MII_REQUIRE(mapped, MII_UNSUPPORTED, "mii_moe: the driver makes no tensor map of this product");
   if constexpr (Up) {
     const Shape shape = {dim3(card().sms * kGatherCtas), dim3(kGatherThreads)};
@@ -141,8 +142,9 @@ int32_t check_moe(const char* name, const MiiMoeLinear& a) {
               "%s: rows of x and weight must be whole chunks of 16 bytes", name);
   MII_REQUIRE(a.gathered == nullptr || (a.gathered_stride % 8 == 0 && aligned(a.gathered, 16)), MII_INVALID,
               "%s: room for gathered rows must be whole chunks of 16 bytes", name);
-  MII_REQUIRE(a.tile_rows == kMoeTileRows, MII_INVALID, "%s: tiles of %d rows; kernel %d takes %d", name, a.tile_rows,
-              a.kernel, kMoeTileRows);
+  const int rows = a.kernel == MII_MOE_WGMMA ? kMoeWideRows : kMoeTileRows;
+  MII_REQUIRE(a.tile_rows == rows, MII_INVALID, "%s: tiles of %d rows; kernel %d takes %d", name, a.tile_rows, a.kernel,
+              rows);
   MII_REQUIRE(a.kernel != MII_MOE_WGMMA || (card().major == 9 && card().minor == 0), MII_UNSUPPORTED,
               "%s: warpgroup products are those of compute capability 9.0", name);
   return MII_OK;

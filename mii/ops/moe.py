@@ -47,7 +47,7 @@ def choose_kernel(
     if tokens * routing.top_k <= STREAMED_ROWS * routing.experts or tokens <= 64:
         return abi.MOE_STREAM, stream_rows(routing, tokens)
     if KERNELS == "wgmma" and torch.cuda.get_device_capability(device) == (9, 0):
-        return abi.MOE_WGMMA, 128
+        return abi.MOE_WGMMA, 192
     return abi.MOE_MMA, 128
 
 

@@ -73,8 +73,12 @@ class Layer:
         self.out = torch.full((case.tokens, case.hidden), torch.nan, dtype=dtype, device="cuda")
 
     def __call__(self) -> torch.Tensor:
+        route(self.rows, self.logits, self.case.routing, counts=self.counts)
+        return self.multiply()
+
+    def multiply(self) -> torch.Tensor:
+        """The products and their sum by the routing that is there."""
         routing = self.case.routing
-        route(self.rows, self.logits, routing, counts=self.counts)
         moe_mlp(self.parts, self.hidden, self.x, self.up, self.down, self.rows, routing, "silu")
         moe_combine(self.out, self.parts, top_k=routing.top_k, counts=self.counts)
         return self.out

@@ -130,16 +130,18 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         moe_combine(torch.empty(2, 8), torch.empty(3, 8), top_k=2)
 
 
-@pytest.mark.parametrize(("capability", "kernel"), [((8, 0), abi.MOE_MMA), ((9, 0), abi.MOE_WGMMA)])
+@pytest.mark.parametrize(
+    ("capability", "kernel", "tile_rows"), [((8, 0), abi.MOE_MMA, 128), ((9, 0), abi.MOE_WGMMA, 192)]
+)
 def test_the_kernel_on_a_card_follows_from_the_number_of_rows(
-    capability: tuple[int, int], kernel: int, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int], kernel: int, tile_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     card, wide, many = torch.device("cuda"), (2048, 768), Routing(128, 8)
     for tokens, rows in ((1, 8), (32, 8), (64, 16), (128, 16), (256, 64), (512, 64)):
         assert choose_kernel(many, tokens, wide, torch.bfloat16, card) == (abi.MOE_STREAM, rows)
-    assert choose_kernel(many, 8192, wide, torch.bfloat16, card) == (kernel, 128)
-    assert choose_kernel(Routing(8, 2), 8192, wide, torch.bfloat16, card) == (kernel, 128)
+    assert choose_kernel(many, 8192, wide, torch.bfloat16, card) == (kernel, tile_rows)
+    assert choose_kernel(Routing(8, 2), 8192, wide, torch.bfloat16, card) == (kernel, tile_rows)
     assert choose_kernel(many, 1, wide, torch.float32, card) == (abi.MOE_SIMPLE, 8)
     assert choose_kernel(many, 1, (2044, 768), torch.bfloat16, card) == (abi.MOE_SIMPLE, 8)
     monkeypatch.setattr(module, "KERNELS", "mma")

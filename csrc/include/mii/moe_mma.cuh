@@ -17,15 +17,23 @@ constexpr int kMoeBand = 16;
 
 // The order of the work: item -> tile of rows, tile of columns.
 struct MoeItems {
-  int groups, columns;
+  int groups, columns, band = kMoeBand;
 
   MII_DEVICE int count() const { return groups * columns; }
   MII_DEVICE int2 at(int item) const {
-    const int band = item / (kMoeBand * columns), rest = item - band * kMoeBand * columns;
-    const int rows = min(kMoeBand, groups - band * kMoeBand);
-    return make_int2(band * kMoeBand + rest % rows, rest / rows);
+    const int first = item / (band * columns) * band, rest = item - first * columns;
+    const int rows = min(band, groups - first);
+    return make_int2(first + rest % rows, rest / rows);
   }
 };
+
+// The tile of rows `index`, of up to kMoeTileRows, perhaps of none.
+template <typename T>
+MII_DEVICE int4 mma_tile(const MoeArgs<T>& a, int index) {
+  const int4 tile = a.tiles[1 + index / a.tile_parts];
+  const int first = index % a.tile_parts * kMoeTileRows;
+  return make_int4(tile.x, tile.y + first, max(0, min(kMoeTileRows, tile.z - first)), 0);
+}
 
 struct MoeMmaShape {
   static constexpr int kStages = 3;
@@ -69,7 +77,7 @@ struct MoeTileLoader {
  private:
   MII_DEVICE void find() {
     const int2 at = items.at(item);
-    const int4 tile = a.tiles[1 + at.x];
+    const int4 tile = mma_tile(a, at.x);
     weight.set(a, tile.x, at.y);
 #pragma unroll
     for (int i = 0; i < kCopies; ++i) {
@@ -156,7 +164,7 @@ __global__ void __launch_bounds__(MoeMmaShape::kThreads, 2) moe_mma(const MoeArg
   start_next();
   const int steps = (a.k + kUnitDepth - 1) / kUnitDepth;
   constexpr int kColumns = WeightUnit<T, Up>::kColumns;
-  const MoeItems items = {a.tiles[0].x, (a.n + kColumns - 1) / kColumns};
+  const MoeItems items = {a.tiles[0].x * a.tile_parts, (a.n + kColumns - 1) / kColumns};
   const int warp_row = threadIdx.x / kWarp / 2, warp_column = threadIdx.x / kWarp % 2;
   MoeTileLoader<T, Up> loader(a, items, blockIdx.x, steps);
   int loading = 0, reading = 0;  // stages
@@ -176,7 +184,7 @@ __global__ void __launch_bounds__(MoeMmaShape::kThreads, 2) moe_mma(const MoeArg
       reading = reading + 1 == Shape::kStages ? 0 : reading + 1;
     }
     const int2 at = items.at(item);
-    store_moe_sums<T, Up>(a, sums, a.tiles[1 + at.x], warp_row * 32, at.y * kColumns + warp_column * (kColumns / 2));
+    store_moe_sums<T, Up>(a, sums, mma_tile(a, at.x), warp_row * 32, at.y * kColumns + warp_column * (kColumns / 2));
   }
 }
 

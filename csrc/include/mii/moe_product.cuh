@@ -20,6 +20,7 @@ struct MoeArgs {
   const int4* tiles;          // the first is (their number, ..), the others (expert, first row, rows, 0)
   int64_t x_stride, out_stride;
   int n, k, top_k, activation;  // n: columns of out
+  int tile_parts = 1;           // moe_mma: a tile of the list is so many of its own
 };
 
 // The row of x that a row of the list reads: its token's, or (down) itself.

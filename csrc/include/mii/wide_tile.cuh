@@ -16,19 +16,21 @@ constexpr int kWideBudget = 227 * 1024 - kWideAlignment - kWideNotes;
 template <int Rows, int Columns>
 struct WideShape {
   static constexpr int kRows = Rows, kColumns = Columns;
-  static constexpr int kGroups = 2;  // warpgroups that multiply; one more copies
+  // Of 128 or 192 rows each warpgroup has 64, and all weight rows; 64 rows are shared by two, each with a part of both halves of
+  // the weight rows.
+  static constexpr bool kByRows = Rows > 64;
+  static constexpr int kGroups = kByRows ? Rows / 64 : 2;  // warpgroups that multiply; one more copies
   static constexpr int kConsumers = kGroups * kWarpgroup, kThreads = kConsumers + kWarpgroup;
-  // Of 128 rows each warpgroup has 64, and all weight rows; 64 rows they share, each a part of both halves of the weight rows.
-  static constexpr bool kByRows = Rows == 128;
-  static constexpr int kPieces = kByRows ? 1 : 2;
-  static constexpr int kPieceColumns = kByRows ? Columns : Columns / 4;
+  // Four warpgroups are compiled for 128 registers a thread, where a product of 256 columns finds no room.
+  static constexpr int kPieces = Rows == 128 ? 1 : 2;
+  static constexpr int kPieceColumns = (kByRows ? Columns : Columns / 2) / kPieces;
   static constexpr int kHalf = Columns / 2, kHalfOwn = kByRows ? kHalf : kHalf / 2;
   using X = Panels<Rows, kWideDepth>;
   using Weight = Panels<Columns, kWideDepth>;
   static constexpr int kHalfBytes = Weight::kBytes / 2, kStageBytes = X::kBytes + Weight::kBytes;
   static constexpr int kFit = kWideBudget / kStageBytes, kStages = kFit < 16 ? kFit : 16;
   static constexpr int kSharedBytes = kStages * kStageBytes + kWideAlignment + kWideNotes;
-  static_assert(Rows == 64 || Rows == 128, "a warpgroup has 64 rows");
+  static_assert(Rows == 64 || Rows == 128 || Rows == 192, "a warpgroup has 64 rows");
   static_assert(kHalfOwn % 32 == 0, "rows are stored in runs of 32 columns");
   static_assert(2 * kStages * kBarrierBytes <= kWideNotes);
 };

@@ -17,9 +17,9 @@ namespace {
 
 using mii::Half;
 
-enum Kernel { kSimple, kFew, kStream8, kStream16, kStream64, kMma, kWide };
-constexpr int kTileRows[] = {8, 8, 8, 16, 64, 128, 128};
-const char* const kNames[] = {"simple", "few", "stream 8", "stream 16", "stream 64", "mma", "wide"};
+enum Kernel { kSimple, kFew, kStream8, kStream16, kStream64, kMma, kWide, kMmaOfWide };
+constexpr int kTileRows[] = {8, 8, 8, 16, 64, 128, mii::kMoeWideRows, mii::kMoeWideRows};
+const char* const kNames[] = {"simple", "few", "stream 8", "stream 16", "stream 64", "mma", "wide", "mma of wide tiles"};
 
 struct Case {
   Kernel kernel;
@@ -167,7 +167,7 @@ template <bool Up>
 mii::MoeWideArgs<Half> wide_args(const Case& c, const mii::MoeArgs<Half>& args, const Half* rows) {
   constexpr int kBoxRows = mii::MoeWideShape::kHalf;
   const auto weight = mii::map_matrix(args.weight, c.experts * (Up ? 2 : 1) * args.n, args.k, args.k, kBoxRows, true);
-  return {mii::map_matrix(rows, c.pairs(), args.k, args.k, kBoxRows, false), weight, args, {Up ? 1.0f : 0.0f, 0.0f}};
+  return {mii::map_matrix(rows, c.pairs(), args.k, args.k, mii::MoeWideArgs<Half>::kBoxRows, false), weight, args, {Up ? 1.0f : 0.0f, 0.0f}};
 }
 
 template <bool Up>
@@ -179,10 +179,11 @@ mii::MoeArgs<Half> product_args(const Case& c, Tensors& t) {
 
 template <bool Up>
 void run_product(const Case& c, Tensors& t) {
-  const mii::MoeArgs<Half> args = product_args<Up>(c, t);
+  mii::MoeArgs<Half> args = product_args<Up>(c, t);
+  args.tile_parts = c.kernel == kMmaOfWide ? 2 : 1;
   const auto run = [&](auto kernel, int threads) { run_grid(c.ctas, threads, [&] { kernel(args); }); };
   if (c.kernel == kSimple) return run(mii::moe_simple<Half, Up>, mii::kSimpleThreads);
-  if (c.kernel == kMma) return run(mii::moe_mma<Half, Up>, mii::MoeMmaShape::kThreads);
+  if (c.kernel == kMma || c.kernel == kMmaOfWide) return run(mii::moe_mma<Half, Up>, mii::MoeMmaShape::kThreads);
   if (Up) run_grid(c.ctas, mii::kGatherThreads, [&] { mii::moe_gather<Half>(args, t.parts.data(), args.k); });
   const auto wide = wide_args<Up>(c, args, Up ? t.parts.data() : args.x);
   run_grid(c.ctas, mii::MoeWideShape::kThreads, [&] { mii::moe_wide<Half, Up>(wide); });
@@ -220,6 +221,7 @@ void multiply(const Case& c, Tensors& t) {
     if (counter != 0) wrong("a counter was left");
   }
   must_be_empty(t.words);
+  if (t.tiles[0].y != 0 || t.tiles[0].z != 0) wrong("tiles stayed counted");
 }
 
 void route(const Case& c, int chunk, Tensors& t) {
@@ -265,8 +267,9 @@ int main() {
       {kStream16, 16, 16, 8, 2, 200, 136, 7, true},
       {kStream64, 30, 30, 4, 2, 136, 72, 4, false}, {kStream64, 100, 90, 3, 2, 72, 64, 2, true},
       {kMma, 150, 140, 3, 2, 136, 72, 3, true},   {kMma, 5, 0, 20, 2, 64, 200, 5, false},
+      {kMmaOfWide, 400, 390, 2, 1, 136, 72, 3, true},
       {kWide, 150, 140, 3, 2, 136, 72, 3, true},  {kWide, 5, 0, 20, 2, 64, 200, 5, false},
-      {kWide, 40, 40, 6, 2, 72, 136, 2, false},   {kWide, 190, 180, 2, 1, 328, 264, 2, true},
+      {kWide, 40, 40, 6, 2, 72, 136, 2, false},   {kWide, 190, 180, 2, 1, 328, 264, 2, true}, {kWide, 420, 420, 2, 1, 64, 520, 3, true},
   };
   for (const Case& c : cases) run_case(c);
   run_routing({kStream8, 16, 16, 128, 8, 1, 1, 1, false}, 16);

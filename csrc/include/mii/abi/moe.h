@@ -18,7 +18,8 @@ struct MiiMoeRoute {
   int32_t* offsets;       // [experts + 1] out: expert e has rows offsets[e] .. offsets[e + 1]
   int32_t* pairs;         // [tokens * top_k] out, by row: its pair; ascending within an expert
   int32_t* tiles;         // [1 + min(experts, pairs) + pairs / tile_rows][4] out: the first entry is (their number, ..),
-                          // each other one (expert, first row, rows, 0): runs of up to tile_rows rows of one expert
+                          // each other one (expert, first row, rows, 0): runs of up to tile_rows rows of one expert. The
+                          // first one's other numbers are zero; MII_MOE_WGMMA counts in them and leaves zeros
   const void* logits;     // [tokens, experts], row stride logits_stride
   const float* bias;      // [experts] or null: added to a score for the choice, not for the weight
   const int32_t* counts;  // [MII_COUNTS] or null (all tokens)
@@ -37,8 +38,9 @@ MII_API int32_t mii_moe_route(const struct MiiMoeRoute* args, void* stream);
 enum MiiMoeKernel {
   MII_MOE_SIMPLE = 0,  // any format and size, on the plain cores
   MII_MOE_STREAM = 1,  // few rows for each expert: mii_moe_stream does both products
-  MII_MOE_MMA = 2,     // many rows: tensor cores by mma.sync
-  MII_MOE_WGMMA = 3,   // many rows: tensor cores of compute capability 9.0, by mma.sync with a gate that they do not apply
+  MII_MOE_MMA = 2,     // many rows: tensor cores by mma.sync, tiles of 128 rows
+  MII_MOE_WGMMA = 3,   // many rows: tensor cores of compute capability 9.0, by mma.sync with a gate that they do not apply;
+                       // tiles of 192 rows
 };
 struct MiiMoeLinear {
   void* out;                  // row stride out_stride
