@@ -1,4 +1,6 @@
-"""Which of cuBLASLt's algorithms multiply: timed when an engine starts, for the sizes that its steps have most."""
+"""Which of cuBLASLt's algorithms multiply: timed when an engine starts for the first time, for the sizes that its steps
+have most, and kept for later starts.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from mii.engine.graphs import decode_bucket
+from mii.engine.kept_choices import keep, kept_path, read_kept
 from mii.engine.runner import Runner
 from mii.modeling.decoder import Decoder
 from mii.modeling.layers import TiedHead
@@ -17,11 +20,11 @@ from mii.modeling.mlp import DenseMLP
 from mii.modeling.parameters import Linear, Module
 from mii.ops import linear_hopper
 from mii.ops.linear import rows_at_once
-from mii.ops.products import choose
+from mii.ops.products import adopt, algorithm_of, choose, name_of
 
 ASKED_FOR = os.environ.get("MII_CHOOSE_PRODUCTS", "") != "0"
-SECONDS = 2.5
-"""For all of them; what is left then is multiplied as cuBLASLt proposes."""
+SECONDS = 5.0
+"""For all of them; what is left then is multiplied as cuBLASLt proposes, until a later start goes on."""
 MOST_ROWS = 1024
 """Of steps that decode. Steps with more rows are those of prompts, most of which are as large as steps may be."""
 _LEAST_WEIGHT = 1 << 20  # numbers; a smaller one's product is mostly its launch
@@ -42,18 +45,33 @@ def choose_products(runner: Runner) -> str:
     """Chooses algorithms for a model's products; what came of it, in words."""
     if not ASKED_FOR:
         return "left to cuBLASLt: MII_CHOOSE_PRODUCTS=0"
-    begin, timed, chosen, gain = time.monotonic(), 0, 0, 0.0
+    path = kept_path(runner.device)
+    kept, new = read_kept(path), dict[str, bytes]()
+    begin, known, gain, is_warm = time.monotonic(), 0, 0.0, False
     with torch.inference_mode():
         for weights, rows, seconds in _products(runner):
+            weight = weights.all[0]
+            name = name_of(weight, rows)
+            if name in kept:
+                adopt(weight, rows, kept[name])
+                known += 1
+                continue
+            if time.monotonic() - begin > SECONDS:
+                break
+            if seconds == _LARGE_PATIENCE and not is_warm:
+                _warm_up(weight, rows)
+                is_warm = True
             times = choose(weights.all, rows, seconds=seconds)
             if times is None:
                 return "left to torch"
-            timed, chosen = timed + 1, chosen + (times.chosen < times.first)
+            new[name] = algorithm_of(weight, rows)
             gain = max(gain, times.first / times.chosen - 1)
-            if time.monotonic() - begin > SECONDS:
-                break
+    if not new:
+        return f"{known} known from {path}"
+    keep(path, new)
     torch.cuda.empty_cache()
-    return f"{chosen} of {timed} by another algorithm than the first, up to {100 * gain:.0f} % faster"
+    better = sum(map(bool, new.values()))
+    return f"{known} known; {better} of {len(new)} by another algorithm than the first, up to {100 * gain:.0f} % faster"
 
 
 def _products(runner: Runner) -> Iterator[tuple[_Weights, int, float]]:
@@ -61,8 +79,7 @@ def _products(runner: Runner) -> Iterator[tuple[_Weights, int, float]]:
     limits, place = runner.limits, runner.model.place
     shapes = _shapes(runner.model, limits.max_tokens)
     large = [limits.max_tokens, limits.max_tokens // 2] if place.group is not None else [limits.max_tokens]
-    if limits.max_tokens > MOST_ROWS and shapes:
-        _warm_up(shapes[0].all[0], min(limits.max_tokens, shapes[0].most))
+    if limits.max_tokens > MOST_ROWS:
         for weights in shapes:
             for rows in dict.fromkeys(min(rows, weights.most) for rows in large):
                 if not weights.is_head:

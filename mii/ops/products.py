@@ -3,8 +3,9 @@
 cuBLASLt proposes algorithms by a model of the card, and torch takes the first that it proposes. That is the fastest for
 most shapes and up to a fifth slower for some, so an engine times them when it starts:
 
-    choose(weights, rows)     # of one shape; before steps are captured
-    product(out, x, weight)   # False: nothing was chosen for this shape, torch multiplies
+    choose(weights, rows)            # of one shape; before steps are captured
+    product(out, x, weight)          # False: nothing was chosen for this shape, torch multiplies
+    adopt(weight, rows, algorithm)   # what an earlier process chose, by `algorithm_of`
 """
 
 from __future__ import annotations
@@ -67,8 +68,26 @@ def choose(weights: Sequence[torch.Tensor], rows: int, *, seconds: float = 1e-4)
     found = Times(*times)
     if found.first < LEAST_GAIN * found.chosen:
         return Times(found.first, found.first)
-    _chosen[_shape(x, weight)] = algorithm
+    _chosen[_shape(weight, rows)] = algorithm
     return found
+
+
+def name_of(weight: torch.Tensor, rows: int) -> str:
+    """What a product is called where choices are kept."""
+    features, width = weight.shape
+    return f"{str(weight.dtype).removeprefix('torch.')} {features} x {width} by {rows}"
+
+
+def algorithm_of(weight: torch.Tensor, rows: int) -> bytes:
+    """The algorithm that `choose` has found, as bytes that are cuBLASLt's affair; none: its first."""
+    algorithm = _chosen.get(_shape(weight, rows))
+    return b"" if algorithm is None else algorithm.raw
+
+
+def adopt(weight: torch.Tensor, rows: int, algorithm: bytes) -> None:
+    """Takes what `algorithm_of` gave in a process with the same kind of GPU and the same libraries."""
+    if algorithm:
+        _chosen[_shape(weight, rows)] = ctypes.create_string_buffer(algorithm, abi.ALGORITHM_BYTES)
 
 
 def product(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -78,7 +97,7 @@ def product(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> bool:
         out: [rows, out_features]; x: [rows, in_features]; both contiguous along a row.
         weight: [out_features, in_features], contiguous.
     """
-    algorithm = _chosen.get(_shape(x, weight)) if _chosen else None
+    algorithm = _chosen.get(_shape(weight, x.shape[0])) if _chosen else None
     if algorithm is None or x.stride(1) != 1 or out.stride(1) != 1 or not weight.is_contiguous():
         return False
     if (x.data_ptr() | out.data_ptr() | weight.data_ptr()) % _ADDRESSES:
@@ -89,9 +108,9 @@ def product(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def _shape(x: torch.Tensor, weight: torch.Tensor) -> _Shape:
+def _shape(weight: torch.Tensor, rows: int) -> _Shape:
     features, width = weight.shape
-    return x.device, x.dtype, x.shape[0], width, features
+    return weight.device, weight.dtype, rows, width, features
 
 
 def _arguments(

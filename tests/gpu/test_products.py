@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,12 @@ def test_a_chosen_product_is_the_product(
     for x in (wide[:, :width].contiguous(), wide[:, :width]):
         out = torch.full((rows, features), torch.nan, device="cuda", dtype=dtype)
         assert products.product(out, x, weights[1])
+        algorithm = products.algorithm_of(weights[0], rows)
+        products._chosen.clear()
+        products.adopt(weights[0], rows, algorithm)
+        again = torch.empty_like(out)
+        assert products.product(again, x, weights[1])
+        assert torch.equal(again, out)
         assert_close(out, (x.float() @ weights[1].float().t()).to(dtype), ulps=2)
 
 
@@ -42,7 +49,7 @@ def test_other_shapes_are_left_to_torch() -> None:
     weight = torch.randn(256, 512, device="cuda", dtype=torch.bfloat16)
     x, out = (torch.zeros(40, width, device="cuda", dtype=torch.bfloat16) for width in (513, 256))
     assert not products.product(out, x[:, :512], weight)
-    products._chosen[products._shape(x[:, :512], weight)] = None  # type: ignore[assignment]
+    products.adopt(weight, 41, bytes(64))
     assert not products.product(out, x[:, :512], weight)
     assert products.choose([torch.zeros(8, 8, device="cuda")], 4) is None
 
@@ -61,6 +68,7 @@ def test_what_does_not_begin_at_a_whole_line_is_multiplied_by_torch(monkeypatch:
 def test_an_engine_says_the_same_with_what_it_chose(
     make_checkpoint: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     folder = make_checkpoint(hidden_size=1024, intermediate_size=2048, num_attention_heads=8)  # type: ignore[operator]
     said = []
     for gain in (99.0, 0.0):  # nothing, and all that is timed
@@ -69,6 +77,7 @@ def test_an_engine_says_the_same_with_what_it_chose(
         monkeypatch.setattr(choices, "_LEAST_WEIGHT", 1)
         engine = small_engine(folder, device="cuda", dtype="fp16", max_tokens=64, max_sequences=32)
         assert bool(products._chosen) == (gain == 0.0)
+        shutil.rmtree(tmp_path / "cache")
         said.append(generate(engine, random_prompts(engine.vocab_size, [5, 100, 40] * 8), 8))
         engine.destroy()
     agreeing = sum(one == other for one, other in zip(*said, strict=True))
