@@ -16,7 +16,7 @@ from mii.modeling.parameters import Module, Parameter, Placement
 from mii.modeling.sharding import Span
 from mii.modeling.spec import ModelSpec
 from mii.ops import abi, native
-from mii.ops.all_reduce import Group, StartedSum, all_reduce_norm, started_norm
+from mii.ops.all_reduce import Group, StartedSum, all_reduce_norm
 from mii.ops.embedding import embedding
 from mii.ops.linear import LinearWeight, linear, pack_linear
 from mii.ops.norm import norm
@@ -51,28 +51,27 @@ class Norm(Module):
 
     def __call__(self, out: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """Norms x into out, after adding it to the residual."""
-        weight = None if self.weight is None else self.weight.tensor
-        bias = None if self.bias is None else self.bias.tensor
         if self.group is not None and residual is not None:
-            options: dict[str, Any] = {"eps": self.eps, "bias": bias, "residual": residual, "kind": self.kind}
-            all_reduce_norm(out, x, weight, group=self.group, **options)
-            return out
-        x_weight = None if self.branch is None else self.branch.tensor
-        norm(out, x, weight, eps=self.eps, bias=bias, residual=residual, kind=self.kind, x_weight=x_weight)
+            all_reduce_norm(out, x, group=self.group, residual=residual, **self._options())
+        else:
+            x_weight = None if self.branch is None else self.branch.tensor
+            norm(out, x, residual=residual, x_weight=x_weight, **self._options())
         return out
 
     def of_started(
         self, out: torch.Tensor, x: torch.Tensor, residual: torch.Tensor, started: StartedSum | None
     ) -> torch.Tensor:
-        """The same of an x whose sum over the ranks has been begun; None: is there."""
-        weight = None if self.weight is None else self.weight.tensor
-        options: dict[str, Any] = {"eps": self.eps, "residual": residual, "kind": self.kind}
-        options["bias"] = None if self.bias is None else self.bias.tensor
-        if started is None:
-            norm(out, x, weight, **options)
+        """The same of an x whose sum over the ranks has been begun; None: x is the sum."""
+        if self.group is not None and started is not None:
+            all_reduce_norm(out, x, group=self.group, residual=residual, started=started, **self._options())
         else:
-            started_norm(out, x, weight, started=started, **options)
+            norm(out, x, residual=residual, **self._options())
         return out
+
+    def _options(self) -> dict[str, Any]:
+        weight = None if self.weight is None else self.weight.tensor
+        bias = None if self.bias is None else self.bias.tensor
+        return {"weight": weight, "bias": bias, "eps": self.eps, "kind": self.kind}
 
 
 class RowNorm(Module):

@@ -122,6 +122,7 @@ def all_reduce_norm(
     residual: torch.Tensor,
     bias: torch.Tensor | None = None,
     kind: int = abi.RMS,
+    started: StartedSum | None = None,
 ) -> None:
     """`all_reduce(x)`, then `norm(out, x, ...)` of it with a residual: as one kernel where the group has one.
 
@@ -129,41 +130,20 @@ def all_reduce_norm(
         out, weight, eps, residual, bias, kind: as in `mii.ops.norm.norm`.
         x: contiguous [rows, width], of the same shape and dtype on every rank. What it holds afterwards is open.
         group: the ranks.
+        started: the sum of x where it has been begun, by `start_all_reduce`.
 
     Raises:
         ValueError: x is not contiguous, or what `norm` raises.
     """
     options: dict[str, Any] = {"eps": eps, "bias": bias, "residual": residual, "kind": kind}
     args = norm_arguments(out, x, weight, **options)
-    if args is None or not x.numel() or not x.is_cuda or not group.all_reduce_norm(args):
-        all_reduce(x, group)
-        norm(out, x, weight, **options)
-
-
-def started_norm(
-    out: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    *,
-    started: StartedSum,
-    eps: float,
-    residual: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    kind: int = abi.RMS,
-) -> None:
-    """`all_reduce_norm` of a sum that has been begun.
-
-    Args:
-        started: what `start_all_reduce(x, ...)` has returned.
-        out, x, weight, eps, residual, bias, kind: as in `all_reduce_norm`.
-
-    Raises:
-        ValueError: as `norm`.
-    """
-    options: dict[str, Any] = {"eps": eps, "bias": bias, "residual": residual, "kind": kind}
-    args = norm_arguments(out, x, weight, **options)
-    if args is None:
-        started.wait()
-    elif started.norm(args):
+    if started is not None:
+        if args is not None and started.norm(args):
+            return
+        if args is None:
+            started.wait()
+    elif args is not None and x.numel() and x.is_cuda and group.all_reduce_norm(args):
         return
+    else:
+        all_reduce(x, group)
     norm(out, x, weight, **options)
