@@ -1,5 +1,5 @@
-// Runs csrc/include/mii/all_reduce.cuh on the host: all ranks at once, every CTA in a thread of its own, with words that
-// overtake one another on their way between ranks. Rounds of every kind follow one another in the same memory.
+// Runs csrc/include/mii/all_reduce.cuh and copied_sum.cuh on the host: all ranks at once, every CTA in a thread of its own, with
+// words that overtake one another on their way between ranks. Rounds of every kind follow one another in the same memory.
 #include "card.h"
 
 #include <climits>
@@ -15,21 +15,27 @@ template <typename T>
 T __ldg(const T* address) {
   return *address;
 }
+template <typename T>
+T __ldcg(const T* address) {
+  return *address;
+}
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
 
 #include "mii/all_reduce.cuh"
+#include "mii/copied_sum.cuh"
 
 namespace {
 
 using mii::kPack;
 
-constexpr int kHalf = 1 << 18;
+constexpr int kHalf = 1 << 18, kPlaces = 4, kPlace = 1 << 13;
 constexpr uint64_t kSecond = 1000000000;
 
 // The memories of all ranks.
 struct World {
   struct alignas(32) Memory {
     char bytes[mii::kPeerHeader + 2 * kHalf + 64];  // the last 64 belong to nobody
+    alignas(32) char copies[kPlaces * kPlace];
   };
   int size;
   std::vector<std::unique_ptr<Memory>> memory;
@@ -39,7 +45,7 @@ struct World {
   World(int size, uint32_t round) : size(size), lost(size) {
     for (int r = 0; r < size; ++r) {
       memory.push_back(std::make_unique<Memory>());
-      std::memset(memory[r]->bytes, 0, sizeof memory[r]->bytes);
+      std::memset(memory[r].get(), 0, sizeof(Memory));
       state(r).round = round;
     }
   }
@@ -254,6 +260,101 @@ void check_lost() {
   card::flights.clear(), card::targets.clear();
 }
 
+// ---- sums that copy engines carry -----------------------------------------------------------------------------------
+// One rank's end: what it sends is copied by a thread of its own, some time later, and then said.
+struct CopyEngine {
+  World& world;
+  int rank;
+  std::vector<std::thread> copies;
+
+  void send(const void* x, size_t bytes, uint32_t round) {
+    std::thread* before = copies.empty() ? nullptr : &copies.back();
+    const std::chrono::microseconds late(card::chance() % 3000);
+    char* theirs = world.memory[1 - rank]->bytes;
+    char* place = world.memory[1 - rank]->copies + round % kPlaces * kPlace;
+    auto previous = before == nullptr ? std::thread() : std::move(*before);
+    copies.emplace_back([=, previous = std::move(previous)]() mutable {
+      if (previous.joinable()) previous.join();
+      std::this_thread::sleep_for(late);
+      std::memcpy(place, x, bytes);
+      const std::lock_guard lock(card::wires);
+      std::memcpy(theirs + mii::kCopiedAt, &round, sizeof round);
+    });
+  }
+  void wait() {
+    if (!copies.empty() && copies.back().joinable()) copies.back().join();
+  }
+};
+
+template <typename T>
+void take(const Call& c, Tensors<T>& t, World& world, int rank, uint32_t round, int seed) {
+  char* memory = world.memory[rank]->bytes;
+  const char* place = world.memory[rank]->copies + round % kPlaces * kPlace;
+  const mii::Copied<T> copied = {reinterpret_cast<const T*>(place), memory, &world.lost[rank], world.patience, round, 1 - rank};
+  const int64_t packs = int64_t(c.rows) * c.width;
+  if (c.kind == kSum) {
+    const int ctas = static_cast<int>((packs + mii::kCopiedSumThreads - 1) / mii::kCopiedSumThreads);
+    T* x = t.x.data();
+    return run(seed, ctas, mii::kCopiedSumThreads, [=] { mii::copied_sum_packs<T>(copied, x, packs); });
+  }
+  mii::NormArgs<T> norm = {};
+  norm.out = t.out.data(), norm.x = t.x.data(), norm.residual = t.residual.data(), norm.weight = t.weight.data();
+  norm.rows = c.rows, norm.width = c.width * kPack<T>, norm.x_stride = norm.out_stride = norm.width, norm.kind = MII_RMS;
+  norm.inverse_width = 1.0f / norm.width, norm.eps = 1e-5f;
+  run(seed, c.rows, (c.width / 2 + 31) / 32 * 32, [=] { mii::copied_sum_norm_rows<T, 2>(copied, norm); });
+}
+
+// Two sums are under way at a time, and four places take turns.
+template <typename T>
+void check_copies(const std::vector<Call>& calls, uint32_t first_round, const char* name) {
+  World world(2, 0);
+  for (int r = 0; r < 2; ++r) std::memcpy(world.memory[r]->bytes + mii::kCopiedAt, &first_round, sizeof first_round);
+  std::vector<std::vector<Tensors<T>>> before;
+  for (size_t i = 0; i < calls.size(); ++i) {
+    before.emplace_back();
+    for (int r = 0; r < 2; ++r) before[i].push_back(tensors<T>(calls[i], 2, r, static_cast<int>(i)));
+  }
+  std::vector<std::vector<Tensors<T>>> after = before;
+  std::vector<std::thread> ranks;
+  for (int r = 0; r < 2; ++r) {
+    ranks.emplace_back([&, r] {
+      CopyEngine engine{world, r};
+      const auto send = [&](size_t i) {
+        card::chance.seed(10 * i + r);
+        engine.send(before[i][r].x.data(), before[i][r].x.size() * sizeof(T), first_round + 1 + static_cast<uint32_t>(i));
+      };
+      send(0);
+      for (size_t i = 0; i < calls.size(); ++i) {
+        if (i + 1 < calls.size()) send(i + 1);
+        take(calls[i], after[i][r], world, r, first_round + 1 + static_cast<uint32_t>(i), static_cast<int>(10 * i) + r);
+      }
+      engine.wait();
+    });
+  }
+  for (std::thread& each : ranks) each.join();
+  for (size_t i = 0; i < calls.size(); ++i) check(calls[i], before[i], after[i]);
+  if (world.lost[0] || world.lost[1]) card::refuse("a rank was given up");
+  std::printf("2 ranks, %zu copied sums of %s: right\n", calls.size(), name);
+}
+
+// A copy that never comes is given up, and the next one is not waited for.
+void check_lost_copy() {
+  World world(2, 0);
+  for (const uint32_t round : {1u, 2u}) {
+    world.patience = round == 1 ? kSecond / 10 : 1000 * kSecond;
+    const Call call = {kSum, 1, 40, 1};
+    Tensors<float> mine = tensors<float>(call, 2, 0, 1);
+    take(call, mine, world, 0, round, 1);
+  }
+  if (world.lost[0] != 2 || world.state(0).lost != 2) card::refuse("rank 1 is not missed");
+  std::puts("2 ranks, one of which sends no copy: right");
+}
+
+const std::vector<Call> kCopied = {
+    {kSum, 1, 1, 1}, {kNorm, 3, 40, 1}, {kNorm, 2, 64, 1}, {kSum, 1, 300, 1}, {kSum, 1, 256, 1},
+    {kNorm, 1, 9, 1}, {kSum, 1, 257, 1}, {kNorm, 4, 41, 1}, {kSum, 1, 5, 1},   {kNorm, 2, 100, 1},
+};
+
 const std::vector<Call> kMixed = {
     {kSum, 1, 1, 1},   {kSumTwo, 1, 1, 2}, {kSum, 1, 129, 2},  {kSumTwo, 1, 300, 1}, {kNorm, 3, 40, 2}, {kSumTwo, 1, 5, 1},
     {kGather, 1, 3, 1}, {kNormTwo, 3, 41, 2}, {kSum, 1, 260, 1}, {kNorm, 2, 7, 1},     {kGather, 1, 70, 2}, {kNormTwo, 2, 2, 1},
@@ -269,4 +370,7 @@ int main() {
   check_calls<__nv_bfloat16, 4>(4, kMixed, 0xfffffffau, "bfloat16, across the end of their numbers");
   check_calls<float, 8>(5, kMixed, 0, "float32");
   check_lost();
+  check_copies<__nv_bfloat16>(kCopied, 0, "bfloat16");
+  check_copies<__half>(kCopied, 0xfffffffau, "float16, across the end of their numbers");
+  check_lost_copy();
 }

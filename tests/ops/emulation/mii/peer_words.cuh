@@ -70,6 +70,14 @@ inline uint32_t load_state(const uint32_t* address) {
   const std::lock_guard lock(card::wires);
   return *address;
 }
+inline uint32_t load_said(const void* address) {
+  card::must_have_waited();
+  card::yield();
+  const std::lock_guard lock(card::wires);
+  uint32_t word;
+  std::memcpy(&word, address, 4);
+  return word;
+}
 inline void store_host(int32_t* address, int32_t value) {
   const std::lock_guard lock(card::wires);
   *address = value;
