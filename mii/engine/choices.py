@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,41 +41,65 @@ class _Weights:
     is_head: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """So many rows by weights of one shape. `seconds`: for how long each algorithm is repeated."""
+
+    weights: list[torch.Tensor]
+    rows: int
+    seconds: float
+
+    @property
+    def name(self) -> str:
+        return name_of(self.weights[0], self.rows)
+
+
 def choose_products(runner: Runner) -> str:
     """Chooses algorithms for a model's products; what came of it, in words."""
     if not ASKED_FOR:
         return "left to cuBLASLt: MII_CHOOSE_PRODUCTS=0"
     path = kept_path(runner.device)
-    kept, new = read_kept(path), dict[str, bytes]()
-    begin, known, gain, is_warm = time.monotonic(), 0, 0.0, False
-    with torch.inference_mode():
-        for weights, rows, seconds in _products(runner):
-            weight = weights.all[0]
-            name = name_of(weight, rows)
-            if name in kept:
-                adopt(weight, rows, kept[name])
-                known += 1
-                continue
-            if time.monotonic() - begin > SECONDS:
-                break
-            if seconds == _LARGE_PATIENCE and not is_warm:
-                _warm_up(weight, rows)
-                is_warm = True
-            times = choose(weights.all, rows, seconds=seconds)
-            if times is None:
-                return "left to torch"
-            new[name] = algorithm_of(weight, rows)
-            gain = max(gain, times.first / times.chosen - 1)
-    if not new:
-        return f"{known} known from {path}"
-    keep(path, new)
+    kept, unknown = read_kept(path), list[_Product]()
+    products = list(_products(runner))
+    for product in products:
+        if product.name in kept:
+            adopt(product.weights[0], product.rows, kept[product.name])
+        else:
+            unknown.append(product)
+    if not unknown:
+        return f"{len(products)} known from {path}"
+    new, gain, ended = _time(unknown)
+    if new:
+        keep(path, new)
     torch.cuda.empty_cache()
-    better = sum(map(bool, new.values()))
-    return f"{known} known; {better} of {len(new)} by another algorithm than the first, up to {100 * gain:.0f} % faster"
+    better, known = sum(map(bool, new.values())), len(products) - len(unknown)
+    found = f"{better} of {len(new)} by another algorithm than the first, up to {100 * gain:.0f} % faster"
+    return f"{known} known; {found}{ended}"
 
 
-def _products(runner: Runner) -> Iterator[tuple[_Weights, int, float]]:
-    """The weights of a shape, rows, and for how long each algorithm is repeated; large steps, which gain most, lead."""
+@torch.inference_mode()
+def _time(products: Sequence[_Product]) -> tuple[dict[str, bytes], float, str]:
+    """The algorithms that were chosen, by the product's name, how much faster the best is, and what ended it early."""
+    new, gain, end, is_warm = dict[str, bytes](), 0.0, time.monotonic() + SECONDS, False
+    for product in products:
+        if time.monotonic() > end:
+            return new, gain, f"; {len(products) - len(new)} left for another start"
+        try:
+            if product.seconds == _LARGE_PATIENCE and not is_warm:
+                _warm_up(product.weights[0], product.rows)
+                is_warm = True
+            times = choose(product.weights, product.rows, seconds=product.seconds)
+        except torch.OutOfMemoryError:
+            return new, gain, "; there is no memory to time more"
+        if times is None:
+            return new, gain, "; others are left to torch"
+        new[product.name] = algorithm_of(product.weights[0], product.rows)
+        gain = max(gain, times.first / times.chosen - 1)
+    return new, gain, ""
+
+
+def _products(runner: Runner) -> Iterator[_Product]:
+    """Those of the largest steps first, which gain most."""
     limits, place = runner.limits, runner.model.place
     shapes = _shapes(runner.model, limits.max_tokens)
     large = [limits.max_tokens, limits.max_tokens // 2] if place.group is not None else [limits.max_tokens]
@@ -83,12 +107,12 @@ def _products(runner: Runner) -> Iterator[tuple[_Weights, int, float]]:
         for weights in shapes:
             for rows in dict.fromkeys(min(rows, weights.most) for rows in large):
                 if not weights.is_head:
-                    yield weights, rows, _LARGE_PATIENCE
+                    yield _Product(weights.all, rows, _LARGE_PATIENCE)
     sequences = min(limits.max_sequences, MOST_ROWS)
     for rows in sorted({decode_bucket(count, limits.max_sequences) for count in range(1, sequences + 1)}):
         for weights in shapes:
             if not linear_hopper.serves(weights.all[0], rows, weights.kind):
-                yield weights, rows, 1e-4
+                yield _Product(weights.all, rows, 1e-4)
 
 
 def _shapes(model: Decoder, max_tokens: int) -> list[_Weights]:

@@ -118,12 +118,29 @@ def test_what_is_left_when_the_time_is_up_is_left(runner: Runner, monkeypatch: p
     timed = Timed()
     monkeypatch.setattr(choices, "choose", timed)
     monkeypatch.setattr(choices, "SECONDS", -1.0)
-    assert choose_products(runner).startswith("0 known from ")
+    said = choose_products(runner)
+    assert said.startswith("0 known; 0 of 0 ")
+    assert said.endswith(" left for another start")
     monkeypatch.setattr(choices, "ASKED_FOR", False)
     assert choose_products(runner) == "left to cuBLASLt: MII_CHOOSE_PRODUCTS=0"
     assert not timed
 
 
+def test_where_memory_is_short_the_others_are_left(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    def choose(weights: Sequence[torch.Tensor], rows: int, *, seconds: float) -> Times:
+        if rows > 24 or len(timed) == 5:
+            raise torch.OutOfMemoryError
+        timed.append(rows)
+        return Times(10.0, 10.0)
+
+    timed: list[int] = []
+    monkeypatch.setattr(choices, "MOST_ROWS", 2000)  # no large steps
+    monkeypatch.setattr(choices, "choose", choose)
+    assert choose_products(runner) == (
+        "0 known; 0 of 5 by another algorithm than the first, up to 0 % faster; there is no memory to time more"
+    )
+
+
 def test_nothing_is_chosen_without_a_library_for_it(runner: Runner) -> None:
-    assert choose_products(runner) == "left to torch"
+    assert choose_products(runner).endswith("; others are left to torch")
     assert not products._chosen
