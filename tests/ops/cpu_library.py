@@ -26,12 +26,10 @@ def _library(isa: str) -> native.Library | str:
     """The library limited to `isa`, or the reason why there is none."""
     if native.library(torch.device("cpu")) is None:
         return "the native library is not built: python setup.py build_native"
-    folder = Path(tempfile.mkdtemp(prefix="mii-isa-"))
-    path = shutil.copy(native._FOLDER / "libmii_cpu.so", folder / f"libmii_cpu_{isa}.so")
-    with mock.patch.dict(os.environ, {"MII_CPU_ISA": isa}):
-        library = native.Library(Path(path))
+    with tempfile.TemporaryDirectory(prefix="mii-isa-") as folder, mock.patch.dict(os.environ, {"MII_CPU_ISA": isa}):
+        path = shutil.copy(native._FOLDER / "libmii_cpu.so", Path(folder, f"libmii_cpu_{isa}.so"))
+        library = native.Library(path)
         info = library.build_info()  # chooses
-    shutil.rmtree(folder)
     return library if info.endswith(f"using {isa}") else f"this processor or build has no {isa} ({info})"
 
 
