@@ -36,12 +36,12 @@ struct MiiAllReduceNorm {
 };
 MII_API int32_t mii_all_reduce_norm(const struct MiiAllReduceNorm* args, void* stream);
 
-// CUDA, two ranks: the sum in two parts between which something else is computed, while the copy engines carry the numbers.
-// mii_send_copy, on a stream of its own that waits for what makes x, copies x to `place` in the other rank's memory and says so;
-// mii_copied_sum then adds to x what came from there, once it is there: x is the sum of both, in float and rounded once, the same bits
-// on both ranks. x must not change before this rank's copy has ended. Neither can be captured, since it is the host that counts
-// rounds: 1, 2, 3, ... and on past 2^32 with 0. The place of a round is free again four rounds later where no round is sent before
-// the second one before it has been added up in `stream`'s order: the other rank sent that one after it had added up two more before.
+// CUDA, two ranks: the sum in two parts, between which something else is computed while the copy engines carry the numbers.
+// mii_send_copy, on a stream of its own that waits for what makes x, copies x to `place` in the other rank's memory and says
+// so; mii_copied_sum then adds to x what came from there, once it is there: x is the sum of both, in float and rounded once,
+// the same bits on both ranks. x must not change before this rank's copy has ended. Neither can be captured, since it is the
+// host that counts rounds: 1, 2, 3, ... and on past 2^32 with 0. Four places in turn suffice where no round is sent before the
+// second one before it has been added up: the other rank sent that one after it had added up the second one before that.
 struct MiiCopiedSum {
   struct MiiRanks ranks;
   void* x;        // [count] contiguous, whole 16 bytes
