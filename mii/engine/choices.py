@@ -19,7 +19,7 @@ from mii.modeling.layers import TiedHead
 from mii.modeling.mlp import DenseMLP
 from mii.modeling.parameters import Linear, Module
 from mii.ops import linear_hopper
-from mii.ops.linear import rows_at_once
+from mii.ops.linear import pieces
 from mii.ops.products import adopt, algorithm_of, choose, name_of
 
 ASKED_FOR = os.environ.get("MII_CHOOSE_PRODUCTS", "") != "0"
@@ -69,7 +69,7 @@ def choose_products(runner: Runner) -> str:
     if not unknown:
         return f"{len(products)} known from {path}"
     new, gain, ended = _time(unknown)
-    if new:
+    if new and path is not None:
         keep(path, new)
     torch.cuda.empty_cache()
     better, known = sum(map(bool, new.values())), len(products) - len(unknown)
@@ -99,15 +99,16 @@ def _time(products: Sequence[_Product]) -> tuple[dict[str, bytes], float, str]:
 
 
 def _products(runner: Runner) -> Iterator[_Product]:
-    """Those of the largest steps first, which gain most."""
-    limits, place = runner.limits, runner.model.place
-    shapes = _shapes(runner.model, limits.max_tokens)
-    large = [limits.max_tokens, limits.max_tokens // 2] if place.group is not None else [limits.max_tokens]
+    """Those of the largest steps first, which take most of the time that prompts take."""
+    limits = runner.limits
+    in_mlp = len(runner.arena.views(limits.max_tokens, limits.max_sequences).up)
+    shapes = _shapes(runner.model, limits.max_tokens, in_mlp)
     if limits.max_tokens > MOST_ROWS:
+        halves = runner.model.halves(limits.max_tokens, captured=limits.max_tokens <= runner.most_captured)
+        whole = halves[0].stop if halves else limits.max_tokens
         for weights in shapes:
-            for rows in dict.fromkeys(min(rows, weights.most) for rows in large):
-                if not weights.is_head:
-                    yield _Product(weights.all, rows, _LARGE_PATIENCE)
+            if not weights.is_head:
+                yield _Product(weights.all, next(pieces(whole, weights.most)).stop, _LARGE_PATIENCE)
     sequences = min(limits.max_sequences, MOST_ROWS)
     for rows in sorted({decode_bucket(count, limits.max_sequences) for count in range(1, sequences + 1)}):
         for weights in shapes:
@@ -115,17 +116,16 @@ def _products(runner: Runner) -> Iterator[_Product]:
                 yield _Product(weights.all, rows, 1e-4)
 
 
-def _shapes(model: Decoder, max_tokens: int) -> list[_Weights]:
-    """The weights that are worth it, by shape, the largest first."""
+def _shapes(model: Decoder, max_tokens: int, in_mlp: int) -> list[_Weights]:
+    """The weights that are worth it, by shape, the largest first. `in_mlp`: rows that an MLP multiplies at a time."""
     shapes: dict[torch.Size, _Weights] = {}
-    pieces = rows_at_once(max_tokens, model.place.device)
     for parent, name, module in _multiplied(model):
         packed = module.packed
         if packed is None or packed.packed or module.bias is not None or packed.data.numel() < _LEAST_WEIGHT:
             continue
         kind, most = None, max_tokens
         if isinstance(parent, DenseMLP):
-            kind, most = parent.kind if parent.gated and name == "up" else None, pieces
+            kind, most = parent.kind if parent.gated and name == "up" else None, in_mlp
         found = shapes.setdefault(packed.data.shape, _Weights([], 0, kind, module is model.head))
         found.all.append(packed.data)
         found.most = max(found.most, most)

@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -18,15 +19,23 @@ from mii.logging import logger
 from mii.ops import abi
 
 
-def kept_path(device: torch.device) -> Path:
-    """The file for a GPU and the libraries that multiply, under `$XDG_CACHE_HOME` or `~/.cache`."""
+def kept_path(device: torch.device) -> Path | None:
+    """The file for a GPU and the libraries that multiply, under `$XDG_CACHE_HOME` or `~/.cache`; None: a user without a
+    home.
+    """
     parts = [torch.cuda.get_device_name(device), torch.__version__, _cublas_version()]
     name = "-".join(re.sub(r"[^A-Za-z0-9.]+", "_", part) for part in parts)
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mii" / f"products-{name}.json"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError:
+        return None
+    return folder / "mii" / f"products-{name}.json"
 
 
-def read_kept(path: Path) -> dict[str, bytes]:
+def read_kept(path: Path | None) -> dict[str, bytes]:
     """What a file says, by the product's name; nothing where there is none, or none that can be read."""
+    if path is None:
+        return {}
     try:
         found = {name: bytes.fromhex(algorithm) for name, algorithm in json.loads(path.read_text()).items()}
         return {name: algorithm for name, algorithm in found.items() if len(algorithm) in (0, abi.ALGORITHM_BYTES)}
@@ -46,7 +55,8 @@ def keep(path: Path, chosen: Mapping[str, bytes]) -> None:
         new.write_text(json.dumps({name: algorithm.hex() for name, algorithm in sorted(everything.items())}, indent=1))
         new.replace(path)
     except OSError as error:
-        new.unlink(missing_ok=True)
+        with suppress(OSError):
+            new.unlink()
         logger.info("the algorithms of products are not kept: %s", error)
 
 

@@ -1,7 +1,7 @@
 """Products by cuBLASLt with the algorithm that is fastest for their shape on this GPU.
 
 cuBLASLt proposes algorithms by a model of the card, and torch takes the first that it proposes. That is the fastest for
-most shapes and up to a fifth slower for some, so an engine times them when it starts:
+most shapes and up to a quarter slower for some, so an engine times them when it starts:
 
     choose(weights, rows)            # of one shape; before steps are captured
     product(out, x, weight)          # False: nothing was chosen for this shape, torch multiplies

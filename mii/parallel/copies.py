@@ -5,7 +5,6 @@ added up when they are needed (csrc/include/mii/copied_sum.cuh). No multiprocess
 from __future__ import annotations
 
 import ctypes
-from typing import Any
 
 import torch
 
@@ -19,7 +18,8 @@ MOST_UNDER_WAY = 2
 PLACE_BYTES = 32 << 20
 """The largest sum."""
 LEAST_BYTES = 8 << 20
-"""Below, halves of a step are so few rows that products lose more by them than sums take."""
+"""Below, by reckoning, products lose more by the few rows of a half than sums take; from 8 and from 16 MiB on, measured
+on two H200, makes no difference."""
 
 
 class Copies:
@@ -78,7 +78,7 @@ class CopiedSum:
         self._copies.take(self._sent)
         self._call("mii_copied_sum", self._args)
 
-    def norm(self, norm: Any) -> bool:
+    def norm(self, norm: ctypes.Structure) -> bool:
         args = self._args
         self._copies.take(self._sent)
         if self._call("mii_copied_sum_norm", abi.MiiCopiedSumNorm(args.ranks, norm, args.place, args.round)):

@@ -70,18 +70,19 @@ class Group:
         """
         if not self._is_cuda or num_bytes <= MOST_ALONE:
             return False
-        if not isinstance(self._peers, PeerMemory):
-            return True
-        if self._peers.copies is not None and not captured and self._peers.copies.takes(num_bytes):
-            return True
-        return not self._peers.takes(2 * num_bytes)
+        copies = self._peers.copies if isinstance(self._peers, PeerMemory) else None
+        return (copies is not None and not captured and copies.takes(num_bytes)) or self._is_for_nccl(num_bytes)
+
+    def _is_for_nccl(self, num_bytes: int) -> bool:
+        """Whether NCCL sums such a half of a step on GPUs: what two of them give is too large for the peers' memory."""
+        return not (isinstance(self._peers, PeerMemory) and self._peers.takes(2 * num_bytes))
 
     def start_all_reduce(self, tensor: torch.Tensor) -> StartedSum | None:
         """See `mii.ops.all_reduce.Group`."""
         started = self._peers.start(tensor) if isinstance(self._peers, PeerMemory) else None
         if started is not None:
             return started
-        if self._is_cuda and not (isinstance(self._peers, PeerMemory) and self._peers.takes(tensor.nbytes)):
+        if self._is_cuda and self._is_for_nccl(tensor.nbytes):
             return _NcclSum(self._ranks.allreduce([tensor]))
         self.all_reduce(tensor)
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,7 @@ def test_a_file_that_cannot_be_read_is_as_good_as_none(
     timed = Timed()
     monkeypatch.setattr(choices, "choose", timed)
     path = kept_path(runner.device)
+    assert path is not None
     path.parent.mkdir()
     path.write_text(text)
     logger.addHandler(caplog.handler)
@@ -108,10 +110,36 @@ def test_a_file_that_cannot_be_read_is_as_good_as_none(
     assert len(timed) > 10
 
 
-def test_nothing_is_kept_where_nothing_can_be_written(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_home(path: Path) -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+@pytest.mark.parametrize("folder", ["/proc/none", "/etc/passwd", ""])
+def test_nothing_is_kept_where_nothing_can_be_written(
+    folder: str, runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(choices, "choose", Timed())
-    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
-    assert choose_products(runner).startswith("0 known; 5 of ")
+    monkeypatch.setenv("XDG_CACHE_HOME", folder)
+    if not folder:
+        monkeypatch.setattr(Path, "expanduser", no_home)
+    for _ in range(2):
+        assert choose_products(runner).startswith("0 known; 5 of ")
+
+
+def test_large_steps_are_timed_in_the_pieces_in_which_they_are_computed(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed, views = Timed(), runner.arena.views
+    monkeypatch.setattr(choices, "choose", timed)
+    monkeypatch.setattr(runner.arena, "views", lambda *size: replace(views(*size), up=views(*size).up[:600]))
+    choose_products(runner)
+    in_mlp = {(UP, HIDDEN): 500, (HIDDEN, DOWN): 500}  # 2,000 in four pieces of at most 600
+    assert {shape: rows for shape, rows, _ in timed[:4]} == {(QKV, HIDDEN): 2000, (HIDDEN, HIDDEN): 2000, **in_mlp}
+    timed.clear()
+    monkeypatch.setattr(choices, "read_kept", lambda path: {})
+    monkeypatch.setattr(runner.model, "halves", lambda tokens, captured: [slice(0, 1000), slice(1000, 2000)])
+    choose_products(runner)
+    assert {rows for _, rows, _ in timed[:4]} == {1000, 500}
 
 
 def test_what_is_left_when_the_time_is_up_is_left(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:

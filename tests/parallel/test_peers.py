@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,6 +150,23 @@ def test_halves_of_a_step_are_summed_apart_where_nccl_sums_the_whole() -> None:
     assert not group.overlaps(MOST_BYTES // 2)
     group._is_cuda, group._peers = False, None
     assert not group.overlaps(MOST_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "by"), [(MOST_BYTES // 2 + 16, "NCCL"), (MOST_BYTES // 2, "peers"), (LEAST_BYTES, "copies")]
+)
+def test_a_sum_that_is_begun_goes_where_its_half_was_meant_to_go(
+    num_bytes: int, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group, taken, begun = object.__new__(Group), [], object()
+    group._is_cuda, group._peers, group._ranks = True, object.__new__(PeerMemory), SimpleNamespace()
+    group._ranks.allreduce = lambda tensors: taken.append("NCCL")
+    monkeypatch.setattr(PeerMemory, "start", lambda peers, x: begun if by == "copies" else None)
+    monkeypatch.setattr(PeerMemory, "all_reduce", lambda peers, x: taken.append("peers") or True)
+    started = group.start_all_reduce(torch.empty(num_bytes, dtype=torch.uint8, device="meta"))
+    assert (started is begun) == (by == "copies")
+    assert (started is None) == (by == "peers")
+    assert taken == ([] if by == "copies" else [by])
 
 
 def test_halves_of_a_step_are_summed_apart_where_copy_engines_carry_them() -> None:
