@@ -2,6 +2,7 @@
 #include "attention.cuh"
 
 #include "mii/attention_mma.cuh"
+#include "mii/attention_score.cuh"
 
 #include <mutex>
 
@@ -65,6 +66,10 @@ int log2_of(int power) {
   return bits;
 }
 
+AttentionParams params_of(const MiiAttention& a, Bounds bounds) {
+  return {a, work_list(a, bounds), workspace(a, bounds), a.q_heads / a.kv_heads, log2_of(a.block_size), a.scale * kLog2e};
+}
+
 }  // namespace
 }  // namespace mii
 
@@ -92,17 +97,31 @@ MII_API int32_t mii_attention(const MiiAttention* args, void* stream) {
   if (const int32_t code = check(*args)) return code;
   const Bounds bounds = bounds_of(*args);
   if (bounds.ctas == 0 || !copies_fit(*args)) return launch_generic(*args, stream);
-  const AttentionParams p = {*args,
-                             work_list(*args, bounds),
-                             workspace(*args, bounds),
-                             args->q_heads / args->kv_heads,
-                             log2_of(args->block_size),
-                             args->scale * kLog2e};
+  const AttentionParams p = params_of(*args, bounds);
   if (hopper_serves(*args)) {
     if (const int32_t code = launch_hopper(p, stream)) return code;
   }
   return dispatch_head(args->head_dim, int32_t(MII_UNSUPPORTED),
                        [&](auto head) { return launch_tiled<decltype(head)::value>(p, bounds, stream); });
+}
+
+MII_API int32_t mii_decode_attention(const MiiDecodeAttention* args, void* stream) {
+  const MiiAttention& a = args->attention;
+  if (const int32_t code = check(a)) return code;
+  MII_REQUIRE(args->kv_slots != nullptr && (args->cos_sin == nullptr || (args->positions && args->max_positions > 0)),
+              MII_INVALID, "decode attention: slots are missing, or positions or rows of a table of angles");
+  const Bounds bounds = bounds_of(a);
+  const bool fits = bounds.ctas > 0 && a.head_dim <= kAloneHead && a.q_heads / a.kv_heads <= kDecodeRows;
+  if (!fits || needs_extras(a) || !copies_fit(a) || !aligned(args->cos_sin, 8) || args->max_positions > INT32_MAX) {
+    return MII_UNSUPPORTED;
+  }
+  const DecodeAttentionParams n = {params_of(a, bounds), args->cos_sin, args->positions, args->kv_slots,
+                                   static_cast<int32_t>(args->max_positions)};
+  return dispatch_head(a.head_dim, int32_t(MII_UNSUPPORTED), [&](auto head) {
+    constexpr int D = decltype(head)::value;
+    if constexpr (D <= kAloneHead) return launch_decode<D>(n, bounds, stream);
+    return int32_t(MII_UNSUPPORTED);
+  });
 }
 
 }  // extern "C"

@@ -11,7 +11,10 @@ int32_t launch_plan(const MiiAttention& a, Bounds bounds, bool may_part, void* s
 // The tensor-core kernel, for D in 64, 80, 96, 128, 192 and 256, in attention_d<D>.cu.
 template <int D>
 int32_t launch_tiled(const AttentionParams& p, Bounds bounds, void* stream);
-// How many of its CTAs a multiprocessor of the current device holds; 0 if the device cannot run it.
+// The one for a step's own tokens as their product left them, up to heads of kAloneHead.
+template <int D>
+int32_t launch_decode(const DecodeAttentionParams& n, Bounds bounds, void* stream);
+// How many CTAs of the first a multiprocessor of the current device holds; 0 if the device cannot run it.
 template <int D>
 int tiled_occupancy();
 

@@ -1,4 +1,5 @@
-// One head size of the tensor-core kernel: include this and instantiate launch_tiled<D> and tiled_occupancy<D>.
+// One head size of the tensor-core kernels: include this and instantiate launch_tiled<D>, tiled_occupancy<D> and, of up to
+// 128 elements, launch_decode<D>.
 #pragma once
 #include <mutex>
 
@@ -16,7 +17,7 @@ int shared_bytes(const void* kernel) {
 }
 
 // Shared memory of `kernel` on the current device, granted at first use; 0: the device cannot run it.
-template <int D, void (*kernel)(AttentionParams)>
+template <int D, auto kernel>
 int granted_shared() {
   constexpr int kDevices = 64;
   static std::once_flag asked[kDevices];
@@ -50,8 +51,8 @@ int tiled_occupancy() {
   return ctas;
 }
 
-template <int D, void (*kernel)(AttentionParams)>
-int32_t launch_instance(const AttentionParams& p, Bounds bounds, void* stream) {
+template <int D, auto kernel, typename Params>
+int32_t launch_instance(const Params& p, Bounds bounds, void* stream) {
   const size_t shared = granted_shared<D, kernel>();
   return launch("mii_attention", kernel, {dim3(bounds.ctas), dim3(kAttentionThreads), shared}, stream, p);
 }
@@ -65,6 +66,12 @@ int32_t launch_tiled(const AttentionParams& p, Bounds bounds, void* stream) {
   }
   return extras ? launch_instance<D, attention_kernel<__half, D, true>>(p, bounds, stream)
                 : launch_instance<D, attention_kernel<__half, D, false>>(p, bounds, stream);
+}
+
+template <int D>
+int32_t launch_decode(const DecodeAttentionParams& n, Bounds bounds, void* stream) {
+  if (n.p.a.dtype == MII_BF16) return launch_instance<D, decode_attention_kernel<__nv_bfloat16, D>>(n, bounds, stream);
+  return launch_instance<D, decode_attention_kernel<__half, D>>(n, bounds, stream);
 }
 
 }  // namespace mii

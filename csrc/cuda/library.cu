@@ -82,6 +82,7 @@ int64_t mii_struct_size(const char* name) {
       {"MiiCopiedSum", sizeof(MiiCopiedSum)}, {"MiiCopiedSumNorm", sizeof(MiiCopiedSumNorm)},
       {"MiiPeerMemory", sizeof(MiiPeerMemory)}, {"MiiEventWait", sizeof(MiiEventWait)},
       {"MiiSampleShard", sizeof(MiiSampleShard)}, {"MiiMoeStream", sizeof(MiiMoeStream)},
+      {"MiiDecodeAttention", sizeof(MiiDecodeAttention)},
   };
   for (const Entry& entry : entries) {
     if (std::strcmp(entry.name, name) == 0) return entry.size;

@@ -66,6 +66,12 @@ MiiAttention = _struct(
     (c_float, "scale softcap"),
     (c_int32, "dtype"),
 )
+MiiDecodeAttention = _struct(
+    "MiiDecodeAttention",
+    (MiiAttention, "attention"),
+    (c_void_p, "cos_sin positions kv_slots"),
+    (c_int64, "max_positions"),
+)
 MiiActivation = _struct(
     "MiiActivation",
     (c_void_p, "out x bias"),
@@ -206,6 +212,7 @@ FUNCTIONS: dict[str, type[ctypes.Structure]] = {
     "mii_rope_kv": MiiRopeKv,
     "mii_attention_plan": MiiAttention,
     "mii_attention": MiiAttention,
+    "mii_decode_attention": MiiDecodeAttention,
     "mii_attention_work_bytes": MiiAttention,
     "mii_attention_workspace_bytes": MiiAttention,
     "mii_activation": MiiActivation,

@@ -12,6 +12,7 @@ Sources: FlashAttention (Dao, 2022 and 2023) for the tiles and the running softm
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -88,7 +89,7 @@ class AttentionPlan:
         self.max_seqs, self.max_tokens = max_seqs, max_tokens
         self.dtype, self.device = dtype, torch.device(device)
         self.batch: AttentionBatch | None = None
-        self._planned = False  # whether `work` holds the list of the current batch
+        self.planned = False  # whether `work` holds the list of the current batch
         self._args = abi.MiiAttention(
             q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, block_size=block_size, window=self.window,
             max_seqs=max_seqs, max_tokens=max_tokens, max_blocks=max_blocks, dtype=abi.DTYPE_CODES[dtype],
@@ -122,7 +123,7 @@ class AttentionPlan:
         args.q_start, args.kv_len = batch.q_start.data_ptr(), batch.kv_len.data_ptr()
         args.block_table, args.max_blocks = batch.block_table.data_ptr(), batch.block_table.shape[1]
         args.max_seqs, args.max_tokens = batch.max_seqs, batch.max_tokens
-        self._planned = self._call("mii_attention_plan")
+        self.planned = self._call("mii_attention_plan")
 
     def run(
         self,
@@ -135,14 +136,28 @@ class AttentionPlan:
         softcap: float,
     ) -> bool:
         """One layer by the native library; False: it has no kernel for this, the reference must serve."""
-        if not self._planned:
+        if not self.planned:
             return False
+        self.arguments(out, q, k_cache, v_cache, alibi_slopes, scale, softcap)
+        return self._call("mii_attention")
+
+    def arguments(
+        self,
+        out: torch.Tensor,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        alibi_slopes: torch.Tensor | None,
+        scale: float,
+        softcap: float,
+    ) -> ctypes.Structure:
+        """The struct of one layer's call; the next layer's is the same object."""
         args = self._args
         args.out, args.q = out.data_ptr(), q.data_ptr()
         args.out_stride, args.q_stride = out.stride(0), q.stride(0)
         args.k_cache, args.v_cache, args.num_blocks = k_cache.data_ptr(), v_cache.data_ptr(), k_cache.shape[0]
         args.alibi_slopes, args.scale, args.softcap = native.pointer(alibi_slopes), scale, softcap
-        return self._call("mii_attention")
+        return args
 
     def _call(self, name: str) -> bool:
         library = native.library(self.device)
@@ -180,9 +195,7 @@ def attention(
     Raises:
         ValueError: a shape, stride or dtype does not fit, or the plan was not updated with this batch.
     """
-    if plan.batch is not batch:
-        raise ValueError("The attention plan holds another batch: call plan.update(batch) before attention().")
-    _check_tensors(out, q, k_cache, v_cache, plan, alibi_slopes)
+    check_attention(out, q, k_cache, v_cache, batch, plan, alibi_slopes)
     if not plan.run(out, q, k_cache, v_cache, alibi_slopes, scale, softcap):
         attention_reference(
             out, q, k_cache, v_cache, batch, scale=scale, window=plan.window, softcap=softcap, alibi_slopes=alibi_slopes
@@ -252,14 +265,18 @@ def _check_shape(q_heads: int, kv_heads: int, block_size: int, dtype: torch.dtyp
         raise ValueError(f"Attention in {dtype} is not supported: use torch.float16, torch.bfloat16 or torch.float32.")
 
 
-def _check_tensors(
+def check_attention(
     out: torch.Tensor,
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    batch: AttentionBatch,
     plan: AttentionPlan,
     alibi_slopes: torch.Tensor | None,
 ) -> None:
+    """Raises ValueError where the tensors do not fit the plan, or it holds another batch."""
+    if plan.batch is not batch:
+        raise ValueError("The attention plan holds another batch: call plan.update(batch) before attention().")
     width, dtype = plan.q_heads * plan.head_dim, plan.dtype
     for name, rows in (("out", out), ("q", q)):
         if not _are_rows(rows, width, plan.head_dim):

@@ -50,7 +50,7 @@ def rope_kv(
     Raises:
         ValueError: shapes or dtypes that do not fit together.
     """
-    _check(qkv, k_cache, v_cache, cos_sin, positions, kv_slots, (q_heads, kv_heads, head_dim, rotary_dim))
+    check_rope_kv(qkv, k_cache, v_cache, cos_sin, positions, kv_slots, (q_heads, kv_heads, head_dim, rotary_dim))
     _check_norms(qkv, q_norm, k_norm, head_dim)
     library = native.library(qkv.device)
     dtype = abi.DTYPE_CODES.get(qkv.dtype)
@@ -98,7 +98,7 @@ def rope_kv(
     )
 
 
-def _check(
+def check_rope_kv(
     qkv: torch.Tensor,
     k_cache: torch.Tensor | None,
     v_cache: torch.Tensor | None,
@@ -107,6 +107,7 @@ def _check(
     kv_slots: torch.Tensor | None,
     heads: tuple[int, int, int, int],
 ) -> None:
+    """Raises ValueError where shapes or dtypes do not fit; `heads`: of queries, of keys, head_dim and rotary_dim."""
     q_heads, kv_heads, head_dim, rotary_dim = heads
     width = (q_heads + 2 * kv_heads) * head_dim
     if qkv.dim() != 2 or qkv.shape[1] != width or qkv.stride()[1] != 1:

@@ -43,6 +43,7 @@ class Case:
     v_cache: torch.Tensor
     alibi_slopes: torch.Tensor | None
     scale: float
+    qkv: torch.Tensor  # rows [q | k | v], of which q is a part
 
     @property
     def rows(self) -> int:
@@ -141,8 +142,8 @@ def make_case(
     )
     slopes = torch.linspace(0.02, 0.6, shape.q_heads, device=shape.device) if shape.alibi else None
     k_cache, v_cache = (cache.to(shape.dtype).to(shape.device) for cache in caches)
-    q = fused.to(shape.dtype).to(shape.device)[:, :width]
-    return Case(shape, lengths, batch, q, k_cache, v_cache, slopes, shape.head_dim**-0.5)
+    qkv = fused.to(shape.dtype).to(shape.device)
+    return Case(shape, lengths, batch, qkv[:, :width], k_cache, v_cache, slopes, shape.head_dim**-0.5, qkv)
 
 
 def struct_of(case: Case, out: torch.Tensor) -> abi.MiiAttention:

@@ -7,9 +7,10 @@
 // the parts (Flash-Decoding, with the even cut of stream-K).
 //
 // In a step without prompts the first keys are asked for before the kernel before this one has ended: keys of earlier
-// steps lie there, and so does the work list, whose kernel lets nobody start before it has ended itself.
+// steps lie there, and so does the work list, whose kernel lets nobody start before it has ended itself. Where the
+// token's own key is not taken from the cache (attention_new.cuh) that goes for every key.
 #pragma once
-#include "mii/attention_queue.cuh"
+#include "mii/attention_new.cuh"
 #include "mii/attention_score.cuh"
 #include "mii/quad.cuh"
 
@@ -52,11 +53,6 @@ struct DecodeLoader {
   JobCursor at;
   int block;  // of the cache, of the keys at `at`: looked up a step before it is needed
 
-  MII_DEVICE DecodeLoader(const AttentionParams& p, const PlanHeader& header, const Team& team) {
-    at.start(p, header, team);
-    find_step(p, team);
-  }
-
   MII_DEVICE void load(const AttentionParams& p, const void* cache, uint32_t slot, int thread) const {
     if (at.more()) {
       const int lane = thread % kWarp;
@@ -84,7 +80,6 @@ struct DecodeLoader {
     if (at.key >= at.key_end || at.key >> p.block_bits != before) find_step(p, team);
   }
 
- private:
   // Goes on to a job of which this warp has keys, if this one has no more, and looks up their block.
   MII_DEVICE void find_step(const AttentionParams& p, const Team& team) {
     while (at.more() && at.key >= at.key_end) at.next_job(p, team);
@@ -346,19 +341,35 @@ MII_DEVICE void finish_alone(const AttentionParams& p, const JobCursor& job, Dec
   }
 }
 
-// All that the teams of a CTA have of the decode axis; `number`: of the work that it drew.
-template <typename T, int D, bool kExtras, int kBudget>
+// All that the teams of a CTA have of the decode axis; `number`: of the work that it drew. `tokens`: StoredTokens or
+// NewTokens, of a step without prompts.
+template <typename T, int D, bool kExtras, int kBudget, typename Tokens>
 MII_DEVICE void decode_chunks(const AttentionParams& p, int number, int thread, unsigned char* shared,
-                              SharedNotes* notes) {
+                              SharedNotes* notes, Tokens tokens) {
   using Shape = DecodeShape<D, kBudget>;
   const int warp = thread / kWarp, lane = thread % kWarp;
   const uint32_t ring = shared_address(shared) + Shape::kMerge + warp * (2 * Shape::kDepth * Shape::kSlot);
+  // Where the chunk starts, for one team and for four: asked for with the header, which says how many there are.
+  [[maybe_unused]] ChunkStart one, four;
+  if constexpr (Tokens::kNew) {
+    one = ChunkStart::of(p, number);
+    four = ChunkStart::of(p, number * kAttentionWarps + warp);
+  }
   const PlanHeader header = load_planned(p.work.header);
   const Team team = Team::of(header, number, warp);
   JobCursor& job = notes->decode.job[warp];
-  if (lane == 0) job.start(p, header, team);  // copied from the loader's it would make the kernel spill
-  DecodeLoader<T, D> loader(p, header, team);
-  bool waited = false;
+  DecodeLoader<T, D> loader;
+  if constexpr (Tokens::kNew) {
+    if (team.alone()) one = four;
+    loader.at.start_at(p, header, team, one);
+    if (lane == 0) job = loader.at;
+    if (loader.at.more()) tokens.find_position(loader.at.seq);
+  } else {
+    if (lane == 0) job.start(p, header, team);  // copied from the loader's it would make the kernel spill
+    loader.at.start(p, header, team);
+  }
+  loader.find_step(p, team);
+  bool waited = Tokens::kNew;
 #pragma unroll 1
   for (int i = 0; i < Shape::kDepth; ++i) {
     if (!waited && !(loader.at.more() && loader.at.old())) {
@@ -369,12 +380,23 @@ MII_DEVICE void decode_chunks(const AttentionParams& p, int number, int thread, 
     loader.load(p, p.a.v_cache, ring + (2 * i + 1) * Shape::kSlot, thread);
     if (loader.at.more()) loader.step(p, team);
   }
+  if constexpr (Tokens::kNew) tokens.prefetch_angles(lane);
   wait_for_previous();
-  if (thread == 0) Queue::draw(p, notes);
+  if constexpr (Tokens::kNew) {
+    start_next();  // no earlier: the weights that the next kernel asks for would come before the rest of the keys
+  } else if (thread == 0) {
+    Queue::draw(p, notes);
+  }
   uint32_t slot = ring;
   DecodeState<T, D> state;
+  [[maybe_unused]] NewKey fresh;
   for (__syncwarp(); job.more(); __syncwarp()) {
     state.start(p, job, thread, shared);
+    if constexpr (Tokens::kNew) {
+      tokens.load_key(fresh, job, lane);  // all loads of a job before anything waits for one
+      tokens.rotate_queries(state.query, p.group, lane);
+      tokens.store_key(fresh, job, team, lane);
+    }
     const int end = job.key_end;
     for (int key = job.key; key < end; key += team.stride) {
       const int first = job.seq.kv_len - job.seq.q_len;  // position of the first query token
@@ -382,6 +404,11 @@ MII_DEVICE void decode_chunks(const AttentionParams& p, int number, int thread, 
       float score[2][4] = {};
       copy_async_wait<2 * Shape::kDepth - 1>();
       __syncwarp();
+      const bool own = Tokens::kNew && key + kDecodeStep >= job.seq.kv_len;  // the step has the token's own key
+      unsigned char* const place = shared + (slot - shared_address(shared));
+      if constexpr (Tokens::kNew) {
+        if (own) tokens.place_key(fresh, place, job.seq.kv_len - 1 - key, lane);
+      }
       state.multiply_keys(score, shared_address(shared), slot, lane);
       __syncwarp();
       loader.load(p, p.a.k_cache, slot, thread);
@@ -389,6 +416,9 @@ MII_DEVICE void decode_chunks(const AttentionParams& p, int number, int thread, 
       state.soften(score);
       copy_async_wait<2 * Shape::kDepth - 1>();
       __syncwarp();
+      if constexpr (Tokens::kNew) {
+        if (own) tokens.place_value(fresh, place + Shape::kSlot, job.seq.kv_len - 1 - key, lane);
+      }
       state.add_values(score, slot + Shape::kSlot, lane);
       __syncwarp();
       loader.load(p, p.a.v_cache, slot + Shape::kSlot, thread);
@@ -402,6 +432,10 @@ MII_DEVICE void decode_chunks(const AttentionParams& p, int number, int thread, 
     }
     __syncwarp();
     if (lane == 0) job.next_job(p, team);
+    if constexpr (Tokens::kNew) {
+      __syncwarp();
+      if (job.more()) tokens.find_position(job.seq);
+    }
   }
 }
 

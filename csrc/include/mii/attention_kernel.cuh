@@ -29,7 +29,7 @@ MII_DEVICE void attend(const AttentionParams& p, unsigned char* shared) {
     if (notes->kind == Queue::kPrefill) {
       prefill_item<T, D, kExtras, kBudget>(p, notes->number, thread, shared, notes);
     } else {
-      decode_chunks<T, D, kExtras, kBudget>(p, notes->number, thread, shared, notes);
+      decode_chunks<T, D, kExtras, kBudget>(p, notes->number, thread, shared, notes, StoredTokens());
     }
     __syncthreads();  // the shared memory of this work is free
     if (threadIdx.x == 0) Queue::next(p, notes);
@@ -37,15 +37,30 @@ MII_DEVICE void attend(const AttentionParams& p, unsigned char* shared) {
   wait_for_previous();  // of those who had nothing to do
 }
 
+// A step in which every sequence has one query token or none, taken as their product left it (attention_new.cuh).
+template <typename T, int D, int kBudget>
+MII_DEVICE void attend_new(const DecodeAttentionParams& n, unsigned char* shared) {
+  SharedNotes* notes = reinterpret_cast<SharedNotes*>(shared + attention_shared<D, kBudget>() - kNotesBytes);
+  decode_chunks<T, D, false, kBudget>(n.p, blockIdx.x, threadIdx.x, shared, notes, NewTokens<T, D>(n));
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kDeviceBudget = kSmallBudget;
+#else
+constexpr int kDeviceBudget = kLargeBudget;
+#endif
+
 template <typename T, int D, bool kExtras>
 __global__ void __launch_bounds__(kAttentionThreads, 2) attention_kernel(const __grid_constant__ AttentionParams p) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-  constexpr int kBudget = kSmallBudget;
-#else
-  constexpr int kBudget = kLargeBudget;
-#endif
   extern __shared__ __align__(128) unsigned char shared[];
-  attend<T, D, kExtras, kBudget>(p, shared);
+  attend<T, D, kExtras, kDeviceBudget>(p, shared);
+}
+
+template <typename T, int D>
+__global__ void __launch_bounds__(kAttentionThreads, 2)
+    decode_attention_kernel(const __grid_constant__ DecodeAttentionParams n) {
+  extern __shared__ __align__(128) unsigned char shared[];
+  attend_new<T, D, kDeviceBudget>(n, shared);
 }
 
 }  // namespace mii

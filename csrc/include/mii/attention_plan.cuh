@@ -119,7 +119,9 @@ __device__ void cut_axis(const PlanParams& p, int2 decodes, const int* decode_ba
   header.chunk_units = max(kMinChunk, (decodes.y + wanted - 1) / wanted);
   header.chunks = (decodes.y + header.chunk_units - 1) / header.chunk_units;
   for (int chunk = threadIdx.x; chunk < header.chunks; chunk += kPlanThreads) {
-    p.work.chunk_first[chunk] = find_in(decode_base, decodes.x, chunk * header.chunk_units);
+    const int first = find_in(decode_base, decodes.x, chunk * header.chunk_units);
+    p.work.chunk_first[chunk] = first;
+    p.work.chunk_seq[chunk] = p.work.decode[first];
   }
 }
 

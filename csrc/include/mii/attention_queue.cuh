@@ -38,6 +38,16 @@ struct Team {
   MII_DEVICE bool alone() const { return stride == kDecodeStep; }
 };
 
+// The sequence at the start of a chunk.
+struct ChunkStart {
+  int index;
+  DecodeSeq seq;
+
+  MII_DEVICE static ChunkStart of(const AttentionParams& p, int chunk) {
+    return {__ldcg(p.work.chunk_first + chunk), load_planned(p.work.chunk_seq + chunk)};
+  }
+};
+
 // A position on the decode axis: a job, and which of its keys this warp has.
 struct JobCursor {
   DecodeSeq seq;
@@ -48,10 +58,18 @@ struct JobCursor {
   MII_DEVICE void start(const AttentionParams& p, const PlanHeader& header, const Team& team) {
     key = key_end = 0;
     if (team.chunk >= header.chunks) return;
+    start_at(p, header, team, ChunkStart::of(p, team.chunk));
+  }
+
+  // `first`: of this chunk.
+  MII_DEVICE void start_at(const AttentionParams& p, const PlanHeader& header, const Team& team,
+                           const ChunkStart& first) {
+    key = key_end = 0;
+    if (team.chunk >= header.chunks) return;
     const int begin = team.chunk * header.chunk_units;
     end = min(begin + header.chunk_units, header.units);
-    index = __ldcg(p.work.chunk_first + team.chunk);
-    seq = load_planned(p.work.decode + index);
+    index = first.index;
+    seq = first.seq;
     const int units = seq.tiles + kJobOverhead;
     head = (begin - seq.base) / units;
     base = seq.base + head * units;

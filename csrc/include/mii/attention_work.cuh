@@ -65,6 +65,7 @@ struct WorkList {
   PlanHeader* header;
   DecodeSeq* decode;     // [max_seqs]
   int32_t* chunk_first;  // [max_chunks] index in `decode` of the sequence at the start of each chunk
+  DecodeSeq* chunk_seq;  // [max_chunks] these sequences
   PrefillItem* items;
 };
 
@@ -89,7 +90,8 @@ __host__ __device__ inline int64_t align_up(int64_t bytes) { return (bytes + 127
 
 __host__ __device__ inline int64_t work_bytes(const MiiAttention& a, Bounds bounds) {
   return align_up(sizeof(PlanHeader)) + align_up(a.max_seqs * sizeof(DecodeSeq)) +
-         align_up(bounds.max_chunks() * sizeof(int32_t)) + align_up(max_items(a, bounds) * sizeof(PrefillItem));
+         align_up(bounds.max_chunks() * sizeof(int32_t)) + align_up(bounds.max_chunks() * sizeof(DecodeSeq)) +
+         align_up(max_items(a, bounds) * sizeof(PrefillItem));
 }
 
 inline WorkList work_list(const MiiAttention& a, Bounds bounds) {
@@ -103,6 +105,7 @@ inline WorkList work_list(const MiiAttention& a, Bounds bounds) {
   list.header = reinterpret_cast<PlanHeader*>(take(sizeof(PlanHeader)));
   list.decode = reinterpret_cast<DecodeSeq*>(take(a.max_seqs * sizeof(DecodeSeq)));
   list.chunk_first = reinterpret_cast<int32_t*>(take(bounds.max_chunks() * sizeof(int32_t)));
+  list.chunk_seq = reinterpret_cast<DecodeSeq*>(take(bounds.max_chunks() * sizeof(DecodeSeq)));
   list.items = reinterpret_cast<PrefillItem*>(at);
   return list;
 }
@@ -144,6 +147,15 @@ struct AttentionParams {
   int32_t group;       // query heads of a KV head
   int32_t block_bits;  // log2(block_size)
   float unit;          // scale in units of log2
+};
+
+// The same, with what rotates and stores the step's own tokens.
+struct DecodeAttentionParams {
+  AttentionParams p;
+  const float* cos_sin;
+  const int32_t* positions;
+  const int32_t* kv_slots;
+  int32_t max_positions;
 };
 
 }  // namespace mii

@@ -7,6 +7,7 @@
 #pragma once
 #include "mii/abi/rope_kv.h"
 #include "mii/common.cuh"
+#include "mii/rotate.cuh"
 
 namespace mii {
 
@@ -87,12 +88,6 @@ __device__ __forceinline__ void load_angles(float (&cos)[N], float (&sin)[N], co
     load_floats(cos, table + a * N);
     load_floats(sin, table + half + a * N);
   }
-}
-
-__device__ __forceinline__ void rotate(float& x, float& y, float cos, float sin) {
-  const float first = x * cos - y * sin;
-  y = y * cos + x * sin;
-  x = first;
 }
 
 template <typename T, int N>

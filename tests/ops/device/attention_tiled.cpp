@@ -1,4 +1,4 @@
-// The kernel of all attention by products of warps and the one that makes its work list, on the host, for
+// The kernels of all attention by products of warps and the one that makes their work list, on the host, for
 // tests/ops/test_attention_tiled.py.
 #include "mii/abi/attention.h"
 #include "mii/attention_kernel.cuh"
@@ -25,6 +25,15 @@ Body body_of(const MiiAttention& a, bool large) {
 struct alignas(128) Line {
   char bytes[128];
 };
+
+using DecodeBody = void (*)(const DecodeAttentionParams&, unsigned char*);
+
+template <typename T>
+DecodeBody decode_body_of(const MiiAttention& a, bool large) {
+  if (a.head_dim == 80) return large ? attend_new<T, 80, kLargeBudget> : attend_new<T, 80, kSmallBudget>;
+  return large ? attend_new<T, 128, kLargeBudget> : attend_new<T, 128, kSmallBudget>;
+}
+
 // With a line behind, that nobody may touch.
 std::vector<Line> lines(int64_t bytes) { return std::vector<Line>((bytes + 127) / 128 + 1); }
 bool untouched(const std::vector<Line>& memory) {
@@ -70,19 +79,29 @@ extern "C" int teams_on_host(const MiiAttention* args, int ctas) {
   return step.make_plan() == nullptr ? step.p.work.header->teams : -1;
 }
 
-// A step on `ctas` CTAs, one after the other, with the shared memory of sm_90 (`large`) or sm_80; null, or why that came to
-// no end.
-extern "C" const char* attention_on_host(const MiiAttention* args, int ctas, bool large) {
-  const Step step(*args, ctas);
-  const AttentionParams& p = step.p;
+// A step on `ctas` CTAs, one after the other, whose threads run `body`; null, or why that came to no end.
+static const char* run_step(const Step& step, int ctas, const std::function<void()>& body) {
   if (const char* failure = step.make_plan()) return failure;
-  const Body body = args->dtype == MII_F16 ? body_of<__half>(*args, large) : body_of<__nv_bfloat16>(*args, large);
   for (int i = 0; i < ctas; ++i) {
-    if (const char* failure = run(i, ctas, kAttentionThreads, [&] { body(p, shared); })) return failure;
+    if (const char* failure = run(i, ctas, kAttentionThreads, body)) return failure;
   }
   if (!untouched(step.work) || !untouched(step.space)) return "wrote past its memory";
-  const int32_t* counters = p.space.queue;
+  const int32_t* counters = step.p.space.queue;
   const int count = 32 + step.bounds.max_chunks() + step.bounds.max_parts();
   const bool zero = std::all_of(counters, counters + count, [](int c) { return c == 0; });
   return zero ? nullptr : "counters are not zero again";
+}
+
+// With the shared memory of sm_90 (`large`) or sm_80.
+extern "C" const char* attention_on_host(const MiiAttention* args, int ctas, bool large) {
+  const Step step(*args, ctas);
+  const Body body = args->dtype == MII_F16 ? body_of<__half>(*args, large) : body_of<__nv_bfloat16>(*args, large);
+  return run_step(step, ctas, [&] { body(step.p, shared); });
+}
+extern "C" const char* decode_attention_on_host(const MiiDecodeAttention* args, int ctas, bool large) {
+  const MiiAttention& a = args->attention;
+  const Step step(a, ctas);
+  const DecodeAttentionParams n = {step.p, args->cos_sin, args->positions, args->kv_slots, int(args->max_positions)};
+  const DecodeBody body = a.dtype == MII_F16 ? decode_body_of<__half>(a, large) : decode_body_of<__nv_bfloat16>(a, large);
+  return run_step(step, ctas, [&] { body(n, shared); });
 }

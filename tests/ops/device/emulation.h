@@ -238,4 +238,8 @@ template <typename T>
 T __ldcg(const T* address) {
   return *address;
 }
+template <typename T>
+T __ldg(const T* address) {
+  return *address;
+}
 inline float __fdividef(float x, float y) { return x / y; }

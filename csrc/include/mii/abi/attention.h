@@ -28,3 +28,16 @@ MII_API int32_t mii_attention_plan(const struct MiiAttention* args, void* stream
 MII_API int32_t mii_attention(const struct MiiAttention* args, void* stream);
 MII_API int64_t mii_attention_work_bytes(const struct MiiAttention* args);
 MII_API int64_t mii_attention_workspace_bytes(const struct MiiAttention* args);
+
+// CUDA: rotation, KV write and attention of a step in which every sequence has one query token or none: as mii_rope_kv
+// without norms, with half-split pairs, and mii_attention after it. `attention.q` begins rows of [q heads | k heads |
+// v heads] that stay as they are; the caches, which miss the step's own tokens, get their keys and values. All that
+// follows was written before the work list.
+struct MiiDecodeAttention {
+  struct MiiAttention attention;
+  const float* cos_sin;      // [max_positions, head_dim]: cos in the first half, sin in the second; null: no rotation
+  const int32_t* positions;  // [tokens] row of cos_sin
+  const int32_t* kv_slots;   // [tokens] block * block_size + offset of the token's place in the cache, or -1: not written
+  int64_t max_positions;
+};
+MII_API int32_t mii_decode_attention(const struct MiiDecodeAttention* args, void* stream);
