@@ -67,6 +67,7 @@ class Plan:
         prompts: Everything else, in rows after theirs.
         grown: Those of `decodes` that got a new block for it.
         preempted: Sequences that lost their blocks.
+        reuses: Whether a sequence starts on cached blocks, which another one may be about to compute in this step.
         time: What the pace leaves for prompts; None: as much as they take.
         sampled: The sequences that a token is drawn for, in the order of their rows.
         sampled_slots, tickets, known: Their slots, the tickets of these, and how many tokens they have with that one.
@@ -80,6 +81,7 @@ class Plan:
     grown: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
     num_tokens: int = 0
+    reuses: bool = False
     time: TimeLeft | None = None
     sampled: list[Sequence] = field(default_factory=list)
     sampled_slots: Column = field(default_factory=_no_rows)
@@ -282,6 +284,7 @@ class Scheduler:
         sequence.hold(cached, size)
         sequence.compute(len(cached) * size)
         sequence.registered = sequence.computed
+        plan.reuses = plan.reuses or bool(cached)
         self._plan(plan, sequence, self._chunk(plan, sequence))
         return True
 

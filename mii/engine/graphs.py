@@ -16,16 +16,29 @@ longer than that from some hundred tokens on. How many tokens that are is a matt
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from typing import NamedTuple
 
 import torch
 
 from mii.ops import native
 
-Bucket = tuple[int, int]
 CAPTURE_SECONDS = 3.0
 MOST_TOKENS = 1024
 _HIDES_LAUNCHES = 25e-3  # seconds of the device in which a host launches any step
 _PRODUCTS = 600e12  # FLOP/s of the fastest card's matrix products: a slower card hides more
+
+
+class Bucket(NamedTuple):
+    """What a step's graph was made for.
+
+    Attributes:
+        tokens, sequences: So many at most.
+        decodes: Whether every sequence feeds one token, and sees no key that another one gets in the same step.
+    """
+
+    tokens: int
+    sequences: int
+    decodes: bool = False
 
 
 def most_captured_tokens(weights: int, max_tokens: int) -> int:
@@ -59,15 +72,27 @@ def sample_bucket(sequences: int, limit: int) -> int:
     return min(limit, next((size for size in (64, 128, 256, 512) if sequences <= size), limit))
 
 
+def graph_bucket(step: Bucket, max_sequences: int, max_tokens: int) -> Bucket:
+    """That of the graph which serves a step of this size.
+
+    >>> graph_bucket(Bucket(3, 3, decodes=True), 512, 8192), graph_bucket(Bucket(40, 3), 512, 8192)
+    (Bucket(tokens=4, sequences=4, decodes=True), Bucket(tokens=48, sequences=64, decodes=False))
+    """
+    if step.decodes:
+        size = decode_bucket(step.tokens, max_sequences)
+        return Bucket(size, size, decodes=True)
+    return Bucket(token_bucket(step.tokens, max_tokens), sample_bucket(step.sequences, max_sequences))
+
+
 def all_buckets(max_sequences: int, max_tokens: int) -> list[Bucket]:
-    """(tokens, sequences) of every graph for steps of up to `max_tokens` tokens: decode first, small ones first."""
+    """That of every graph for steps of up to `max_tokens` tokens: decode first, small ones first."""
     decode = {decode_bucket(count, max_sequences) for count in range(1, max_sequences + 1)}
-    buckets = dict.fromkeys((size, size) for size in sorted(decode))
-    for tokens in sorted({token_bucket(count, max_tokens) for count in range(2, max_tokens + 1)}):
-        most = sample_bucket(min(tokens - 1, max_sequences), max_sequences)
+    buckets = [Bucket(size, size, decodes=True) for size in sorted(decode)]
+    for tokens in sorted({token_bucket(count, max_tokens) for count in range(1, max_tokens + 1)}):
+        most = sample_bucket(min(tokens, max_sequences), max_sequences)
         sizes = {sample_bucket(count, max_sequences) for count in (1, 65, 129, 257, 513) if count <= most}
-        buckets |= dict.fromkeys((tokens, size) for size in sorted(sizes))
-    return list(buckets)
+        buckets += [Bucket(tokens, size) for size in sorted(sizes)]
+    return buckets
 
 
 class StepGraphs:

@@ -8,6 +8,7 @@ import torch
 
 from mii.batching.pace import StepCosts
 from mii.engine.costs import count_expert_weights, count_weights
+from mii.engine.graphs import Bucket
 from mii.engine.runner import Runner
 from mii.ops.all_reduce import of_first
 
@@ -25,8 +26,8 @@ def measure_costs(runner: Runner, rounds: int = 3) -> StepCosts:
     """
     limits, spec = runner.limits, runner.spec
     tokens = min(MANY_TOKENS[runner.device.type], limits.max_tokens)
-    step = _seconds(runner, 1, 1, rounds)
-    token = _seconds(runner, tokens, min(64, limits.max_sequences), rounds) / tokens
+    step = _seconds(runner, Bucket(1, 1, decodes=True), rounds)
+    token = _seconds(runner, Bucket(tokens, min(64, limits.max_sequences)), rounds) / tokens
     experts = count_expert_weights(spec)  # nobody is in these steps, so experts had no rows
     weights = count_weights(spec) - experts
     bandwidth, arithmetic = weights * runner.dtype.itemsize / step, 2 * weights / token
@@ -39,13 +40,13 @@ def measure_costs(runner: Runner, rounds: int = 3) -> StepCosts:
     return StepCosts(*of_first(runner.model.place.group, found, runner.device))
 
 
-def _seconds(runner: Runner, tokens: int, sequences: int, rounds: int) -> float:
-    runner.rehearse((tokens, sequences))
+def _seconds(runner: Runner, bucket: Bucket, rounds: int) -> float:
+    runner.rehearse(bucket)
     times = []
     for _ in range(rounds):
         _wait(runner.device)
         begin = time.perf_counter()
-        runner.rehearse((tokens, sequences))
+        runner.rehearse(bucket)
         _wait(runner.device)
         times.append(time.perf_counter() - begin)
     return min(times)

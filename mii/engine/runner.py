@@ -18,7 +18,7 @@ import torch
 from mii.batching.scheduler import Plan
 from mii.engine.costs import count_weights
 from mii.engine.extras import Extras
-from mii.engine.graphs import Bucket, StepGraphs, decode_bucket, most_captured_tokens, sample_bucket, token_bucket
+from mii.engine.graphs import Bucket, StepGraphs, graph_bucket, most_captured_tokens
 from mii.engine.inputs import SentBlocks, TableUpdate, digest, fill_step
 from mii.engine.rotation import Rotation
 from mii.engine.sampling import Sampler
@@ -186,15 +186,15 @@ class Runner:
         tokens = self.sampled.on_device
         draws = self.sampler.plan(sequence.sampling for sequence in plan.sampled)
         if self.graphs is None and forward.cos_sin is self.rotation.tables:
-            key = (plan.num_tokens, plan.num_sequences, samples, self._suppressing, draws)
+            key = (*self._bucket(plan), samples, self._suppressing, draws)
             self._recorded.run(key, lambda: self._execute(forward, tokens[:samples], draws))
         elif self.graphs is None:
             self._execute(forward, tokens[:samples], draws)
         elif forward.cos_sin is not self.rotation.tables or forward.positions.shape[0] > self.most_captured:
             self._execute(forward, tokens[: len(forward.sample_rows)], draws)
         else:
-            bucket = (forward.positions.shape[0], len(forward.sample_rows))
-            self.graphs.run((*bucket, draws), lambda: self._execute(forward, tokens[: bucket[1]], draws))
+            bucket = self._bucket(plan)
+            self.graphs.run((*bucket, draws), lambda: self._execute(forward, tokens[: bucket.sequences], draws))
         scores = None
         if self._extras is not None:
             scores = self._extras.follow(plan, forward, tokens)
@@ -210,19 +210,19 @@ class Runner:
         """Runs a step of this size with nobody in it, so that kernels load and products choose their algorithms.
 
         Args:
-            bucket: Tokens and sequences. The cache is not touched.
+            bucket: Of the step. The cache is not touched.
             draws: What the sampler exchanges, one of its `usual`; None: the first of them.
             capture: Keep it as a graph instead; it has to have run before.
         """
-        forward, tokens = self._views(bucket, bucket[1]), self.sampled.on_device
+        forward, tokens = self._views(bucket, bucket.sequences), self.sampled.on_device
         draws = draws or self.sampler.usual[0]
         self.step.host().counts.fill(0)
         forward.step.upload()
         forward.cos_sin, forward.rope_rows = self.rotation.tables, forward.step.rope_rows
         if capture and self.graphs is not None:
-            self.graphs.capture((*bucket, draws), lambda: self._execute(forward, tokens[: bucket[1]], draws))
+            self.graphs.capture((*bucket, draws), lambda: self._execute(forward, tokens[: bucket.sequences], draws))
         else:
-            self._execute(forward, tokens[: bucket[1]], draws)
+            self._execute(forward, tokens[: bucket.sequences], draws)
 
     @torch.inference_mode()
     def logits(self, plan: Plan) -> torch.Tensor:
@@ -240,7 +240,8 @@ class Runner:
             self.timeline.done("fill")
         if self.agree is not None:
             self.agree(digest(self.step.host(), plan))
-        forward = self._forward(plan.num_tokens, plan.num_sequences, samples)
+        bucket = self._bucket(plan)
+        forward = self._views(bucket, samples if self.graphs is None else bucket.sequences)
         if self.timeline is not None:
             self.timeline.launches(plan.num_tokens, plan.num_sequences)
         forward.step.upload()
@@ -291,32 +292,26 @@ class Runner:
             self._suppress.zero_()
         self._suppressing = self._any_suppressed or self.graphs is not None
 
-    def _forward(self, tokens: int, sequences: int, samples: int) -> Forward:
-        """The views of a step of this size; with graphs, of the bucket it falls in."""
-        if self.graphs is not None:
-            tokens, sequences = self._bucket(tokens, sequences)
-            samples = sequences
-        return self._views((tokens, sequences), samples)
+    def _bucket(self, plan: Plan) -> Bucket:
+        """The size of a step; with graphs, that of the graph for it."""
+        tokens, sequences = plan.num_tokens, plan.num_sequences
+        step = Bucket(tokens, sequences, decodes=tokens == sequences and not plan.reuses)
+        return step if self.graphs is None else graph_bucket(step, self.limits.max_sequences, self.limits.max_tokens)
 
-    def _bucket(self, tokens: int, sequences: int) -> Bucket:
-        limits = self.limits
-        if tokens == sequences:
-            size = decode_bucket(tokens, limits.max_sequences)
-            return size, size
-        return token_bucket(tokens, limits.max_tokens), sample_bucket(sequences, limits.max_sequences)
-
-    def _views(self, key: Bucket, samples: int) -> Forward:
-        forward = self._forwards.get(key)
+    def _views(self, bucket: Bucket, samples: int) -> Forward:
+        """What a step of this size works on."""
+        forward = self._forwards.get(bucket)
         if forward is None:
             if len(self._forwards) >= 1024:
                 self._forwards.clear()
-            forward = self._forwards[key] = self._make_forward(*key)
+            forward = self._forwards[bucket] = self._make_forward(bucket)
         if len(forward.sample_rows) != samples:
-            forward.buffers = self.arena.views(key[0], samples)
+            forward.buffers = self.arena.views(bucket.tokens, samples)
             forward.sample_rows = forward.step.sample_rows[:samples]
         return forward
 
-    def _make_forward(self, tokens: int, sequences: int) -> Forward:
+    def _make_forward(self, bucket: Bucket) -> Forward:
+        tokens, sequences, decodes = bucket
         step = self.step.bucket(sequences, tokens)
         batch = AttentionBatch(
             counts=step.counts,
@@ -339,6 +334,7 @@ class Runner:
             batch=batch,
             plans=self.plans,
             buffers=self.arena.views(tokens, sequences),
+            decodes=decodes,
             halves=self.model.halves(tokens, captured=tokens <= self.most_captured),
         )
 

@@ -16,6 +16,7 @@ from mii.modeling.spec import ModelSpec
 from mii.ops import native
 from mii.ops.all_reduce import Group
 from mii.ops.attention import attention
+from mii.ops.decode_attention import decode_attention
 from mii.ops.rope_kv import rope_kv
 
 
@@ -45,6 +46,7 @@ class Attention(Module):
         self._scale = spec.attention_scale * (spec.layer_scales[layer] if spec.layer_scales else 1.0)
         slopes = spec.alibi_slopes
         self._growth = _query_growth(spec, place) if 0 < spec.log_length < spec.max_positions else None
+        self._decodes_at_once = self._rotates_plainly()
         self._slopes = torch.tensor(slopes, dtype=torch.float32, device=place.device) if slopes else None
 
     def __call__(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -80,9 +82,14 @@ class Attention(Module):
         """As `attend`, once queries, keys and values are in their buffer."""
         spec, buffers = self.spec, forward.buffers
         k_cache, v_cache = forward.caches[self.layer]
-        qkv = buffers.qkv
+        qkv, plan = buffers.qkv, forward.plans[self.window]
+        how: dict[str, Any] = {"scale": self._scale, "softcap": spec.attention_softcap, "alibi_slopes": self._slopes}
         if self._norms_apart:
             self._norm_slices(qkv)
+        if forward.decodes and self._decodes_at_once:
+            new = (forward.cos_sin[self.layer], forward.rope_rows, forward.kv_slots)
+            decode_attention(buffers.attention, qkv, k_cache, v_cache, *new, forward.batch, plan, **how)
+            return buffers.attention
         rope_kv(
             qkv,
             k_cache,
@@ -100,19 +107,13 @@ class Attention(Module):
         queries = qkv[:, : spec.q_size]
         if self._growth is not None:
             native.aside(partial(_grow, queries, self._growth, forward.positions))
-        plan = forward.plans[self.window]
-        attention(
-            buffers.attention,
-            queries,
-            k_cache,
-            v_cache,
-            forward.batch,
-            plan,
-            scale=self._scale,
-            softcap=spec.attention_softcap,
-            alibi_slopes=self._slopes,
-        )
+        attention(buffers.attention, queries, k_cache, v_cache, forward.batch, plan, **how)
         return buffers.attention
+
+    def _rotates_plainly(self) -> bool:
+        """Whether decode attention can take queries, keys and values as they are in their buffer: see its module."""
+        whole = self._rotary_dim in (0, self.spec.head_dim) and not self._interleaved
+        return whole and self._growth is None and (self.q_norm is None or self._norms_apart)
 
     def _norm_slices(self, qkv: torch.Tensor) -> None:
         """Norms all queries and all keys of each row, or head by head."""

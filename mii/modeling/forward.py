@@ -47,6 +47,9 @@ class Forward:
 
     `cos_sin` has the rotary table of every layer, None for no rotation; `rope_rows` are the rows that the tokens take.
 
+    `decodes`: each sequence has one token, of none is it a part of a prompt, so that nobody sees a key that another one
+    gets in this step.
+
     `halves`: two pieces of a large step among ranks, each computed while sums of the other are on their way; else none.
     `sums`: those of the halves of `branch`, in their order, where they are still to be taken.
     """
@@ -62,5 +65,6 @@ class Forward:
     batch: AttentionBatch
     plans: dict[int, AttentionPlan]
     buffers: Activations
+    decodes: bool = False
     halves: Sequence[slice] = ()
     sums: Sequence[StartedSum | None] = ()

@@ -12,12 +12,11 @@ from hypothesis import strategies as st
 
 from mii.engine import capture
 from mii.engine.graphs import (
+    Bucket,
     StepGraphs,
     all_buckets,
-    decode_bucket,
+    graph_bucket,
     most_captured_tokens,
-    sample_bucket,
-    token_bucket,
 )
 from mii.engine.startup import StartReport
 from tests.oracle import generate, random_prompts, small_engine
@@ -30,20 +29,21 @@ def test_every_step_has_a_bucket(sizes: tuple[int, int], data: st.DataObject) ->
     max_sequences, max_tokens = sizes
     buckets = set(all_buckets(max_sequences, max_tokens))
     sequences = data.draw(st.integers(1, max_sequences))
-    size = decode_bucket(sequences, max_sequences)
-    assert (size, size) in buckets
-    assert sequences <= size <= max(8, 1.25 * sequences + 8)
-    if sequences < max_tokens:
-        tokens = data.draw(st.integers(sequences + 1, max_tokens))
-        rows, some = token_bucket(tokens, max_tokens), sample_bucket(sequences, max_sequences)
-        assert (rows, some) in buckets
-        assert tokens <= rows <= 1.125 * tokens + 16
-        assert sequences <= some <= max(64, 2 * sequences)
+    decode = graph_bucket(Bucket(sequences, sequences, decodes=True), max_sequences, max_tokens)
+    assert decode in buckets
+    assert decode.decodes and decode.tokens == decode.sequences
+    assert sequences <= decode.sequences <= max(8, 1.25 * sequences + 8)
+    tokens = data.draw(st.integers(sequences, max_tokens))
+    mixed = graph_bucket(Bucket(tokens, sequences), max_sequences, max_tokens)
+    assert mixed in buckets
+    assert not mixed.decodes
+    assert tokens <= mixed.tokens <= 1.125 * tokens + 16
+    assert sequences <= mixed.sequences <= max(64, 2 * sequences)
 
 
 def test_decode_steps_come_first_and_the_count_stays_small() -> None:
     buckets = all_buckets(1024, 8192)
-    decode = [bucket for bucket in buckets if bucket[0] == bucket[1]]
+    decode = [bucket for bucket in buckets if bucket.decodes]
     assert buckets[: len(decode)] == decode == sorted(decode)
     assert len(all_buckets(1024, 1024)) < 250
     assert len(set(buckets)) == len(buckets) < 400
@@ -80,7 +80,7 @@ def test_all_steps_are_captured_and_touch_nothing(tiny_llama: Path) -> None:
     runner.graphs = cast(StepGraphs, notes)
     captured = capture.capture_steps(runner, seconds=60)
     runner.graphs = None
-    assert [key[:2] for key in notes.buckets] == all_buckets(runner.limits.max_sequences, runner.limits.max_tokens)
+    assert [key[:3] for key in notes.buckets] == all_buckets(runner.limits.max_sequences, runner.limits.max_tokens)
     assert (captured.graphs, captured.planned) == (len(notes), len(notes))
     assert generate(engine, prompts, 12) == expected  # the prefix cache still holds what it held
     assert engine.stats().prefix_hit_tokens > 0

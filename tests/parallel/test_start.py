@@ -13,7 +13,7 @@ import torch
 
 from mii.batching.pace import StepCosts
 from mii.engine import capture, loading, pacing
-from mii.engine.graphs import StepGraphs, all_buckets
+from mii.engine.graphs import Bucket, StepGraphs, all_buckets
 from mii.engine.runner import Runner
 from mii.errors import GenerationError
 from mii.ops.all_reduce import of_first
@@ -56,9 +56,9 @@ def test_numbers_of_rank_0_come_to_all_bit_for_bit() -> None:
 def uneven_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each rank would come to other costs: by its own clock rank 1 is four times as slow as rank 0."""
 
-    def seconds(runner: Runner, tokens: int, sequences: int, rounds: int) -> float:
-        runner.rehearse((tokens, sequences))
-        return (5e-3 if tokens == 1 else 1e-3 * tokens) * 4 ** rank_of(runner)
+    def seconds(runner: Runner, bucket: Bucket, rounds: int) -> float:
+        runner.rehearse(bucket)
+        return (5e-3 if bucket.decodes else 1e-3 * bucket.tokens) * 4 ** rank_of(runner)
 
     monkeypatch.setattr(pacing, "_seconds", seconds)
 
