@@ -18,6 +18,7 @@ from benchmarks.kernels_attention import Work, attention_batch, attention_plan
 from benchmarks.timing import Call, Case, graph_seconds, run_cases
 from mii.ops import linear_hopper
 from mii.ops.attention import attention
+from mii.ops.decode_attention import decode_attention
 from mii.ops.linear import LinearWeight, gated_linear, linear, pack_linear
 from mii.ops.norm import norm
 from mii.ops.rope_kv import rope_kv
@@ -110,7 +111,7 @@ class _Chain:
         )
         self.gain, self.table = random(HIDDEN), torch.randn(1024, HEAD_DIM, device=device)
         self.cache = random(2, -(-rows // BLOCK), KV_HEADS, BLOCK, HEAD_DIM)
-        self.rows = torch.arange(rows, dtype=torch.int32, device=device)
+        self.rows = self.slots = torch.arange(rows, dtype=torch.int32, device=device)
 
     def products(self, weights: list[LinearWeight], following: LinearWeight) -> None:
         qkv, output, up, down = weights
@@ -120,15 +121,15 @@ class _Chain:
         linear(self.hidden, self.up[:, :INTERMEDIATE], down, following=following)
 
     def attend(self) -> torch.Tensor:
-        """The heads' results; here the queries stand in for them."""
+        """The heads' results; here the queries, once rotated, stand in for them."""
+        heads = {"q_heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "rotary_dim": HEAD_DIM}
+        rope_kv(self.qkv, self.cache[0], self.cache[1], self.table, self.rows, self.slots, **heads)
         return self.qkv[:, :HIDDEN]
 
     def layer(self, weights: list[LinearWeight], following: LinearWeight) -> None:
         qkv, output, up, down = weights
         norm(self.hidden, self.branch, self.gain, eps=1e-5, residual=self.residual)
         linear(self.qkv, self.hidden, qkv, following=output)
-        heads = {"q_heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "rotary_dim": HEAD_DIM}
-        rope_kv(self.qkv, self.cache[0], self.cache[1], self.table, self.rows, self.rows, **heads)
         linear(self.branch, self.attend(), output, following=up)
         norm(self.hidden, self.branch, self.gain, eps=1e-5, residual=self.residual)
         gated_linear(self.activated, self.up, self.hidden, up, "silu", following=down)
@@ -136,26 +137,32 @@ class _Chain:
 
 
 class _WholeChain(_Chain):
-    """With attention of each row to a context of its own."""
+    """With attention of each row to a context of its own, which `apart` a kernel for the rotation goes before."""
 
-    def __init__(self, device: torch.device, rows: int) -> None:
+    def __init__(self, device: torch.device, rows: int, apart: bool) -> None:
         super().__init__(device, rows)
+        self.apart = apart
         self.work = Work(((1, CONTEXT),) * rows, block=BLOCK)
         self.batch, blocks = attention_batch(self.work, device)
         self.plan = attention_plan(self.work, self.batch, device)
         self.cache = torch.randn(2, blocks, KV_HEADS, BLOCK, HEAD_DIM, device=device, dtype=DTYPE)
+        self.slots = self.batch.block_table[:, (CONTEXT - 1) // BLOCK] * BLOCK + (CONTEXT - 1) % BLOCK
         self.attended = torch.empty(rows, HIDDEN, device=device, dtype=DTYPE)
 
     def attend(self) -> torch.Tensor:
-        keys, values = self.cache
-        attention(self.attended, super().attend(), keys, values, self.batch, self.plan, scale=HEAD_DIM**-0.5)
-        return self.attended
+        out, caches, scale = self.attended, (self.cache[0], self.cache[1]), HEAD_DIM**-0.5
+        if self.apart:
+            attention(out, super().attend(), *caches, self.batch, self.plan, scale=scale)
+        else:
+            tokens = (self.table, self.rows, self.slots)
+            decode_attention(out, self.qkv, *caches, *tokens, self.batch, self.plan, scale=scale)
+        return out
 
 
 def _whole_layers(device: torch.device, layers: Layers) -> Iterator[dict[str, Any]]:
-    for rows in LAYER_ROWS:
-        chain = _WholeChain(device, rows)
-        text = f"whole layer, {rows} x {CONTEXT} tokens"
+    for rows, apart in itertools.product(LAYER_ROWS, (True, False)):
+        chain = _WholeChain(device, rows, apart)
+        text = f"whole layer, {rows} x {CONTEXT} tokens{', rotation apart' if apart else ''}"
         yield _chained(text, layers, chain.layer, LAYER_BYTES + chain.work.bytes)
 
 

@@ -36,6 +36,7 @@ from mii.benchmark.report import versions, write_json
 from mii.benchmark.shapes import MIXES
 from mii.config import ModelConfig
 from mii.engine import Engine, build_engine
+from mii.engine.graphs import graph_bucket
 from mii.engine.runner import LaunchedStep, Runner
 from mii.logging import set_level
 
@@ -78,8 +79,8 @@ def _without_device(runner: Runner) -> Callable[[Plan], LaunchedStep]:
 
     def launch(plan: Plan) -> LaunchedStep:
         runner._fill(plan)
-        bucket = runner._bucket(plan.num_tokens, plan.num_sequences)  # as with graphs
-        runner._views(bucket, bucket[1]).step.upload()
+        bucket = graph_bucket(runner._bucket(plan), runner.limits.max_sequences, runner.limits.max_tokens)
+        runner._views(bucket, bucket.sequences).step.upload()
         runner._send_suppressed(plan)
         return LaunchedStep(plan, tokens, None)
 
