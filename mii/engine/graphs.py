@@ -34,11 +34,18 @@ class Bucket(NamedTuple):
     Attributes:
         tokens, sequences: So many at most.
         decodes: Whether every sequence feeds one token, and sees no key that another one gets in the same step.
+        whole: Whether every row is wanted of the last layer, and not those alone that are sampled.
     """
 
     tokens: int
     sequences: int
     decodes: bool = False
+    whole: bool = False
+
+    @property
+    def narrows(self) -> bool:
+        """Whether few rows are sampled, so that the last layer is best computed of these."""
+        return not (self.decodes or self.whole) and 2 * self.sequences <= self.tokens
 
 
 def most_captured_tokens(weights: int, max_tokens: int) -> int:
@@ -81,7 +88,8 @@ def graph_bucket(step: Bucket, max_sequences: int, max_tokens: int) -> Bucket:
     if step.decodes:
         size = decode_bucket(step.tokens, max_sequences)
         return Bucket(size, size, decodes=True)
-    return Bucket(token_bucket(step.tokens, max_tokens), sample_bucket(step.sequences, max_sequences))
+    tokens, sequences = token_bucket(step.tokens, max_tokens), sample_bucket(step.sequences, max_sequences)
+    return Bucket(tokens, sequences, whole=step.whole)
 
 
 def all_buckets(max_sequences: int, max_tokens: int) -> list[Bucket]:

@@ -11,7 +11,7 @@ What few requests ask for beyond that (`mii.engine.extras`) follows a step befor
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -295,7 +295,8 @@ class Runner:
     def _bucket(self, plan: Plan) -> Bucket:
         """The size of a step; with graphs, that of the graph for it."""
         tokens, sequences = plan.num_tokens, plan.num_sequences
-        step = Bucket(tokens, sequences, decodes=tokens == sequences and not plan.reuses)
+        whole = any(chunk.sequence.prompt_scores is not None for chunk in plan.prompts)
+        step = Bucket(tokens, sequences, tokens == sequences and not plan.reuses, whole)
         return step if self.graphs is None else graph_bucket(step, self.limits.max_sequences, self.limits.max_tokens)
 
     def _views(self, bucket: Bucket, samples: int) -> Forward:
@@ -308,10 +309,17 @@ class Runner:
         if len(forward.sample_rows) != samples:
             forward.buffers = self.arena.views(bucket.tokens, samples)
             forward.sample_rows = forward.step.sample_rows[:samples]
+            forward.tail = self._tail(forward, bucket)
         return forward
 
+    def _tail(self, forward: Forward, bucket: Bucket) -> Forward | None:
+        if not (bucket.narrows and self.model.narrows):
+            return None
+        counts = forward.step.counts[abi.NUM_SAMPLES - abi.NUM_TOKENS :]  # its tokens are those that are sampled
+        return replace(forward, buffers=self.arena.tail(len(forward.sample_rows)), counts=counts, tail=None, halves=())
+
     def _make_forward(self, bucket: Bucket) -> Forward:
-        tokens, sequences, decodes = bucket
+        tokens, sequences = bucket[:2]
         step = self.step.bucket(sequences, tokens)
         batch = AttentionBatch(
             counts=step.counts,
@@ -322,21 +330,24 @@ class Runner:
             max_seqs=sequences,
             max_tokens=tokens,
         )
-        return Forward(
+        forward = Forward(
             step=step,
             ids=step.ids,
             positions=step.positions,
             rope_rows=step.rope_rows,
             kv_slots=step.kv_slots,
             sample_rows=step.sample_rows,
+            counts=step.counts,
             cos_sin=self.rotation.tables,
             caches=self.caches,
             batch=batch,
             plans=self.plans,
             buffers=self.arena.views(tokens, sequences),
-            decodes=decodes,
+            decodes=bucket.decodes,
             halves=self.model.halves(tokens, captured=tokens <= self.most_captured),
         )
+        forward.tail = self._tail(forward, bucket)
+        return forward
 
     # -- from plan to tensors -----------------------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ and up projections, takes up what queries, keys, values and logits had or will h
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -35,7 +36,7 @@ _LIVES = {
     "experts.shared": life(("down", "combine")),
     "experts.shared_gate": life(("down", "combine")),
 }
-_LAST = ("last", "last_residual", "last_normed", "last_projected", "logits")
+_LAST = ("last_attention", "last", "last_residual", "last_normed", "last_projected", "logits")
 
 
 class ActivationArena:
@@ -78,6 +79,11 @@ class ActivationArena:
             self._views[key] = Activations(**rows, **sampled, experts=experts)
         return self._views[key]
 
+    def tail(self, samples: int) -> Activations:
+        """What the last layer works on behind its attention, for the sampled rows alone."""
+        views = self.views(samples, samples)
+        return replace(views, residual=views.last_residual, attention=views.last_attention)
+
 
 def _fewer_rows(spec: ModelSpec, place: Placement, max_tokens: int) -> dict[str, int]:
     """Buffers that have fewer rows than a step has tokens, since an MLP is computed in pieces. Experts are not; of a
@@ -98,12 +104,14 @@ def _widths(spec: ModelSpec, up_width: int) -> dict[str, int]:
         widths["joint"] = spec.q_size + spec.mlp_width
     else:
         widths |= {"attention": spec.q_size, "activated": spec.mlp_width}
+    widths["last_attention"] = 0 if spec.parallel else spec.q_size
     widths |= dict.fromkeys(("last", "last_residual", "last_normed"), spec.hidden_size)
     return widths | {"last_projected": spec.embedding_size, "logits": spec.vocab_span.size}
 
 
 def _lives(spec: ModelSpec, in_pieces: bool) -> dict[str, Life]:
     lives = _LIVES | dict.fromkeys(_LAST, life(("end", "end")))
+    lives |= {"last_attention": life(("output", "output")), "last_residual": life(("output", "end"))}
     lives["hidden"] = BLOCKS[spec.block].hidden_life
     if in_pieces:  # the first piece's results are there while the last one's are computed
         lives |= {name: lives[name] | life(("up", "down")) for name in ("hidden", "up") if "up" in lives[name]}

@@ -51,8 +51,12 @@ class Attention(Module):
 
     def __call__(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Writes the attention of `x` [tokens, hidden] into `out` and returns it."""
+        return self.project_out(out, self.attend(forward, x))
+
+    def project_out(self, out: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
+        """Writes what becomes of the heads' results, [tokens, heads * head size], into `out` and returns it."""
         assert self.output is not None
-        return self.output(out, self.attend(forward, x))
+        return self.output(out, heads)
 
     @property
     def is_linear(self) -> bool:

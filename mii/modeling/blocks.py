@@ -7,7 +7,10 @@ both in the same state, and the decoder's final norm adds the last one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar, Protocol
+
+import torch
 
 from mii.modeling.attention import Attention
 from mii.modeling.forward import Forward
@@ -17,6 +20,7 @@ from mii.modeling.mlp import MLP, DenseMLP, make_mlp
 from mii.modeling.parameters import JointLinear, Module, Placement
 from mii.modeling.spec import ModelSpec
 from mii.ops.all_reduce import Group, start_all_reduce
+from mii.ops.gather import gather
 
 
 class Block(Protocol):
@@ -24,12 +28,14 @@ class Block(Protocol):
 
     `adds_later`: whether its last branch is still to be added to the stream when it returns. `norms_branch`: whether
     that branch is normed before it is added; the weight then belongs to the norm that adds it. `hidden_life`: when it
-    needs the buffer `hidden`. `works_in_halves`: whether it heeds `Forward.halves`.
+    needs the buffer `hidden`. `works_in_halves`: whether it heeds `Forward.halves`. `narrows`: whether, as the last
+    layer, it heeds `Forward.tail`.
     """
 
     adds_later: ClassVar[bool]
     norms_branch: ClassVar[bool]
     hidden_life: ClassVar[Life]
+    narrows: ClassVar[bool]
 
     @property
     def mlp(self) -> MLP: ...
@@ -45,8 +51,10 @@ class Block(Protocol):
         """Leaves the sum of its last branch to the layer that follows; see `Linear.leave_sum`."""
         ...
 
-    def __call__(self, forward: Forward, first: bool) -> None:
-        """Takes the stream through the layer; `first`: nothing is left in `branch` by a layer before."""
+    def __call__(self, forward: Forward, first: bool, last: bool) -> None:
+        """Takes the stream through the layer; `first`: nothing is left in `branch` by a layer before; `last`: no layer
+        follows.
+        """
         ...
 
 
@@ -56,6 +64,7 @@ class SequentialBlock(Module):
     adds_later: ClassVar[bool] = True
     norms_branch: ClassVar[bool] = False
     hidden_life: ClassVar[Life] = life(("norm", "qkv"), ("mlp_norm", "up"))
+    narrows: ClassVar[bool] = True
 
     def __init__(self, place: Placement, spec: ModelSpec, layer: int) -> None:
         self.attention_norm = Norm(place, spec, branch=self.norms_branch and layer > 0)
@@ -80,22 +89,25 @@ class SequentialBlock(Module):
         plain = type(self) is SequentialBlock and isinstance(self.mlp, DenseMLP) and self.attention.is_linear
         return plain and self.mlp_norm.group is not None
 
-    def __call__(self, forward: Forward, first: bool) -> None:
+    def __call__(self, forward: Forward, first: bool, last: bool) -> None:
         if forward.halves:
-            self._by_halves(forward, first)
+            self._by_halves(forward, first, last)
             return
+        _norm_stream(self.attention_norm, forward, first)
+        _go_on(self._finish, forward, self.attention.attend(forward, forward.buffers.hidden), last)
+
+    def _finish(self, forward: Forward, heads: torch.Tensor) -> None:
+        """All that follows attention."""
         buffers = forward.buffers
         hidden, residual, branch = buffers.hidden, buffers.residual, buffers.branch
-        _norm_stream(self.attention_norm, forward, first)
-        self.attention(forward, branch, hidden)
+        self.attention.project_out(branch, heads)
         self.mlp_norm(hidden, branch, residual)
         self.mlp(forward, branch, hidden)
 
-    def _by_halves(self, forward: Forward, first: bool) -> None:
+    def _by_halves(self, forward: Forward, first: bool, last: bool) -> None:
         """The same; while a half's sum over the ranks is on its way, the other half is computed."""
-        buffers, halves, output = forward.buffers, forward.halves, self.attention.output
+        buffers, halves, output = forward.buffers, forward.halves, self.attention.project_out
         hidden, residual, branch = buffers.hidden, buffers.residual, buffers.branch
-        assert output is not None
         for index, half in enumerate(halves):
             if first:
                 self.attention_norm(hidden[half], residual[half])
@@ -103,6 +115,10 @@ class SequentialBlock(Module):
                 self.attention_norm.of_started(hidden[half], branch[half], residual[half], forward.sums[index])
             self.attention.project(forward, half, hidden[half])
         heads = self.attention.attend_projected(forward)
+        if last and forward.tail is not None:
+            forward.sums = ()
+            _go_on(self._finish, forward, heads, last)
+            return
         sums = [start_all_reduce(output(branch[half], heads[half]), self.mlp_norm.group) for half in halves]
         forward.sums = later = []
         for half, started in zip(halves, sums, strict=True):
@@ -123,6 +139,7 @@ class NormedBranchBlock(Module):
     adds_later: ClassVar[bool] = True
     norms_branch: ClassVar[bool] = True
     hidden_life: ClassVar[Life] = life()
+    narrows: ClassVar[bool] = True
 
     def __init__(self, place: Placement, spec: ModelSpec, layer: int) -> None:
         self.attention_norm = BranchNorm(place, spec) if layer > 0 else None  # of what the layer before left
@@ -136,11 +153,15 @@ class NormedBranchBlock(Module):
     def leave_sum(self) -> Group | None:
         return self.mlp.leave_sum()
 
-    def __call__(self, forward: Forward, first: bool) -> None:
+    def __call__(self, forward: Forward, first: bool, last: bool) -> None:
         branch, residual = forward.buffers.branch, forward.buffers.residual
         if self.attention_norm is not None:
             self.attention_norm(branch, residual)
-        self.attention(forward, branch, residual)
+        _go_on(self._finish, forward, self.attention.attend(forward, residual), last)
+
+    def _finish(self, forward: Forward, heads: torch.Tensor) -> None:
+        branch, residual = forward.buffers.branch, forward.buffers.residual
+        self.attention.project_out(branch, heads)
         self.mlp_norm(branch, residual)
         self.mlp(forward, branch, residual)
 
@@ -151,8 +172,9 @@ class NormedResidualBlock(SequentialBlock):
     """
 
     hidden_life: ClassVar[Life] = life(("norm", "mlp_norm"))
+    narrows: ClassVar[bool] = False
 
-    def __call__(self, forward: Forward, first: bool) -> None:
+    def __call__(self, forward: Forward, first: bool, last: bool) -> None:
         buffers = forward.buffers
         hidden, residual, branch = buffers.hidden, buffers.residual, buffers.branch
         _norm_stream(self.attention_norm, forward, first)
@@ -174,10 +196,13 @@ class PostNormBlock(SequentialBlock):
     def follow(self, before: Block) -> None:
         """Nothing is left to add."""
 
-    def __call__(self, forward: Forward, first: bool) -> None:
+    def __call__(self, forward: Forward, first: bool, last: bool) -> None:
+        _go_on(self._finish, forward, self.attention.attend(forward, forward.buffers.residual), last)
+
+    def _finish(self, forward: Forward, heads: torch.Tensor) -> None:
         buffers = forward.buffers
         hidden, residual, branch = buffers.hidden, buffers.residual, buffers.branch
-        self.attention(forward, branch, residual)
+        self.attention.project_out(branch, heads)
         self.attention_norm(hidden, branch, residual)
         self.mlp(forward, branch, hidden)
         self.mlp_norm(residual, branch, hidden)
@@ -190,6 +215,7 @@ class ParallelBlock(Module):
     adds_later: ClassVar[bool] = True
     norms_branch: ClassVar[bool] = False
     hidden_life: ClassVar[Life] = life(("norm", "up"))
+    narrows: ClassVar[bool] = False
     two_norms: ClassVar[bool] = False
 
     def __init__(self, place: Placement, spec: ModelSpec, layer: int) -> None:
@@ -211,7 +237,7 @@ class ParallelBlock(Module):
     def leave_sum(self) -> Group | None:
         return self.output.leave_sum()
 
-    def __call__(self, forward: Forward, first: bool) -> None:
+    def __call__(self, forward: Forward, first: bool, last: bool) -> None:
         buffers = forward.buffers
         _norm_stream(self.attention_norm, forward, first)
         self.attention.attend(forward, buffers.hidden)
@@ -234,6 +260,17 @@ def _norm_stream(norm: Norm, forward: Forward, first: bool) -> None:
         norm(buffers.hidden, buffers.residual)
     else:
         norm(buffers.hidden, buffers.branch, buffers.residual)
+
+
+def _go_on(finish: Callable[[Forward, torch.Tensor], None], forward: Forward, heads: torch.Tensor, last: bool) -> None:
+    """Finishes a layer whose attention is done: the last one for sampled rows alone, if only these are wanted."""
+    tail = forward.tail
+    if not last or tail is None:
+        finish(forward, heads)
+    elif len(forward.sample_rows):
+        gather(tail.buffers.residual, forward.buffers.residual, forward.sample_rows)
+        gather(tail.buffers.attention, heads, forward.sample_rows)
+        finish(tail, tail.buffers.attention)
 
 
 BLOCKS: dict[str, type[SequentialBlock | NormedBranchBlock | ParallelBlock]] = {

@@ -31,6 +31,7 @@ class Decoder(Module):
         self.projection = Linear(place, spec.hidden_size, {"": spec.embedding_size}) if spec.embedding_size else None
         self.head = self._make_head()
         self._works_in_halves = all(block.works_in_halves for block in self.blocks)
+        self.narrows = self.blocks[-1].narrows
         self.up_width = max(block.mlp.up_width for block in self.blocks)
 
     def _make_head(self) -> Linear | TiedHead:
@@ -52,14 +53,16 @@ class Decoder(Module):
     def forward(self, forward: Forward) -> torch.Tensor:
         buffers = forward.buffers
         self.embedding(buffers.residual, forward.ids, forward.positions)
-        for index, block in enumerate(self.blocks):
-            block(forward, first=index == 0)
+        for block in self.blocks:
+            block(forward, first=block is self.blocks[0], last=block is self.blocks[-1])
         if not len(buffers.logits):
             return buffers.logits  # a step of unfinished prompts only
         return self.project(forward)
 
     def project(self, forward: Forward) -> torch.Tensor:
-        """Logits of the rows that `forward.sample_rows` names, from what the last block left for every token."""
+        """Logits of the rows that `forward.sample_rows` names, from what the last block left for every token, or, where
+        the step has a tail, for these.
+        """
         buffers = forward.buffers
         last = self._last(forward)
         if self.projection is not None:
@@ -73,10 +76,15 @@ class Decoder(Module):
         """The rows to project, normed where the model has a final norm."""
         buffers = forward.buffers
         stream, branch, out = buffers.last_residual, buffers.last, buffers.last_normed
-        gather(stream, buffers.residual, forward.sample_rows)
-        if not self.blocks[-1].adds_later:
+        tail, adds_later = forward.tail, self.blocks[-1].adds_later
+        if tail is not None:
+            stream, branch = tail.buffers.residual, tail.buffers.branch
+        else:
+            gather(stream, buffers.residual, forward.sample_rows)
+            if adds_later:
+                gather(branch, buffers.branch, forward.sample_rows)
+        if not adds_later:
             return stream if self.norm is None else self.norm(out, stream)
-        gather(branch, buffers.branch, forward.sample_rows)
         return torch.add(stream, branch, out=out) if self.norm is None else self.norm(out, branch, stream)
 
     def finish(self) -> None:

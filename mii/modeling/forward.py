@@ -15,9 +15,10 @@ from mii.ops.prepare import StepTensors
 
 @dataclass(slots=True)
 class Activations:
-    """The buffers of one forward, [tokens, width] each, and for the sampled rows [samples, width].
+    """The buffers of one forward, [tokens, width] or [samples, width] each.
 
-    What one holds is lost when its life ends (`mii.modeling.arena`): then another one lies in its place.
+    What one holds is lost when its life ends (`mii.modeling.arena`): then another one lies in its place. Those whose
+    names begin with `last` are for the sampled rows.
 
     `latent` are what latent attention makes queries, keys and values of, `experts` the buffers of a mixture of experts,
     where the model has them. `joint` is `attention` and `activated` side by side, where a block multiplies both at
@@ -33,6 +34,7 @@ class Activations:
     up: torch.Tensor
     activated: torch.Tensor
     joint: torch.Tensor
+    last_attention: torch.Tensor
     last: torch.Tensor
     last_residual: torch.Tensor
     last_normed: torch.Tensor
@@ -50,6 +52,9 @@ class Forward:
     `decodes`: each sequence has one token, of none is it a part of a prompt, so that nobody sees a key that another one
     gets in this step.
 
+    `tail`: the step as its last layer sees it once attention is done, in a step of which few rows are sampled: of these
+    rows alone, since nobody asks for what becomes of the others. None: all rows go on. `counts` are those of its rows.
+
     `halves`: two pieces of a large step among ranks, each computed while sums of the other are on their way; else none.
     `sums`: those of the halves of `branch`, in their order, where they are still to be taken.
     """
@@ -60,11 +65,13 @@ class Forward:
     rope_rows: torch.Tensor
     kv_slots: torch.Tensor
     sample_rows: torch.Tensor
+    counts: torch.Tensor
     cos_sin: list[torch.Tensor | None]
     caches: list[tuple[torch.Tensor, torch.Tensor]]
     batch: AttentionBatch
     plans: dict[int, AttentionPlan]
     buffers: Activations
     decodes: bool = False
+    tail: Forward | None = None
     halves: Sequence[slice] = ()
     sums: Sequence[StartedSum | None] = ()

@@ -97,7 +97,7 @@ class ExpertsMLP(Module):
         self.kind, self.up_width = spec.activation, 0 if self.shared is None else self.shared.up_width
 
     def __call__(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        buffers, counts = forward.buffers.experts, forward.step.counts
+        buffers, counts = forward.buffers.experts, forward.counts
         assert buffers is not None
         rows, routing, shared, gate = buffers.rows, self.routing, None, None
         logits = self.router(buffers.logits, x)

@@ -20,7 +20,9 @@ def llama() -> Roofline:
 
 def test_weights_are_counted_once_each(llama: Roofline) -> None:
     # 32 layers of (6144 + 4096 + 28672) x 4096 and 4096 x 14336, and a head of 128256 x 4096
-    assert llama.body == 32 * ((6144 + 4096 + 28672) * 4096 + 4096 * 14336)
+    behind_attention = (4096 + 28672) * 4096 + 4096 * 14336
+    assert llama.tail == behind_attention
+    assert llama.body == 32 * (6144 * 4096 + behind_attention) - llama.tail
     assert llama.head == 128256 * 4096
     assert llama.kv_bytes == 131072
 
@@ -42,7 +44,18 @@ def test_of_two_ranks_each_reads_half_of_all() -> None:
 
 def test_a_prompt_is_bound_by_arithmetic(llama: Roofline) -> None:
     jobs = make_mix("prefill-2048", 128256)
-    assert 64 * 2048 / llama.workload(jobs) == pytest.approx(55_600, rel=0.01)
+    assert 64 * 2048 / llama.workload(jobs) == pytest.approx(57_200, rel=0.01)
+
+
+def test_only_sampled_tokens_go_through_the_whole_last_layer(llama: Roofline) -> None:
+    flops = (llama.products(10**6, 10**5, 1) - llama.products(10**6, 0, 1)) * 807e12
+    assert flops == pytest.approx(2e5 * (llama.head + llama.tail))
+
+
+def test_a_parallel_block_computes_all_rows() -> None:
+    config = {"model_type": "gptj", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 96, "rotary_dim": 8}
+    spec = find_family(config).read_spec(config)
+    assert Roofline.of(spec, torch.bfloat16, MachineLimits(3e12, 800e12, "given")).tail == 0
 
 
 def test_a_lone_request_pays_for_the_weights_at_every_step(llama: Roofline) -> None:
@@ -62,12 +75,12 @@ def test_only_the_experts_that_are_hit_are_read() -> None:
     roof = Roofline.of(spec, torch.bfloat16, MachineLimits(3e12, 800e12, "given"))
     expert = 48 * 3 * 2048 * 768  # one in every layer
     assert roof.experts == 128 * expert
-    dense = roof.body + roof.head
+    dense = roof.body + roof.tail + roof.head
     assert roof.products(1, 1, 1) == pytest.approx(2 * (dense + 8 * expert) / 3e12)
     # two tokens share 8 * 8 / 128 experts on average
     assert roof.products(2, 2, 1) == pytest.approx(2 * (dense + 15.5 * expert) / 3e12)
     # each token's arithmetic is that of its own experts
-    assert roof.products(10**6, 0, 1) == pytest.approx(2e6 * (roof.body + 8 * expert) / 800e12)
+    assert roof.products(10**6, 0, 1) == pytest.approx(2e6 * (roof.body + 47 / 48 * 8 * expert) / 800e12)
 
 
 def test_limits_of_this_machine_are_measured() -> None:
