@@ -82,6 +82,8 @@ class ActivationArena:
     def tail(self, samples: int) -> Activations:
         """What the last layer works on behind its attention, for the sampled rows alone."""
         views = self.views(samples, samples)
+        if self._spec.parallel:
+            return replace(views, residual=views.last_residual, hidden=views.last)
         return replace(views, residual=views.last_residual, attention=views.last_attention)
 
 
@@ -104,7 +106,7 @@ def _widths(spec: ModelSpec, up_width: int) -> dict[str, int]:
         widths["joint"] = spec.q_size + spec.mlp_width
     else:
         widths |= {"attention": spec.q_size, "activated": spec.mlp_width}
-    widths["last_attention"] = 0 if spec.parallel else spec.q_size
+    widths["last_attention"] = spec.q_size
     widths |= dict.fromkeys(("last", "last_residual", "last_normed"), spec.hidden_size)
     return widths | {"last_projected": spec.embedding_size, "logits": spec.vocab_span.size}
 
@@ -112,6 +114,8 @@ def _widths(spec: ModelSpec, up_width: int) -> dict[str, int]:
 def _lives(spec: ModelSpec, in_pieces: bool) -> dict[str, Life]:
     lives = _LIVES | dict.fromkeys(_LAST, life(("end", "end")))
     lives |= {"last_attention": life(("output", "output")), "last_residual": life(("output", "end"))}
+    if spec.parallel:
+        lives["last"] = life(("output", "down"), ("end", "end"))  # at first as `hidden`
     lives["hidden"] = BLOCKS[spec.block].hidden_life
     if in_pieces:  # the first piece's results are there while the last one's are computed
         lives |= {name: lives[name] | life(("up", "down")) for name in ("hidden", "up") if "up" in lives[name]}

@@ -8,6 +8,7 @@ both in the same state, and the decoder's final norm adds the last one.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from mii.modeling.liveness import Life, life
 from mii.modeling.mlp import MLP, DenseMLP, make_mlp
 from mii.modeling.parameters import JointLinear, Module, Placement
 from mii.modeling.spec import ModelSpec
+from mii.ops import native
 from mii.ops.all_reduce import Group, start_all_reduce
 from mii.ops.gather import gather
 
@@ -215,7 +217,7 @@ class ParallelBlock(Module):
     adds_later: ClassVar[bool] = True
     norms_branch: ClassVar[bool] = False
     hidden_life: ClassVar[Life] = life(("norm", "up"))
-    narrows: ClassVar[bool] = False
+    narrows: ClassVar[bool] = True
     two_norms: ClassVar[bool] = False
 
     def __init__(self, place: Placement, spec: ModelSpec, layer: int) -> None:
@@ -238,9 +240,12 @@ class ParallelBlock(Module):
         return self.output.leave_sum()
 
     def __call__(self, forward: Forward, first: bool, last: bool) -> None:
-        buffers = forward.buffers
+        hidden = forward.buffers.hidden
         _norm_stream(self.attention_norm, forward, first)
-        self.attention.attend(forward, buffers.hidden)
+        _go_on(self._finish, forward, self.attention.attend(forward, hidden), last, normed=hidden)
+
+    def _finish(self, forward: Forward, _heads: torch.Tensor) -> None:
+        buffers = forward.buffers
         if self.mlp_norm is not None:
             self.mlp_norm(buffers.hidden, buffers.residual)
         self.mlp.activate(forward, buffers.hidden)
@@ -262,15 +267,30 @@ def _norm_stream(norm: Norm, forward: Forward, first: bool) -> None:
         norm(buffers.hidden, buffers.branch, buffers.residual)
 
 
-def _go_on(finish: Callable[[Forward, torch.Tensor], None], forward: Forward, heads: torch.Tensor, last: bool) -> None:
-    """Finishes a layer whose attention is done: the last one for sampled rows alone, if only these are wanted."""
-    tail = forward.tail
+def _go_on(
+    finish: Callable[[Forward, torch.Tensor], None],
+    forward: Forward,
+    heads: torch.Tensor,
+    last: bool,
+    *,
+    normed: torch.Tensor | None = None,
+) -> None:
+    """Finishes a layer whose attention is done: the last one for sampled rows alone, if only these are wanted.
+
+    `normed`: the buffer `hidden`, if it is needed still.
+    """
+    tail, rows = forward.tail, forward.sample_rows
     if not last or tail is None:
         finish(forward, heads)
-    elif len(forward.sample_rows):
-        gather(tail.buffers.residual, forward.buffers.residual, forward.sample_rows)
-        gather(tail.buffers.attention, heads, forward.sample_rows)
-        finish(tail, tail.buffers.attention)
+    elif len(rows):
+        buffers = tail.buffers
+        gather(buffers.residual, forward.buffers.residual, rows)
+        gather(buffers.last_attention, heads, rows)
+        if normed is not None:
+            gather(buffers.hidden, normed, rows)
+        if buffers.attention is not buffers.last_attention:  # it is a part of `joint`, as what was gathered from
+            native.aside(partial(buffers.attention.copy_, buffers.last_attention))
+        finish(tail, buffers.attention)
 
 
 BLOCKS: dict[str, type[SequentialBlock | NormedBranchBlock | ParallelBlock]] = {

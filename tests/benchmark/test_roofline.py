@@ -52,10 +52,13 @@ def test_only_sampled_tokens_go_through_the_whole_last_layer(llama: Roofline) ->
     assert flops == pytest.approx(2e5 * (llama.head + llama.tail))
 
 
-def test_a_parallel_block_computes_all_rows() -> None:
-    config = {"model_type": "gptj", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 96, "rotary_dim": 8}
+@pytest.mark.parametrize("normed", [True, False])
+def test_some_blocks_compute_all_rows(normed: bool) -> None:
+    config = {"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 96}
+    config["apply_residual_connection_post_layernorm"] = normed
     spec = find_family(config).read_spec(config)
-    assert Roofline.of(spec, torch.bfloat16, MachineLimits(3e12, 800e12, "given")).tail == 0
+    tail = Roofline.of(spec, torch.bfloat16, MachineLimits(3e12, 800e12, "given")).tail
+    assert tail == (0 if normed else 9 * 64 * 64)
 
 
 def test_a_lone_request_pays_for_the_weights_at_every_step(llama: Roofline) -> None:

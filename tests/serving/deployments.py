@@ -84,7 +84,8 @@ def nothing_left(cache: Path, temporary: Path) -> Iterator[None]:
     finally:
         for pid in processes_of(cache):
             os.kill(pid, 9)
-    kept = [str(path) for path in temporary.rglob("*")]
+    # torch makes a folder there when its compiler is imported, which nobody here asks for
+    kept = [str(path) for path in temporary.rglob("*") if not path.name.startswith("torchinductor_")]
     assert kept == [], kept
     wait_until(lambda: set(zombies()) <= before, seen=lambda: f"zombies: {set(zombies()) - before}")
 
