@@ -41,7 +41,8 @@ ISA_FLAGS = {
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": ("-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512cd"),
 }
-ISA_FLAGS["amx"] = (*ISA_FLAGS["avx512"], "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8")
+ISA_FLAGS["avx512_bf16"] = (*ISA_FLAGS["avx512"], "-mavx512bf16")
+ISA_FLAGS["amx"] = (*ISA_FLAGS["avx512_bf16"], "-mavx512vnni", "-mamx-tile", "-mamx-bf16", "-mamx-int8")
 
 CUDA_MINIMUM = (12, 0)  # the first toolkit that knows sm_90a
 CUDA_FLAGS = (

@@ -1,8 +1,8 @@
 // What the CPU library's files share: the instruction set chosen at run time, errors, scratch memory, the kernel table.
 //
 // csrc/cpu/*.cpp       compiled once, with baseline flags: checks arguments, exports the C functions.
-// csrc/cpu/isa/*.cpp   compiled once per instruction set with -DMII_ISA=<plain|avx2|avx512|amx>; everything in them is
-//                      in namespace mii::cpu::MII_ISA, and each set offers one `kernels` table.
+// csrc/cpu/isa/*.cpp   compiled once per instruction set with -DMII_ISA=<plain|avx2|avx512|avx512_bf16|amx>; everything
+//                      in them is in namespace mii::cpu::MII_ISA, and each set offers one `kernels` table.
 // Code under isa/ must not instantiate standard library templates: the linker keeps one copy of an inline function, and
 // that one might use instructions which the running processor lacks.
 #pragma once
@@ -26,7 +26,7 @@ struct MiiRopeKv;
 
 namespace mii::cpu {
 
-enum class Isa : int { plain = 0, avx2 = 1, avx512 = 2, amx = 3 };
+enum class Isa : int { plain = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };
 
 // The best instruction set that processor, operating system, build and MII_CPU_ISA allow; found once.
 Isa active_isa();
@@ -67,6 +67,7 @@ struct Kernels {
 namespace plain { extern const Kernels kernels; }
 namespace avx2 { extern const Kernels kernels; }
 namespace avx512 { extern const Kernels kernels; }
+namespace avx512_bf16 { extern const Kernels kernels; }
 namespace amx { extern const Kernels kernels; }
 
 const Kernels& active_kernels();

@@ -9,6 +9,9 @@ extern "C" int32_t mii_unpack(const MiiUnpack* args, void*) {
 #if defined(MII_HAVE_AMX)
     case Isa::amx: return amx::unpack(*args);
 #endif
+#if defined(MII_HAVE_AVX512_BF16)
+    case Isa::avx512_bf16: return avx512_bf16::unpack(*args);
+#endif
 #if defined(MII_HAVE_AVX512)
     case Isa::avx512: return avx512::unpack(*args);
 #endif

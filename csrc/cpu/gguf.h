@@ -8,6 +8,7 @@ namespace mii::cpu {
 namespace plain { int32_t unpack(const MiiUnpack& a); }
 namespace avx2 { int32_t unpack(const MiiUnpack& a); }
 namespace avx512 { int32_t unpack(const MiiUnpack& a); }
+namespace avx512_bf16 { int32_t unpack(const MiiUnpack& a); }
 namespace amx { int32_t unpack(const MiiUnpack& a); }
 
 }  // namespace mii::cpu

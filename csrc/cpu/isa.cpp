@@ -51,7 +51,8 @@ Isa detect() {
   if (!avx512) return Isa::avx2;
   const bool vnni = bit(extended.ecx, 11), bf16 = bit(extended1.eax, 5);
   const bool amx = bit(extended.edx, 22) && bit(extended.edx, 24) && bit(extended.edx, 25);  // BF16, TILE, INT8
-  return tiles && vnni && bf16 && amx && request_tiles() ? Isa::amx : Isa::avx512;
+  if (!bf16) return Isa::avx512;
+  return tiles && vnni && amx && request_tiles() ? Isa::amx : Isa::avx512_bf16;
 }
 
 #else
@@ -66,6 +67,7 @@ Isa limit() {
   if (strcmp(name, "plain") == 0) return Isa::plain;
   if (strcmp(name, "avx2") == 0) return Isa::avx2;
   if (strcmp(name, "avx512") == 0) return Isa::avx512;
+  if (strcmp(name, "avx512_bf16") == 0) return Isa::avx512_bf16;
   return Isa::amx;
 }
 
@@ -75,6 +77,10 @@ const Kernels* kernels_of(Isa isa) {
 #if defined(MII_HAVE_AMX)
     case Isa::amx:
       return &amx::kernels;
+#endif
+#if defined(MII_HAVE_AVX512_BF16)
+    case Isa::avx512_bf16:
+      return &avx512_bf16::kernels;
 #endif
 #if defined(MII_HAVE_AVX512)
     case Isa::avx512:

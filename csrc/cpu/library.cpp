@@ -166,7 +166,7 @@ int32_t mii_run(const MiiRun* args, void* stream) {
 const char* mii_last_error(void) { return last_error; }
 
 const char* mii_build_info(void) {
-  static const char* const names[] = {"plain", "avx2", "avx512", "amx"};
+  static const char* const names[] = {"plain", "avx2", "avx512", "avx512_bf16", "amx"};
   thread_local char text[128];
   const char* built =
       "plain"
@@ -175,6 +175,9 @@ const char* mii_build_info(void) {
 #endif
 #if defined(MII_HAVE_AVX512)
       " avx512"
+#endif
+#if defined(MII_HAVE_AVX512_BF16)
+      " avx512_bf16"
 #endif
 #if defined(MII_HAVE_AMX)
       " amx"

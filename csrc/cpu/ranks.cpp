@@ -131,6 +131,9 @@ void add_up(const Addends& a) {
 #if defined(MII_HAVE_AMX)
     case Isa::amx: return amx::add_up(a);
 #endif
+#if defined(MII_HAVE_AVX512_BF16)
+    case Isa::avx512_bf16: return avx512_bf16::add_up(a);
+#endif
 #if defined(MII_HAVE_AVX512)
     case Isa::avx512: return avx512::add_up(a);
 #endif

@@ -15,6 +15,7 @@ struct Addends {
 namespace plain { void add_up(const Addends& a); }
 namespace avx2 { void add_up(const Addends& a); }
 namespace avx512 { void add_up(const Addends& a); }
+namespace avx512_bf16 { void add_up(const Addends& a); }
 namespace amx { void add_up(const Addends& a); }
 
 }  // namespace mii::cpu

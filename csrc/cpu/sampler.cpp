@@ -21,6 +21,10 @@ int32_t run(const MiiSample& a, int64_t rows) {
     case Isa::amx:
       return amx::sample_rows(a, rows);
 #endif
+#if defined(MII_HAVE_AVX512_BF16)
+    case Isa::avx512_bf16:
+      return avx512_bf16::sample_rows(a, rows);
+#endif
 #if defined(MII_HAVE_AVX512)
     case Isa::avx512:
       return avx512::sample_rows(a, rows);

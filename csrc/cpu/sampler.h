@@ -14,6 +14,9 @@ int32_t sample_rows(const MiiSample& a, int64_t rows);
 namespace avx512 {
 int32_t sample_rows(const MiiSample& a, int64_t rows);
 }
+namespace avx512_bf16 {
+int32_t sample_rows(const MiiSample& a, int64_t rows);
+}
 namespace amx {
 int32_t sample_rows(const MiiSample& a, int64_t rows);
 }

@@ -16,7 +16,7 @@ import torch
 
 from mii.ops import native
 
-ISAS = ("plain", "avx2", "avx512", "amx")
+ISAS = ("plain", "avx2", "avx512", "avx512_bf16", "amx")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # two roundings of the stored type
 DTYPES = tuple(TOLERANCE)
 

@@ -34,15 +34,33 @@ constexpr int kVectors = kPanel / W;
 constexpr int kRowBlock = W == 16 ? 12 : (W == 8 ? 4 : 2);
 constexpr int kRowChunk = 96;
 
-// One step of the packed weight: kVectors vectors per input feature of the step.
+// One step of the packed weight: kVectors vectors for each Value, which is what a row of x has to be multiplied with at once.
 template <class T>
 struct Step {  // float32, float16: one input feature
-  static constexpr int kFeatures = 1;
+  using Value = float;
+  static constexpr int kFeatures = 1, kValues = 1;
   MII_INLINE V load_part(const T* w, int v, int) { return load(w + v * W); }
+  MII_INLINE V spread(Value x) { return set1(x); }
+  MII_INLINE V multiply(V weights, V value, V sum) { return fma(weights, value, sum); }
 };
+#if defined(__AVX512BF16__)
+template <>
+struct Step<bf16> {  // a pair of input features: the sum of two products is one instruction
+  using Value = uint32_t;
+  static constexpr int kFeatures = 2, kValues = 1;
+  MII_INLINE V load_part(const bf16* w, int v, int) { return {_mm512_loadu_ps((const float*)(w + v * 2 * W))}; }
+  MII_INLINE V spread(Value x) { return {_mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(x)))}; }
+  MII_INLINE V multiply(V weights, V value, V sum) {
+    return {_mm512_dpbf16_ps(sum.r, (__m512bh)weights.r, (__m512bh)value.r)};
+  }
+};
+#else
 template <>
 struct Step<bf16> {  // two input features, interleaved
-  static constexpr int kFeatures = 2;
+  using Value = float;
+  static constexpr int kFeatures = 2, kValues = 2;
+  MII_INLINE V spread(Value x) { return set1(x); }
+  MII_INLINE V multiply(V weights, V value, V sum) { return fma(weights, value, sum); }
   MII_INLINE V load_part(const bf16* w, int v, int feature) {
 #if defined(__AVX512F__)
     const __m512i pair = _mm512_loadu_si512(w + v * 2 * W);
@@ -59,6 +77,9 @@ struct Step<bf16> {  // two input features, interleaved
 #endif
   }
 };
+#endif
+template <class T>
+using Value = typename Step<T>::Value;
 
 template <class T>
 MII_INLINE void finish(const MiiLinear& a, int64_t row, int64_t feature, V x) {
@@ -70,14 +91,14 @@ MII_INLINE void finish(const MiiLinear& a, int64_t row, int64_t feature, V x) {
   n == W ? store(out, x) : store_n(out, x, n);
 }
 
-// Input features [steps.begin, steps.end) of R rows by P panels. x: float copy of the rows, [in_features][R]. What a
-// range of features leaves for the next one goes through `carry`, [R][P * kPanel].
+// Steps [steps.begin, steps.end) of R rows by P panels. x: copy of the rows, [values][R]. What a range of steps leaves for the
+// next one goes through `carry`, [R][P * kPanel].
 struct Steps {
   int64_t begin, end, all;
 };
 
 template <class T, int R, int P>
-void block(const MiiLinear& a, const float* x, Steps steps, float* carry, int64_t row, int64_t panel) {
+void block(const MiiLinear& a, const Value<T>* x, Steps steps, float* carry, int64_t row, int64_t panel) {
   using S = Step<T>;
   constexpr int kUnroll = R * P * kVectors <= 4 ? 2 : 1;  // too few sums to hide the latency of an addition
   constexpr int kStepSize = kPanel * S::kFeatures;
@@ -91,17 +112,17 @@ void block(const MiiLinear& a, const float* x, Steps steps, float* carry, int64_
   const int64_t panel_size = kStepSize * steps.all;
   const auto step = [&](int64_t s, int u) __attribute__((always_inline)) {
 #pragma GCC unroll 2
-    for (int f = 0; f < S::kFeatures; ++f) {
+    for (int f = 0; f < S::kValues; ++f) {
       if (R <= 4 && f == 0)  // few rows: the weights come from memory, not from a cache
         for (int p = 0; p < P; ++p) __builtin_prefetch((const char*)(w + p * panel_size + s * kStepSize) + 1024, 0, 2);
       V weights[P][kVectors];
       for (int p = 0; p < P; ++p)
         for (int v = 0; v < kVectors; ++v) weights[p][v] = S::load_part(w + p * panel_size + s * kStepSize, v, f);
-      const float* values = x + (s * S::kFeatures + f) * R;
+      const Value<T>* values = x + (s * S::kValues + f) * R;
       for (int r = 0; r < R; ++r) {
-        const V value = set1(values[r]);
+        const V value = S::spread(values[r]);
         for (int p = 0; p < P; ++p)
-          for (int v = 0; v < kVectors; ++v) sums[u][r][p][v] = fma(weights[p][v], value, sums[u][r][p][v]);
+          for (int v = 0; v < kVectors; ++v) sums[u][r][p][v] = S::multiply(weights[p][v], value, sums[u][r][p][v]);
       }
     }
   };
@@ -122,35 +143,38 @@ void block(const MiiLinear& a, const float* x, Steps steps, float* carry, int64_
 }
 
 template <class T, int P, int R = kRowBlock>
-MII_INLINE void block_of(int64_t rows, const MiiLinear& a, const float* x, Steps steps, float* carry, int64_t row,
+MII_INLINE void block_of(int64_t rows, const MiiLinear& a, const Value<T>* x, Steps steps, float* carry, int64_t row,
                          int64_t panel) {
   if (rows == R) return block<T, R, P>(a, x, steps, carry, row, panel);
   if constexpr (R > 1) block_of<T, P, R - 1>(rows, a, x, steps, carry, row, panel);
 }
 
-struct Chunk {     // rows whose float copy stays in the second cache while the weight passes by
-  const float* x;  // blocks of rows one after another, each [in_features][rows of the block]
-  float* carry;    // [rows][panels at once][kPanel]
-  int64_t first, rows, block_rows, depth;
+template <class T>
+struct Chunk {        // rows whose copy stays in the second cache while the weight passes by
+  const Value<T>* x;  // blocks of rows one after another, each [values][rows of the block]
+  float* carry;       // [rows][panels at once][kPanel]
+  int64_t first, rows, block_rows, steps;
+
+  int64_t values() const { return steps * Step<T>::kValues; }  // of a row
 };
 
 // P panels by all rows of a chunk. With more than one block of rows the features go in ranges whose weights stay in the
 // first cache.
 template <class T, int P>
-void multiply(const MiiLinear& a, const Chunk& c, int64_t panel) {
+void multiply(const MiiLinear& a, const Chunk<T>& c, int64_t panel) {
   constexpr int64_t kCached = (24 << 10) / (P * kPanel * Step<T>::kFeatures * static_cast<int64_t>(sizeof(T)));
-  Steps steps = {0, 0, c.depth / Step<T>::kFeatures};
+  Steps steps = {0, 0, c.steps};
   const int64_t range = c.rows > c.block_rows ? kCached : steps.all;
   for (; steps.end < steps.all; steps.begin = steps.end) {
     steps.end = steps.all - steps.begin < range + range / 2 ? steps.all : steps.begin + range;
     for (int64_t r = 0; r < c.rows; r += c.block_rows) {
       const int64_t rows = c.rows - r < c.block_rows ? c.rows - r : c.block_rows;
-      block_of<T, P>(rows, a, c.x + r * c.depth, steps, c.carry + r * P * kPanel, c.first + r, panel);
+      block_of<T, P>(rows, a, c.x + r * c.values(), steps, c.carry + r * P * kPanel, c.first + r, panel);
     }
   }
 }
 
-// The float copy of `rows` rows: [in_features][rows]; padding of the depth is zeros.
+// The copy of `rows` rows: [values][rows]; padding of the depth is zeros.
 template <class T>
 void copy_rows(const MiiLinear& a, int64_t first, int64_t rows, int64_t depth, float* to) {
   float lanes[W];
@@ -169,19 +193,37 @@ void copy_rows(const MiiLinear& a, int64_t first, int64_t rows, int64_t depth, f
   }
 }
 
+// As pairs of bfloat16.
+template <class T>
+void copy_rows(const MiiLinear& a, int64_t first, int64_t rows, int64_t depth, uint32_t* to) {
+  constexpr int64_t kAtOnce = 32;
+  uint32_t pairs[kAtOnce / 2];
+  for (int64_t k = 0; k < depth; k += kAtOnce) {
+    const int64_t left = a.in_features - k, n = left < kAtOnce ? left : kAtOnce;
+    for (int64_t r = 0; r < rows; ++r) {
+      if (n < kAtOnce) memset(pairs, 0, sizeof(pairs));
+      memcpy(pairs, (const T*)a.x + (first + r) * a.x_stride + k, n * sizeof(T));
+      for (int64_t i = 0; i < kAtOnce / 2; ++i) to[(k / 2 + i) * rows + r] = pairs[i];
+    }
+  }
+}
+
 template <class T>
 void panels(const MiiLinear& a, int64_t begin, int64_t end) {
   constexpr int kPair = W == 16 ? 2 : 1;
-  Chunk c = {nullptr, nullptr, 0, 0, 0, padded_depth(a.dtype, a.in_features)};
-  float* x = (float*)scratch(kRowChunk * (c.depth + kPair * kPanel) * sizeof(float));
+  static_assert(sizeof(Value<T>) == sizeof(float));
+  const int64_t depth = padded_depth(a.dtype, a.in_features);
+  Chunk<T> c = {nullptr, nullptr, 0, 0, 0, depth / Step<T>::kFeatures};
+  auto* x = (Value<T>*)scratch(kRowChunk * (c.values() + kPair * kPanel) * sizeof(float));
   c.x = x;
-  c.carry = x + kRowChunk * c.depth;
+  c.carry = (float*)(x + kRowChunk * c.values());
   for (; c.first < a.rows; c.first += kRowChunk) {
     c.rows = a.rows - c.first < kRowChunk ? a.rows - c.first : kRowChunk;
     const int64_t blocks = (c.rows + kRowBlock - 1) / kRowBlock;
     c.block_rows = (c.rows + blocks - 1) / blocks;
     for (int64_t r = 0; r < c.rows; r += c.block_rows)
-      copy_rows<T>(a, c.first + r, c.rows - r < c.block_rows ? c.rows - r : c.block_rows, c.depth, x + r * c.depth);
+      copy_rows<T>(a, c.first + r, c.rows - r < c.block_rows ? c.rows - r : c.block_rows, depth,
+                   x + r * c.values());
     int64_t panel = begin;
     for (; panel + kPair <= end; panel += kPair) multiply<T, kPair>(a, c, panel);
     for (; panel < end; ++panel) multiply<T, 1>(a, c, panel);
