@@ -40,15 +40,20 @@ struct Step {  // float32, float16: one input feature
   using Value = float;
   static constexpr int kFeatures = 1, kValues = 1;
   MII_INLINE V load_part(const T* w, int v, int) { return load(w + v * W); }
+  MII_INLINE V load_values(const T* x, int n) { return n == W ? load(x) : load_n(x, n); }
   MII_INLINE V spread(Value x) { return set1(x); }
   MII_INLINE V multiply(V weights, V value, V sum) { return fma(weights, value, sum); }
 };
 #if defined(__AVX512BF16__)
 template <>
 struct Step<bf16> {  // a pair of input features: the sum of two products is one instruction
-  using Value = uint32_t;
+  typedef uint32_t Value __attribute__((may_alias));
   static constexpr int kFeatures = 2, kValues = 1;
-  MII_INLINE V load_part(const bf16* w, int v, int) { return {_mm512_loadu_ps((const float*)(w + v * 2 * W))}; }
+  MII_INLINE V load_part(const bf16* w, int v, int) { return {_mm512_castsi512_ps(_mm512_loadu_si512(w + v * 2 * W))}; }
+  MII_INLINE V load_values(const bf16* x, int n) {
+    const __mmask32 there = n == 32 ? 0xffffffffu : (1u << n) - 1;
+    return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(there, x))};
+  }
   MII_INLINE V spread(Value x) { return {_mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(x)))}; }
   MII_INLINE V multiply(V weights, V value, V sum) {
     return {_mm512_dpbf16_ps(sum.r, (__m512bh)weights.r, (__m512bh)value.r)};
@@ -59,6 +64,7 @@ template <>
 struct Step<bf16> {  // two input features, interleaved
   using Value = float;
   static constexpr int kFeatures = 2, kValues = 2;
+  MII_INLINE V load_values(const bf16* x, int n) { return n == W ? load(x) : load_n(x, n); }
   MII_INLINE V spread(Value x) { return set1(x); }
   MII_INLINE V multiply(V weights, V value, V sum) { return fma(weights, value, sum); }
   MII_INLINE V load_part(const bf16* w, int v, int feature) {
@@ -174,36 +180,70 @@ void multiply(const MiiLinear& a, const Chunk<T>& c, int64_t panel) {
   }
 }
 
-// The copy of `rows` rows: [values][rows]; padding of the depth is zeros.
-template <class T>
-void copy_rows(const MiiLinear& a, int64_t first, int64_t rows, int64_t depth, float* to) {
-  float lanes[W];
-  for (int64_t k = 0; k < depth; k += W) {
-    const int64_t left = a.in_features - k, n = left <= 0 ? 0 : (left < W ? left : W);
-    const int64_t stored = depth - k < W ? depth - k : W;
-    for (int64_t r = 0; r < rows; ++r) {
-      const V x = load_n((const T*)a.x + (first + r) * a.x_stride + k, static_cast<int>(n));
-      if (rows == 1) {
-        store_n(to + k, x, static_cast<int>(stored));
-      } else {
-        store(lanes, x);
-        for (int64_t i = 0; i < stored; ++i) to[(k + i) * rows + r] = lanes[i];
-      }
-    }
+// Lane i of four vectors, side by side at to + i * stride.
+MII_INLINE void store_columns(const V (&x)[4], float* to, int64_t stride) {
+#if defined(__AVX512F__)
+  const __m512 low[2] = {_mm512_unpacklo_ps(x[0].r, x[1].r), _mm512_unpacklo_ps(x[2].r, x[3].r)};
+  const __m512 high[2] = {_mm512_unpackhi_ps(x[0].r, x[1].r), _mm512_unpackhi_ps(x[2].r, x[3].r)};
+  const auto join = [](__m512 a, __m512 b, bool second) __attribute__((always_inline)) {
+    const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
+    return _mm512_castpd_ps(second ? _mm512_unpackhi_pd(c, d) : _mm512_unpacklo_pd(c, d));
+  };
+  const __m512 of[4] = {join(low[0], low[1], false), join(low[0], low[1], true), join(high[0], high[1], false),
+                        join(high[0], high[1], true)};
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {  // of lanes 4 i + j
+    _mm_storeu_ps(to + j * stride, _mm512_castps512_ps128(of[j]));
+    _mm_storeu_ps(to + (4 + j) * stride, _mm512_extractf32x4_ps(of[j], 1));
+    _mm_storeu_ps(to + (8 + j) * stride, _mm512_extractf32x4_ps(of[j], 2));
+    _mm_storeu_ps(to + (12 + j) * stride, _mm512_extractf32x4_ps(of[j], 3));
   }
+#elif defined(__AVX2__)
+  const __m256 low[2] = {_mm256_unpacklo_ps(x[0].r, x[1].r), _mm256_unpacklo_ps(x[2].r, x[3].r)};
+  const __m256 high[2] = {_mm256_unpackhi_ps(x[0].r, x[1].r), _mm256_unpackhi_ps(x[2].r, x[3].r)};
+  const auto join = [](__m256 a, __m256 b, bool second) __attribute__((always_inline)) {
+    const __m256d c = _mm256_castps_pd(a), d = _mm256_castps_pd(b);
+    return _mm256_castpd_ps(second ? _mm256_unpackhi_pd(c, d) : _mm256_unpacklo_pd(c, d));
+  };
+  const __m256 of[4] = {join(low[0], low[1], false), join(low[0], low[1], true), join(high[0], high[1], false),
+                        join(high[0], high[1], true)};
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {
+    _mm_storeu_ps(to + j * stride, _mm256_castps256_ps128(of[j]));
+    _mm_storeu_ps(to + (4 + j) * stride, _mm256_extractf128_ps(of[j], 1));
+  }
+#else
+  for (int i = 0; i < W; ++i)
+    for (int r = 0; r < 4; ++r) to[i * stride + r] = x[r].r[i];
+#endif
 }
 
-// As pairs of bfloat16.
+// The copy of `rows` rows: [values][rows]; padding of the depth is zeros.
 template <class T>
-void copy_rows(const MiiLinear& a, int64_t first, int64_t rows, int64_t depth, uint32_t* to) {
-  constexpr int64_t kAtOnce = 32;
-  uint32_t pairs[kAtOnce / 2];
-  for (int64_t k = 0; k < depth; k += kAtOnce) {
-    const int64_t left = a.in_features - k, n = left < kAtOnce ? left : kAtOnce;
-    for (int64_t r = 0; r < rows; ++r) {
-      if (n < kAtOnce) memset(pairs, 0, sizeof(pairs));
-      memcpy(pairs, (const T*)a.x + (first + r) * a.x_stride + k, n * sizeof(T));
-      for (int64_t i = 0; i < kAtOnce / 2; ++i) to[(k / 2 + i) * rows + r] = pairs[i];
+void copy_rows(const MiiLinear& a, int64_t first, int64_t rows, int64_t values, Value<T>* x) {
+  using S = Step<T>;
+  constexpr int64_t kFeatures = W * S::kFeatures / S::kValues;  // of a vector of values
+  float* to = (float*)x;
+  for (int64_t i = 0; i < values; i += W, to += W * rows) {
+    const int64_t k = i / W * kFeatures, left = a.in_features - k;
+    const int n = static_cast<int>(left <= 0 ? 0 : (left < kFeatures ? left : kFeatures));
+    const int stored = static_cast<int>(values - i < W ? values - i : W);
+    const auto vector = [&](int64_t r) __attribute__((always_inline)) {
+      return S::load_values((const T*)a.x + (first + r) * a.x_stride + k, n);
+    };
+    if (rows == 1) {
+      store_n(to, vector(0), stored);
+      continue;
+    }
+    int64_t r = 0;
+    for (; stored == W && r + 4 <= rows; r += 4) {
+      const V four[4] = {vector(r), vector(r + 1), vector(r + 2), vector(r + 3)};
+      store_columns(four, to + r, rows);
+    }
+    for (; r < rows; ++r) {
+      float lanes[W];
+      store(lanes, vector(r));
+      for (int l = 0; l < stored; ++l) to[l * rows + r] = lanes[l];
     }
   }
 }
@@ -222,8 +262,7 @@ void panels(const MiiLinear& a, int64_t begin, int64_t end) {
     const int64_t blocks = (c.rows + kRowBlock - 1) / kRowBlock;
     c.block_rows = (c.rows + blocks - 1) / blocks;
     for (int64_t r = 0; r < c.rows; r += c.block_rows)
-      copy_rows<T>(a, c.first + r, c.rows - r < c.block_rows ? c.rows - r : c.block_rows, depth,
-                   x + r * c.values());
+      copy_rows<T>(a, c.first + r, c.rows - r < c.block_rows ? c.rows - r : c.block_rows, c.values(), x + r * c.values());
     int64_t panel = begin;
     for (; panel + kPair <= end; panel += kPair) multiply<T, kPair>(a, c, panel);
     for (; panel < end; ++panel) multiply<T, 1>(a, c, panel);
