@@ -269,6 +269,32 @@ void panels(const MiiLinear& a, int64_t begin, int64_t end) {
   }
 }
 
+// Whether a part of the product begins with a copy of the rows; tiles read them as they are.
+bool copies_rows(int32_t dtype) {
+#if defined(__AMX_BF16__)
+  return dtype != MII_BF16;
+#else
+  (void)dtype;
+  return true;
+#endif
+}
+
+// The product of several chunks of rows. A part is a chunk by some of the panels, as many of them as keep the threads busy: each
+// part copies its chunk. Parts of the same panels follow one another, so that these are in a cache.
+void linear_of_chunks(const MiiLinear& a, int64_t count, int64_t pairs) {
+  const int64_t chunks = (a.rows + kRowChunk - 1) / kRowChunk, threads = max_threads();
+  const int64_t wanted = threads > 1 ? (4 * threads + chunks - 1) / chunks : 1, spans = wanted < pairs ? wanted : pairs;
+  each_part(spans * chunks, [&](int64_t part) {
+    const int64_t span = part / chunks, chunk = part % chunks, first = a.rows * chunk / chunks;
+    const int64_t begin = 2 * (pairs * span / spans), end = 2 * (pairs * (span + 1) / spans), size = item_size(a.dtype);
+    MiiLinear rows = a;
+    rows.rows = a.rows * (chunk + 1) / chunks - first;
+    rows.x = (const char*)a.x + first * a.x_stride * size;
+    rows.out = (char*)a.out + first * a.out_stride * size;
+    linear_panels(rows, begin, end < count ? end : count);
+  });
+}
+
 }  // namespace
 
 int64_t linear_packed_bytes(const MiiLinearPack& a) {
@@ -286,7 +312,7 @@ int32_t linear_pack(const MiiLinearPack& a) {
 
 void linear_panels(const MiiLinear& a, int64_t begin, int64_t end) {
 #if defined(__AMX_BF16__)
-  if (a.dtype == MII_BF16) return linear_panels_amx(a, begin, end);
+  if (!copies_rows(a.dtype)) return linear_panels_amx(a, begin, end);
 #endif
   with_dtype(a.dtype, [&](auto tag) { panels<decltype(tag)>(a, begin, end); });
 }
@@ -295,6 +321,10 @@ int32_t linear(const MiiLinear& a) {
   if (a.rows <= 0) return MII_OK;
   // in pairs of panels, which is what the tiles take at once
   const int64_t count = panel_count(a.out_features), pairs = (count + 1) / 2;
+  if (copies_rows(a.dtype) && a.rows > kRowChunk) {
+    linear_of_chunks(a, count, pairs);
+    return MII_OK;
+  }
   parallel(pairs, 2 * a.rows * a.in_features * kPanel,
            [&](int64_t begin, int64_t end) { linear_panels(a, 2 * begin, 2 * end < count ? 2 * end : count); });
   return MII_OK;
