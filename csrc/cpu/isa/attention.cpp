@@ -2,36 +2,12 @@
 // 2018, Dao et al. 2022), in float. Query rows are (token, query head of the group), so a block of keys is read once
 // for all query heads that share it. The plan cuts a step into items that the threads take in turn; a long decode is
 // cut along the keys too and its parts are joined at the end.
+#include "attention_block.h"
 #include "attention_decode_amx.h"
-#include "attention_item.h"
+#include "attention_pairs.h"
 
 namespace mii::cpu::MII_ISA {
 namespace {
-
-constexpr int kKeys = 64;     // keys of a block
-constexpr int kRowGroup = 6;  // query rows in registers at once
-
-struct Buffers {  // of one item, in this thread's scratch memory
-  float *q, *k, *scores, *sums, *max, *total;
-  int64_t width;  // head_dim rounded up to whole vectors
-
-  Buffers(int head_dim, int rows) {
-    width = (head_dim + W - 1) / W * W;
-    const int64_t padded = (rows + kRowGroup - 1) / kRowGroup * kRowGroup;
-    const int64_t floats = padded * (2 * width + kKeys + 2) + head_dim * kKeys + 64;
-    q = (float*)scratch(floats * sizeof(float));
-    sums = q + padded * width;
-    k = sums + padded * width;
-    scores = k + head_dim * kKeys;
-    max = scores + padded * kKeys;
-    total = max + padded;
-  }
-};
-
-template <class T>
-MII_INLINE V load_tail(const T* p, int left) {
-  return left >= W ? load(p) : load_n(p, left);
-}
 
 template <class T>
 void load_queries(const Item<T>& item, const Buffers& b) {
@@ -81,13 +57,18 @@ void transpose_keys(const Item<T>& item, const Buffers& b, const T* const* keys,
   float row[W];
   for (int i = 0; i < d; i += W) {
     const int n = d - i < W ? d - i : W;
-    for (int key = lo; key < count; ++key) {
+    int key = lo;
+    for (; n == W && key + 4 <= count; key += 4) {
+      const V four[4] = {load(keys[key] + i), load(keys[key + 1] + i), load(keys[key + 2] + i), load(keys[key + 3] + i)};
+      store_columns(four, b.k + i * kKeys + key, kKeys);
+    }
+    for (; key < count; ++key) {
       store(row, load_tail(keys[key] + i, n));
       for (int j = 0; j < n; ++j) b.k[(i + j) * kKeys + key] = row[j];
     }
     for (int j = 0; j < n; ++j) {
-      for (int key = 0; key < lo; ++key) b.k[(i + j) * kKeys + key] = 0.0f;
-      for (int key = count; key < kKeys; ++key) b.k[(i + j) * kKeys + key] = 0.0f;
+      for (key = 0; key < lo; ++key) b.k[(i + j) * kKeys + key] = 0.0f;
+      for (key = count; key < kKeys; ++key) b.k[(i + j) * kKeys + key] = 0.0f;
     }
   }
 }
@@ -163,37 +144,6 @@ void softmax_row(const Buffers& b, int row) {
   b.total[row] += sum(total);
 }
 
-// ---- the keys of a block --------------------------------------------------------------------------------------------
-
-// Where the keys first .. first + kKeys lie, of which [lo, count) belong to the item.
-template <class T>
-struct KeyBlock {
-  int first, lo, count;
-  const T *keys[kKeys], *values[kKeys];
-
-  void find(const Item<T>& item, int from) {
-    first = from;
-    lo = item.key_begin > first ? item.key_begin - first : 0;
-    count = item.key_end - first < kKeys ? item.key_end - first : kKeys;
-    for (int i = lo; i < count; ++i) {
-      const int64_t offset = item.offset(first + i);
-      keys[i] = (const T*)item.a.k_cache + offset;
-      values[i] = (const T*)item.a.v_cache + offset;
-    }
-  }
-  void find_first(const Item<T>& item) { find(item, item.key_begin / 16 * 16); }
-
-  // Has part `part` of `parts` of the keys and values fetched: blocks of the cache lie anywhere, so the processor
-  // cannot foresee the next one.
-  MII_INLINE_MEMBER void fetch(int part, int parts, int64_t bytes) const {
-    for (int i = lo + part; i < count; i += parts)
-      for (int64_t at = 0; at < bytes; at += 64) {
-        __builtin_prefetch((const char*)keys[i] + at, 0, 2);
-        __builtin_prefetch((const char*)values[i] + at, 0, 2);
-      }
-  }
-};
-
 // ---- values -------------------------------------------------------------------------------------------------------
 
 // Dimensions at .. at + C * W of R rows; kFull: none of them lies past head_dim. Meanwhile `next` is fetched.
@@ -245,6 +195,7 @@ constexpr int kDotRows = 2 * kRowGroup;  // up to so many rows the keys are not 
 template <class T>
 void attend(const Item<T>& item, const Buffers& b, const Item<T>* next) {
   load_queries(item, b);
+  const bool many = item.rows > kDotRows, in_pairs = many && Pairs<T>::serves(item.a);
 #if defined(__AMX_BF16__)
   const bool tiles = is_same<T, bf16> && DecodeTiles::serves(item.a, item.rows);
   DecodeTiles decode(tiles);
@@ -266,7 +217,9 @@ void attend(const Item<T>& item, const Buffers& b, const Item<T>* next) {
     if constexpr (is_same<T, bf16>)
       if ((scored = tiles)) decode.score(item, block.first, block.lo, block.count, b.scores);
 #endif
-    if (!scored && item.rows > kDotRows) {
+    if (in_pairs) {
+      Pairs<T>::score(item, b, block);
+    } else if (!scored && many) {
       transpose_keys(item, b, block.keys, block.lo, block.count);
       block_scores(b, item.rows, item.a.head_dim);
     } else if (!scored) {
@@ -275,6 +228,10 @@ void attend(const Item<T>& item, const Buffers& b, const Item<T>* next) {
     for (int r = 0; r < item.rows; ++r) {
       shape_scores(item, b.scores + r * kKeys, r, block.first, block.lo, block.count);
       softmax_row(b, r);
+    }
+    if (in_pairs) {
+      Pairs<T>::add_values(item, b, block, fetched);
+      continue;
     }
     for (int row = 0; row < item.rows; row += kRowGroup) {
       const int rows = item.rows - row < kRowGroup ? item.rows - row : kRowGroup;

@@ -180,44 +180,6 @@ void multiply(const MiiLinear& a, const Chunk<T>& c, int64_t panel) {
   }
 }
 
-// Lane i of four vectors, side by side at to + i * stride.
-MII_INLINE void store_columns(const V (&x)[4], float* to, int64_t stride) {
-#if defined(__AVX512F__)
-  const __m512 low[2] = {_mm512_unpacklo_ps(x[0].r, x[1].r), _mm512_unpacklo_ps(x[2].r, x[3].r)};
-  const __m512 high[2] = {_mm512_unpackhi_ps(x[0].r, x[1].r), _mm512_unpackhi_ps(x[2].r, x[3].r)};
-  const auto join = [](__m512 a, __m512 b, bool second) __attribute__((always_inline)) {
-    const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
-    return _mm512_castpd_ps(second ? _mm512_unpackhi_pd(c, d) : _mm512_unpacklo_pd(c, d));
-  };
-  const __m512 of[4] = {join(low[0], low[1], false), join(low[0], low[1], true), join(high[0], high[1], false),
-                        join(high[0], high[1], true)};
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {  // of lanes 4 i + j
-    _mm_storeu_ps(to + j * stride, _mm512_castps512_ps128(of[j]));
-    _mm_storeu_ps(to + (4 + j) * stride, _mm512_extractf32x4_ps(of[j], 1));
-    _mm_storeu_ps(to + (8 + j) * stride, _mm512_extractf32x4_ps(of[j], 2));
-    _mm_storeu_ps(to + (12 + j) * stride, _mm512_extractf32x4_ps(of[j], 3));
-  }
-#elif defined(__AVX2__)
-  const __m256 low[2] = {_mm256_unpacklo_ps(x[0].r, x[1].r), _mm256_unpacklo_ps(x[2].r, x[3].r)};
-  const __m256 high[2] = {_mm256_unpackhi_ps(x[0].r, x[1].r), _mm256_unpackhi_ps(x[2].r, x[3].r)};
-  const auto join = [](__m256 a, __m256 b, bool second) __attribute__((always_inline)) {
-    const __m256d c = _mm256_castps_pd(a), d = _mm256_castps_pd(b);
-    return _mm256_castpd_ps(second ? _mm256_unpackhi_pd(c, d) : _mm256_unpacklo_pd(c, d));
-  };
-  const __m256 of[4] = {join(low[0], low[1], false), join(low[0], low[1], true), join(high[0], high[1], false),
-                        join(high[0], high[1], true)};
-#pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    _mm_storeu_ps(to + j * stride, _mm256_castps256_ps128(of[j]));
-    _mm_storeu_ps(to + (4 + j) * stride, _mm256_extractf128_ps(of[j], 1));
-  }
-#else
-  for (int i = 0; i < W; ++i)
-    for (int r = 0; r < 4; ++r) to[i * stride + r] = x[r].r[i];
-#endif
-}
-
 // The copy of `rows` rows: [values][rows]; padding of the depth is zeros.
 template <class T>
 void copy_rows(const MiiLinear& a, int64_t first, int64_t rows, int64_t values, Value<T>* x) {

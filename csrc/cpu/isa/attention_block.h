@@ -1,0 +1,63 @@
+// What the bodies of attention share: an item's buffers, and where a block of its keys lies.
+#pragma once
+#include "attention_item.h"
+
+namespace mii::cpu::MII_ISA {
+
+constexpr int kKeys = 64;     // keys of a block
+constexpr int kRowGroup = 6;  // query rows in registers at once
+
+struct Buffers {  // of one item, in this thread's scratch memory
+  float *q, *k, *scores, *sums, *max, *total;
+  int64_t width;  // head_dim rounded up to whole vectors
+
+  Buffers(int head_dim, int rows) {
+    width = (head_dim + W - 1) / W * W;
+    const int64_t padded = (rows + kRowGroup - 1) / kRowGroup * kRowGroup;
+    const int64_t floats = padded * (2 * width + kKeys + 2) + head_dim * kKeys + 64;
+    q = (float*)scratch(floats * sizeof(float));
+    sums = q + padded * width;
+    k = sums + padded * width;
+    scores = k + head_dim * kKeys;
+    max = scores + padded * kKeys;
+    total = max + padded;
+  }
+};
+
+template <class T>
+MII_INLINE V load_tail(const T* p, int left) {
+  return left >= W ? load(p) : load_n(p, left);
+}
+
+// ---- the keys of a block --------------------------------------------------------------------------------------------
+
+// Where the keys first .. first + kKeys lie, of which [lo, count) belong to the item.
+template <class T>
+struct KeyBlock {
+  int first, lo, count;
+  const T *keys[kKeys], *values[kKeys];
+
+  void find(const Item<T>& item, int from) {
+    first = from;
+    lo = item.key_begin > first ? item.key_begin - first : 0;
+    count = item.key_end - first < kKeys ? item.key_end - first : kKeys;
+    for (int i = lo; i < count; ++i) {
+      const int64_t offset = item.offset(first + i);
+      keys[i] = (const T*)item.a.k_cache + offset;
+      values[i] = (const T*)item.a.v_cache + offset;
+    }
+  }
+  void find_first(const Item<T>& item) { find(item, item.key_begin / 16 * 16); }
+
+  // Has part `part` of `parts` of the keys and values fetched: blocks of the cache lie anywhere, so the processor
+  // cannot foresee the next one.
+  MII_INLINE_MEMBER void fetch(int part, int parts, int64_t bytes) const {
+    for (int i = lo + part; i < count; i += parts)
+      for (int64_t at = 0; at < bytes; at += 64) {
+        __builtin_prefetch((const char*)keys[i] + at, 0, 2);
+        __builtin_prefetch((const char*)values[i] + at, 0, 2);
+      }
+  }
+};
+
+}  // namespace mii::cpu::MII_ISA
