@@ -33,6 +33,7 @@ void pack_panel(const MiiLinearPack& a, int64_t panel) {
 constexpr int kVectors = kPanel / W;
 constexpr int kRowBlock = W == 16 ? 12 : (W == 8 ? 4 : 2);
 constexpr int kRowChunk = 96;
+constexpr int kFewRows = 8;  // of which weights are asked for a little ahead
 
 // One step of the packed weight: kVectors vectors for each Value, which is what a row of x has to be multiplied with at once.
 template <class T>
@@ -101,6 +102,7 @@ MII_INLINE void finish(const MiiLinear& a, int64_t row, int64_t feature, V x) {
 // next one goes through `carry`, [R][P * kPanel].
 struct Steps {
   int64_t begin, end, all;
+  int64_t ahead;  // how many bytes before they are needed weights are fetched, which come from memory; 0: they are not
 };
 
 template <class T, int R, int P>
@@ -115,12 +117,13 @@ void block(const MiiLinear& a, const Value<T>* x, Steps steps, float* carry, int
         for (int v = 0; v < kVectors; ++v)
           sums[u][r][p][v] = u == 0 && steps.begin > 0 ? load(carry + (r * P + p) * kPanel + v * W) : set1(0.0f);
   const T* w = (const T*)a.weight + panel * kStepSize * steps.all;
-  const int64_t panel_size = kStepSize * steps.all;
+  const int64_t panel_size = kStepSize * steps.all, ahead = steps.ahead;
   const auto step = [&](int64_t s, int u) __attribute__((always_inline)) {
 #pragma GCC unroll 2
     for (int f = 0; f < S::kValues; ++f) {
-      if (R <= 4 && f == 0)  // few rows: the weights come from memory, not from a cache
-        for (int p = 0; p < P; ++p) __builtin_prefetch((const char*)(w + p * panel_size + s * kStepSize) + 1024, 0, 2);
+      if (ahead > 0 && f == 0)
+        for (int p = 0; p < P; ++p)
+          __builtin_prefetch((const char*)(w + p * panel_size + s * kStepSize) + ahead, 0, 2);
       V weights[P][kVectors];
       for (int p = 0; p < P; ++p)
         for (int v = 0; v < kVectors; ++v) weights[p][v] = S::load_part(w + p * panel_size + s * kStepSize, v, f);
@@ -168,13 +171,19 @@ struct Chunk {        // rows whose copy stays in the second cache while the wei
 // first cache.
 template <class T, int P>
 void multiply(const MiiLinear& a, const Chunk<T>& c, int64_t panel) {
-  constexpr int64_t kCached = (24 << 10) / (P * kPanel * Step<T>::kFeatures * static_cast<int64_t>(sizeof(T)));
-  Steps steps = {0, 0, c.steps};
+  constexpr int64_t kStepBytes = kPanel * Step<T>::kFeatures * static_cast<int64_t>(sizeof(T));
+  constexpr int64_t kCached = (24 << 10) / (P * kStepBytes);
+  Steps steps = {0, 0, c.steps, 0};
   const int64_t range = c.rows > c.block_rows ? kCached : steps.all;
   for (; steps.end < steps.all; steps.begin = steps.end) {
     steps.end = steps.all - steps.begin < range + range / 2 ? steps.all : steps.begin + range;
     for (int64_t r = 0; r < c.rows; r += c.block_rows) {
       const int64_t rows = c.rows - r < c.block_rows ? c.rows - r : c.block_rows;
+      // A few rows wait for memory. The last ones of more take the weights of a range from the cache, and have time to ask for
+      // those of the next one, which may be that of the next panels.
+      const bool only = c.rows <= c.block_rows, last = r + c.block_rows >= c.rows;
+      const int64_t to_next = steps.end < steps.all ? range : P * steps.all - steps.begin;
+      steps.ahead = only ? (rows <= kFewRows ? 1024 : 0) : (last ? to_next * kStepBytes : 0);
       block_of<T, P>(rows, a, c.x + r * c.values(), steps, c.carry + r * P * kPanel, c.first + r, panel);
     }
   }
