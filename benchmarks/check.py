@@ -22,7 +22,7 @@ def matches(entry: dict[str, Any], report: dict[str, Any]) -> bool:
     """Whether an entry is about this machine and about what was measured: kernels, sums of as many ranks, or this model
     and number format with all layers.
     """
-    device = report["machine"].get("gpu", "cpu")
+    device = report["machine"].get("gpu", report["machine"]["cpu"])
     if not any(name in device for name in entry["devices"]):
         return False
     if "cases" in entry:
