@@ -67,7 +67,7 @@ def test_it_answers_comes_back_when_it_dies_and_ends(other_host: str, tiny_llama
     for role in ("replica-0-front", "replica-0-engine"):
         assert f"launcher was given ['-H', '{other_host}', '-i', '127.0.0.2:0', " in log_of(role)
     with MIIClient(server.mii_config) as client:
-        assert client.generate("DeepSpeed is", max_new_tokens=4)[0].generated_length == 4
+        assert client.generate("DeepSpeed is", max_new_tokens=4, ignore_eos=True)[0].generated_length == 4
     os.kill(pid_of(deployment_folder("demo"), "replica-0-front") or 0, signal.SIGKILL)
     notices = server.notices()
     assert "replica-0-front was killed by SIGKILL; starting it again" in next(notices)

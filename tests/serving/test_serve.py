@@ -102,6 +102,6 @@ def test_the_deployment_runs_on_after_its_script_and_mii_stop_ends_it(tiny_llama
     script = "import mii, sys; mii.serve(sys.argv[1], deployment_name=sys.argv[2], device='cpu', progress=False)"
     subprocess.run([sys.executable, "-c", script, str(tiny_llama), NAME], check=True)
     assert deployment.find(NAME).stage == "running"
-    assert mii.client(NAME).generate(PROMPTS[0], max_new_tokens=3)[0].generated_length == 3
+    assert mii.client(NAME).generate(PROMPTS[0], max_new_tokens=3, ignore_eos=True)[0].generated_length == 3
     subprocess.run([sys.executable, "-m", "mii", "stop", NAME], check=True)
     assert processes_of(cache) == {}

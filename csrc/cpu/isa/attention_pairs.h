@@ -1,7 +1,8 @@
-// Attention of many rows in bfloat16 by dot products of pairs (AVX512-BF16): of scores pairs of dimensions, of what is made of the
-// values pairs of keys, for which probabilities are rounded to bfloat16. Processors with AMX have attention_amx.cpp.
+// Attention of many rows in bfloat16 by dot products of pairs (AVX512-BF16): for scores pairs of dimensions, for what is made
+// of the values pairs of keys, with probabilities rounded to bfloat16. Processors with AMX have attention_amx.cpp.
 #pragma once
 #include "attention_block.h"
+#include "pairs.h"
 
 namespace mii::cpu::MII_ISA {
 
@@ -16,8 +17,7 @@ struct Pairs {
 
 template <>
 struct Pairs<bf16> {
-  static constexpr int kVectors = kKeys / W;                            // of a row's scores
-  typedef uint32_t Pair __attribute__((may_alias, aligned(2)));  // two elements of a row
+  static constexpr int kVectors = kKeys / W;  // of a row's scores
 
   MII_INLINE bool serves(const MiiAttention& a) { return a.head_dim % 32 == 0; }
 
@@ -30,7 +30,7 @@ struct Pairs<bf16> {
   static void transpose(const Item<bf16>& item, const Buffers& b, const KeyBlock<bf16>& block) {
     for (int i = 0; i < item.a.head_dim / 2; i += W) {
       float* to = b.k + i * kKeys;
-      const auto pairs = [&](int key) __attribute__((always_inline)) { return bits(block.keys[key] + 2 * i); };
+      const auto pairs = [&](int key) __attribute__((always_inline)) { return load_pairs(block.keys[key] + 2 * i); };
       int key = block.lo;
       for (; key + 4 <= block.count; key += 4) {
         const V four[4] = {pairs(key), pairs(key + 1), pairs(key + 2), pairs(key + 3)};
@@ -38,7 +38,7 @@ struct Pairs<bf16> {
       }
       for (; key < block.count; ++key) {
         float lanes[W];
-        mii::cpu::MII_ISA::store(lanes, pairs(key));
+        store(lanes, pairs(key));
         for (int j = 0; j < W; ++j) to[j * kKeys + key] = lanes[j];
       }
       for (int j = 0; j < W; ++j) {
@@ -58,7 +58,7 @@ struct Pairs<bf16> {
       V k[kVectors];
       for (int v = 0; v < kVectors; ++v) k[v] = load(b.k + i * kKeys + v * W);
       for (int r = 0; r < kRowGroup; ++r) {
-        const V x = spread(q[r][i]);
+        const V x = spread_pair(q[r][i]);
         for (int v = 0; v < kVectors; ++v) sums[r][v] = add_products(sums[r][v], k[v], x);
       }
     }
@@ -78,7 +78,7 @@ struct Pairs<bf16> {
   // A row's probabilities in bfloat16, at the beginning of their place; keys that are not of the item have none.
   MII_INLINE void round_row(float* scores, const KeyBlock<bf16>& block) {
     bf16* to = (bf16*)scores;
-    for (int i = 0; i < kKeys; i += W) mii::cpu::MII_ISA::store(to + i, load(scores + i));
+    for (int i = 0; i < kKeys; i += W) store(to + i, load(scores + i));
     for (int i = block.lo / 2 * 2; i < block.lo; ++i) to[i].bits = 0;
     for (int i = block.count; i < (block.count + 1) / 2 * 2; ++i) to[i].bits = 0;
   }
@@ -106,7 +106,7 @@ struct Pairs<bf16> {
       V v[2 * C];
       for (int c = 0; c < C; ++c) interleave(block.values[even] + at + 32 * c, block.values[odd] + at + 32 * c, v + 2 * c);
       for (int r = 0; r < R; ++r) {
-        const V p = spread(((const Pair*)(b.scores + (row + r) * kKeys))[pair]);
+        const V p = spread_pair(((const Pair*)(b.scores + (row + r) * kKeys))[pair]);
         for (int c = 0; c < 2 * C; ++c) sums[r][c] = add_products(sums[r][c], v[c], p);
       }
     }
@@ -121,12 +121,8 @@ struct Pairs<bf16> {
          31, 63}};
     const __m512i a = _mm512_loadu_si512(even), c = _mm512_loadu_si512(odd);
     for (int half = 0; half < 2; ++half)
-      to[half].r = _mm512_castsi512_ps(_mm512_permutex2var_epi16(a, _mm512_load_si512(kOrder[half]), c));
+      to[half] = pair_bits(_mm512_permutex2var_epi16(a, _mm512_load_si512(kOrder[half]), c));
   }
-
-  MII_INLINE V bits(const bf16* x) { return {_mm512_castsi512_ps(_mm512_loadu_si512(x))}; }
-  MII_INLINE V spread(uint32_t pair) { return {_mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(pair)))}; }
-  MII_INLINE V add_products(V sum, V a, V b) { return {_mm512_dpbf16_ps(sum.r, (__m512bh)a.r, (__m512bh)b.r)}; }
 };
 
 #endif  // __AVX512BF16__

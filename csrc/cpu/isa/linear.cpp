@@ -6,6 +6,7 @@
 // Padding (features past the end, input features past the end) is zeros. So a matrix-vector product streams the weight
 // once from front to back with no horizontal sums, and a bfloat16 panel is a column of AMX tiles as it stands.
 #include "linear.h"
+#include "pairs.h"
 
 namespace mii::cpu::MII_ISA {
 namespace {
@@ -48,17 +49,12 @@ struct Step {  // float32, float16: one input feature
 #if defined(__AVX512BF16__)
 template <>
 struct Step<bf16> {  // a pair of input features: the sum of two products is one instruction
-  typedef uint32_t Value __attribute__((may_alias));
+  using Value = Pair;
   static constexpr int kFeatures = 2, kValues = 1;
-  MII_INLINE V load_part(const bf16* w, int v, int) { return {_mm512_castsi512_ps(_mm512_loadu_si512(w + v * 2 * W))}; }
-  MII_INLINE V load_values(const bf16* x, int n) {
-    const __mmask32 there = n == 32 ? 0xffffffffu : (1u << n) - 1;
-    return {_mm512_castsi512_ps(_mm512_maskz_loadu_epi16(there, x))};
-  }
-  MII_INLINE V spread(Value x) { return {_mm512_castsi512_ps(_mm512_set1_epi32(static_cast<int>(x)))}; }
-  MII_INLINE V multiply(V weights, V value, V sum) {
-    return {_mm512_dpbf16_ps(sum.r, (__m512bh)weights.r, (__m512bh)value.r)};
-  }
+  MII_INLINE V load_part(const bf16* w, int v, int) { return load_pairs(w + v * 2 * W); }
+  MII_INLINE V load_values(const bf16* x, int n) { return load_pairs_n(x, n); }
+  MII_INLINE V spread(Value x) { return spread_pair(x); }
+  MII_INLINE V multiply(V weights, V value, V sum) { return add_products(sum, weights, value); }
 };
 #else
 template <>
@@ -250,8 +246,8 @@ bool copies_rows(int32_t dtype) {
 #endif
 }
 
-// The product of several chunks of rows. A part is a chunk by some of the panels, as many of them as keep the threads busy: each
-// part copies its chunk. Parts of the same panels follow one another, so that these are in a cache.
+// The product of several chunks of rows. A part is a chunk by a span of the panels, of which there are as many as keep the
+// threads busy: each part copies its chunk. Parts of the same panels follow one another, so that these are in a cache.
 void linear_of_chunks(const MiiLinear& a, int64_t count, int64_t pairs) {
   const int64_t chunks = (a.rows + kRowChunk - 1) / kRowChunk, threads = max_threads();
   const int64_t wanted = threads > 1 ? (4 * threads + chunks - 1) / chunks : 1, spans = wanted < pairs ? wanted : pairs;
