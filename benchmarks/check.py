@@ -18,12 +18,16 @@ from typing import Any
 MINIMUM = Path(__file__).with_name("minimum.json")
 
 
+def device_of(report: dict[str, Any]) -> str:
+    """The GPU's name, or the processor's where there was none."""
+    return str(report["machine"].get("gpu", report["machine"]["cpu"]))
+
+
 def matches(entry: dict[str, Any], report: dict[str, Any]) -> bool:
     """Whether an entry is about this machine and about what was measured: kernels, sums of as many ranks, or this model
     and number format with all layers.
     """
-    device = report["machine"].get("gpu", report["machine"]["cpu"])
-    if not any(name in device for name in entry["devices"]):
+    if not any(name in device_of(report) for name in entry["devices"]):
         return False
     if "cases" in entry:
         return bool(report["benchmark"] == "kernels")
@@ -67,7 +71,7 @@ def check(path: Path, entries: list[dict[str, Any]]) -> bool:
     report = json.loads(path.read_text())
     lines = [line for entry in entries if matches(entry, report) for line in compare(entry, report)]
     about = report["model"]["name"] if report["benchmark"] == "offline" else report["benchmark"]
-    print(f"{path}: {report['machine'].get('gpu', report['machine']['cpu'])}, {about}")
+    print(f"{path}: {device_of(report)}, {about}")
     for name, what, good in lines:
         print(f"  {'ok   ' if good else 'SHORT'} {name}: {what}")
     if not lines:

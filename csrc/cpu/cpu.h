@@ -23,8 +23,12 @@ struct MiiMoePack;
 struct MiiMoeRoute;
 struct MiiNorm;
 struct MiiRopeKv;
+struct MiiSample;
+struct MiiUnpack;
 
 namespace mii::cpu {
+
+struct Addends;
 
 enum class Isa : int { plain = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 };
 
@@ -61,6 +65,9 @@ struct Kernels {
   int32_t (*moe_combine)(const MiiMoeCombine&, int64_t tokens);
   int32_t (*moe_pack)(const MiiMoePack&);
   int64_t (*moe_packed_bytes)(const MiiMoePack&);
+  int32_t (*sample_rows)(const MiiSample&, int64_t rows);  // the first ones
+  int32_t (*unpack)(const MiiUnpack&);
+  void (*add_up)(const Addends&);
 };
 
 // The build defines MII_HAVE_<set> for every set that its compiler could do; `plain` is always there.

@@ -126,24 +126,6 @@ class Ranks {
   Header& hall_;
 };
 
-void add_up(const Addends& a) {
-  switch (active_isa()) {
-#if defined(MII_HAVE_AMX)
-    case Isa::amx: return amx::add_up(a);
-#endif
-#if defined(MII_HAVE_AVX512_BF16)
-    case Isa::avx512_bf16: return avx512_bf16::add_up(a);
-#endif
-#if defined(MII_HAVE_AVX512)
-    case Isa::avx512: return avx512::add_up(a);
-#endif
-#if defined(MII_HAVE_AVX2)
-    case Isa::avx2: return avx2::add_up(a);
-#endif
-    default: return plain::add_up(a);
-  }
-}
-
 int32_t check(const char* name, const MiiRanks& a) {
   if (a.size < 1 || a.rank < 0 || a.rank >= a.size || a.bytes < kHeader + 2 * 64 || a.size > 1024)
     return fail(MII_INVALID, "%s takes ranks 0 to size - 1, up to 1024, with at least %lld bytes each; got %d of %d, %lld",
@@ -164,7 +146,7 @@ struct Piece {
   void add(char* out, char* const* halves, int64_t begin, int64_t end) const {
     const void* parts[1024];
     for (int r = 0; r < ranks.size; ++r) parts[r] = halves[r] + begin * size;
-    add_up({out, parts, end - begin, ranks.size, dtype});
+    active_kernels().add_up({out, parts, end - begin, ranks.size, dtype});
   }
 
   int32_t sum() const {

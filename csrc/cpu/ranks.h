@@ -1,4 +1,4 @@
-// The sum of what several ranks have, for every instruction set; csrc/cpu/ranks.cpp brings it together.
+// What is added up of several ranks; csrc/cpu/ranks.cpp brings it together.
 #pragma once
 #include "cpu.h"
 
@@ -11,11 +11,5 @@ struct Addends {
   int64_t elements;
   int32_t count, dtype;
 };
-
-namespace plain { void add_up(const Addends& a); }
-namespace avx2 { void add_up(const Addends& a); }
-namespace avx512 { void add_up(const Addends& a); }
-namespace avx512_bf16 { void add_up(const Addends& a); }
-namespace amx { void add_up(const Addends& a); }
 
 }  // namespace mii::cpu

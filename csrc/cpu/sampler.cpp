@@ -1,6 +1,6 @@
 // mii_sample of libmii_cpu.so: argument checks, then the code for the instruction set in use.
-#include "sampler.h"
-
+#include "cpu.h"
+#include "mii/abi/sample.h"
 #include "mii/sampling.h"
 
 namespace mii::cpu {
@@ -15,29 +15,6 @@ int32_t check(const MiiSample& a) {
   return MII_OK;
 }
 
-int32_t run(const MiiSample& a, int64_t rows) {
-  switch (active_isa()) {
-#if defined(MII_HAVE_AMX)
-    case Isa::amx:
-      return amx::sample_rows(a, rows);
-#endif
-#if defined(MII_HAVE_AVX512_BF16)
-    case Isa::avx512_bf16:
-      return avx512_bf16::sample_rows(a, rows);
-#endif
-#if defined(MII_HAVE_AVX512)
-    case Isa::avx512:
-      return avx512::sample_rows(a, rows);
-#endif
-#if defined(MII_HAVE_AVX2)
-    case Isa::avx2:
-      return avx2::sample_rows(a, rows);
-#endif
-    default:
-      return plain::sample_rows(a, rows);
-  }
-}
-
 }  // namespace
 }  // namespace mii::cpu
 
@@ -49,7 +26,7 @@ int32_t mii_sample(const MiiSample* args, void*) {
   if (status != MII_OK) return status;
   int64_t rows = args->rows;
   if (args->counts != nullptr && args->counts[MII_NUM_SAMPLES] < rows) rows = args->counts[MII_NUM_SAMPLES];
-  return run(*args, rows);
+  return active_kernels().sample_rows(*args, rows);
 }
 
 int64_t mii_sample_workspace_bytes(const MiiSample*) { return 0; }

@@ -57,12 +57,11 @@ class Roofline:
         tensors = {path: p.tensor for path, p in model.parameters() if path.startswith("blocks.")}
         last = f"blocks.{spec.num_layers - 1}."
         behind = {path for path in tensors if path.startswith(last) and not path.startswith(f"{last}attention.qkv.")}
+        behind = behind if model.narrows else set()
 
         def weights(dim: int, *, tail: bool) -> int:
             return sum(t.numel() for path, t in tensors.items() if t.dim() == dim and tail == (path in behind))
 
-        if not model.narrows:
-            behind.clear()
         return cls(
             limits=limits,
             body=weights(2, tail=False),

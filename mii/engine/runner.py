@@ -182,18 +182,17 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: Plan) -> LaunchedStep:
         """Starts a planned step and returns at once (on a GPU)."""
-        forward, samples = self._begin(plan)
+        forward, bucket, samples = self._begin(plan)
         tokens = self.sampled.on_device
         draws = self.sampler.plan(sequence.sampling for sequence in plan.sampled)
         if self.graphs is None and forward.cos_sin is self.rotation.tables:
-            key = (*self._bucket(plan), samples, self._suppressing, draws)
+            key = (*bucket, samples, self._suppressing, draws)
             self._recorded.run(key, lambda: self._execute(forward, tokens[:samples], draws))
         elif self.graphs is None:
             self._execute(forward, tokens[:samples], draws)
         elif forward.cos_sin is not self.rotation.tables or forward.positions.shape[0] > self.most_captured:
             self._execute(forward, tokens[: len(forward.sample_rows)], draws)
         else:
-            bucket = self._bucket(plan)
             self.graphs.run((*bucket, draws), lambda: self._execute(forward, tokens[: bucket.sequences], draws))
         scores = None
         if self._extras is not None:
@@ -229,12 +228,12 @@ class Runner:
         """Runs a planned step without drawing: the logits [samples, vocab] of its chunks that reach their end; of a
         part of the vocabulary on each rank of a group.
         """
-        forward, samples = self._begin(plan)
+        forward, _, samples = self._begin(plan)
         self._compute(forward)
         return forward.buffers.logits[:samples].clone()
 
-    def _begin(self, plan: Plan) -> tuple[Forward, int]:
-        """Sends the plan to the device; the views that its step works on, and how many chunks sample."""
+    def _begin(self, plan: Plan) -> tuple[Forward, Bucket, int]:
+        """Sends the plan to the device; the views that its step works on, its size, and how many chunks sample."""
         samples = self._fill(plan)
         if self.timeline is not None:
             self.timeline.done("fill")
@@ -249,7 +248,7 @@ class Runner:
         forward.cos_sin, forward.rope_rows = self.rotation.tables, forward.step.rope_rows
         if self.rotation.needs_own_tables(plan):
             forward.cos_sin, forward.rope_rows = self.rotation.own_tables(plan, forward.positions.shape[0])
-        return forward, samples
+        return forward, bucket, samples
 
     def _execute(self, forward: Forward, tokens: torch.Tensor, draws: Draws | None = None) -> None:
         """Everything that a step does on the device, from the uploaded plan to the sampled tokens."""
@@ -307,16 +306,16 @@ class Runner:
                 self._forwards.clear()
             forward = self._forwards[bucket] = self._make_forward(bucket)
         if len(forward.sample_rows) != samples:
-            forward.buffers = self.arena.views(bucket.tokens, samples)
-            forward.sample_rows = forward.step.sample_rows[:samples]
-            forward.tail = self._tail(forward, bucket)
+            self._narrow(forward, bucket, samples)
         return forward
 
-    def _tail(self, forward: Forward, bucket: Bucket) -> Forward | None:
-        if not (bucket.narrows and self.model.narrows):
-            return None
-        counts = forward.step.counts[abi.NUM_SAMPLES - abi.NUM_TOKENS :]  # its tokens are those that are sampled
-        return replace(forward, buffers=self.arena.tail(len(forward.sample_rows)), counts=counts, tail=None, halves=())
+    def _narrow(self, forward: Forward, bucket: Bucket, samples: int) -> None:
+        """Makes a step one of which so many rows are sampled."""
+        forward.buffers = self.arena.views(bucket.tokens, samples)
+        forward.sample_rows, forward.tail = forward.step.sample_rows[:samples], None
+        if bucket.narrows and self.model.narrows:
+            counts = forward.step.counts[abi.NUM_SAMPLES - abi.NUM_TOKENS :]  # its tokens are those that are sampled
+            forward.tail = replace(forward, buffers=self.arena.tail(samples), counts=counts, halves=())
 
     def _make_forward(self, bucket: Bucket) -> Forward:
         tokens, sequences = bucket[:2]
@@ -346,7 +345,7 @@ class Runner:
             decodes=bucket.decodes,
             halves=self.model.halves(tokens, captured=tokens <= self.most_captured),
         )
-        forward.tail = self._tail(forward, bucket)
+        self._narrow(forward, bucket, sequences)
         return forward
 
     # -- from plan to tensors -----------------------------------------------------------------------------------------

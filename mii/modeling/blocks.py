@@ -93,34 +93,40 @@ class SequentialBlock(Module):
 
     def __call__(self, forward: Forward, first: bool, last: bool) -> None:
         if forward.halves:
-            self._by_halves(forward, first, last)
-            return
-        _norm_stream(self.attention_norm, forward, first)
-        _go_on(self._finish, forward, self.attention.attend(forward, forward.buffers.hidden), last)
+            heads = self._attend_by_halves(forward, first)
+        else:
+            _norm_stream(self.attention_norm, forward, first)
+            heads = self.attention.attend(forward, forward.buffers.hidden)
+        _go_on(self._finish, forward, heads, last)
 
     def _finish(self, forward: Forward, heads: torch.Tensor) -> None:
         """All that follows attention."""
+        if forward.halves:
+            self._finish_by_halves(forward, heads)
+            return
         buffers = forward.buffers
         hidden, residual, branch = buffers.hidden, buffers.residual, buffers.branch
         self.attention.project_out(branch, heads)
         self.mlp_norm(hidden, branch, residual)
         self.mlp(forward, branch, hidden)
 
-    def _by_halves(self, forward: Forward, first: bool, last: bool) -> None:
-        """The same; while a half's sum over the ranks is on its way, the other half is computed."""
-        buffers, halves, output = forward.buffers, forward.halves, self.attention.project_out
+    # The same; while a half's sum over the ranks is on its way, the other half is computed.
+
+    def _attend_by_halves(self, forward: Forward, first: bool) -> torch.Tensor:
+        buffers = forward.buffers
         hidden, residual, branch = buffers.hidden, buffers.residual, buffers.branch
-        for index, half in enumerate(halves):
+        for index, half in enumerate(forward.halves):
             if first:
                 self.attention_norm(hidden[half], residual[half])
             else:
                 self.attention_norm.of_started(hidden[half], branch[half], residual[half], forward.sums[index])
             self.attention.project(forward, half, hidden[half])
-        heads = self.attention.attend_projected(forward)
-        if last and forward.tail is not None:
-            forward.sums = ()
-            _go_on(self._finish, forward, heads, last)
-            return
+        forward.sums = ()
+        return self.attention.attend_projected(forward)
+
+    def _finish_by_halves(self, forward: Forward, heads: torch.Tensor) -> None:
+        buffers, halves, output = forward.buffers, forward.halves, self.attention.project_out
+        hidden, residual, branch = buffers.hidden, buffers.residual, buffers.branch
         sums = [start_all_reduce(output(branch[half], heads[half]), self.mlp_norm.group) for half in halves]
         forward.sums = later = []
         for half, started in zip(halves, sums, strict=True):

@@ -16,6 +16,11 @@ void load_queries(const Item<T>& item, const Buffers& b) {
   for (int r = 0; r < item.rows; ++r) {
     const T* q = item.q(r);
     for (int i = 0; i < d; i += W) store(b.q + r * b.width + i, load_tail(q + i, d - i) * scale);
+  }
+}
+
+void clear_sums(const Buffers& b, int rows) {
+  for (int r = 0; r < rows; ++r) {
     for (int i = 0; i < b.width; i += W) store(b.sums + r * b.width + i, set1(0.0f));
     b.max[r] = kNone;
     b.total[r] = 0.0f;
@@ -50,28 +55,6 @@ void dot_scores(const Item<T>& item, const Buffers& b, const T* const* keys, int
 }
 
 // ---- scores: many rows, keys transposed to [head_dim][kKeys] floats first -------------------------------------------
-
-template <class T>
-void transpose_keys(const Item<T>& item, const Buffers& b, const T* const* keys, int lo, int count) {
-  const int d = item.a.head_dim;
-  float row[W];
-  for (int i = 0; i < d; i += W) {
-    const int n = d - i < W ? d - i : W;
-    int key = lo;
-    for (; n == W && key + 4 <= count; key += 4) {
-      const V four[4] = {load(keys[key] + i), load(keys[key + 1] + i), load(keys[key + 2] + i), load(keys[key + 3] + i)};
-      store_columns(four, b.k + i * kKeys + key, kKeys);
-    }
-    for (; key < count; ++key) {
-      store(row, load_tail(keys[key] + i, n));
-      for (int j = 0; j < n; ++j) b.k[(i + j) * kKeys + key] = row[j];
-    }
-    for (int j = 0; j < n; ++j) {
-      for (key = 0; key < lo; ++key) b.k[(i + j) * kKeys + key] = 0.0f;
-      for (key = count; key < kKeys; ++key) b.k[(i + j) * kKeys + key] = 0.0f;
-    }
-  }
-}
 
 constexpr int kScoreVectors = W == 16 ? 4 : 2;  // score vectors per row in registers
 
@@ -194,8 +177,9 @@ constexpr int kDotRows = 2 * kRowGroup;  // up to so many rows the keys are not 
 // `next` is what this thread does afterwards, or null: its first keys are fetched during the last block of this item.
 template <class T>
 void attend(const Item<T>& item, const Buffers& b, const Item<T>* next) {
-  load_queries(item, b);
   const bool many = item.rows > kDotRows, in_pairs = many && Pairs<T>::serves(item.a);
+  if (!in_pairs) load_queries(item, b);
+  clear_sums(b, item.rows);
 #if defined(__AMX_BF16__)
   const bool tiles = is_same<T, bf16> && DecodeTiles::serves(item.a, item.rows);
   DecodeTiles decode(tiles);
@@ -220,8 +204,9 @@ void attend(const Item<T>& item, const Buffers& b, const Item<T>* next) {
     if (in_pairs) {
       Pairs<T>::score(item, b, block);
     } else if (!scored && many) {
-      transpose_keys(item, b, block.keys, block.lo, block.count);
-      block_scores(b, item.rows, item.a.head_dim);
+      const int d = item.a.head_dim;
+      transpose_keys(b, block, d, [&](int key, int i) { return load_tail(block.keys[key] + i, d - i); });
+      block_scores(b, item.rows, d);
     } else if (!scored) {
       dot_scores(item, b, block.keys, block.lo, block.count);
     }

@@ -60,4 +60,26 @@ struct KeyBlock {
   }
 };
 
+// The keys of a block as columns of b.k, [values][kKeys]; vector(key, i) has values i .. i + W - 1 of a key.
+template <class T, class Vector>
+MII_INLINE void transpose_keys(const Buffers& b, const KeyBlock<T>& block, int values, const Vector& vector) {
+  for (int i = 0; i < values; i += W) {
+    const int n = values - i < W ? values - i : W;
+    float *to = b.k + i * kKeys, lanes[W];
+    int key = block.lo;
+    for (; n == W && key + 4 <= block.count; key += 4) {
+      const V four[4] = {vector(key, i), vector(key + 1, i), vector(key + 2, i), vector(key + 3, i)};
+      store_columns(four, to + key, kKeys);
+    }
+    for (; key < block.count; ++key) {
+      store(lanes, vector(key, i));
+      for (int j = 0; j < n; ++j) to[j * kKeys + key] = lanes[j];
+    }
+    for (int j = 0; j < n; ++j) {
+      for (key = 0; key < block.lo; ++key) to[j * kKeys + key] = 0.0f;
+      for (key = block.count; key < kKeys; ++key) to[j * kKeys + key] = 0.0f;
+    }
+  }
+}
+
 }  // namespace mii::cpu::MII_ISA

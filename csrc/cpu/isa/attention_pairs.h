@@ -23,29 +23,8 @@ struct Pairs<bf16> {
 
   // ---- scores
   static void score(const Item<bf16>& item, const Buffers& b, const KeyBlock<bf16>& block) {
-    transpose(item, b, block);
+    transpose_keys(b, block, item.a.head_dim / 2, [&](int key, int i) { return load_pairs(block.keys[key] + 2 * i); });
     for (int row = 0; row < item.rows; row += kRowGroup) score_rows(item, b, row);
-  }
-  // Keys as [head_dim / 2][kKeys] pairs.
-  static void transpose(const Item<bf16>& item, const Buffers& b, const KeyBlock<bf16>& block) {
-    for (int i = 0; i < item.a.head_dim / 2; i += W) {
-      float* to = b.k + i * kKeys;
-      const auto pairs = [&](int key) __attribute__((always_inline)) { return load_pairs(block.keys[key] + 2 * i); };
-      int key = block.lo;
-      for (; key + 4 <= block.count; key += 4) {
-        const V four[4] = {pairs(key), pairs(key + 1), pairs(key + 2), pairs(key + 3)};
-        store_columns(four, to + key, kKeys);
-      }
-      for (; key < block.count; ++key) {
-        float lanes[W];
-        store(lanes, pairs(key));
-        for (int j = 0; j < W; ++j) to[j * kKeys + key] = lanes[j];
-      }
-      for (int j = 0; j < W; ++j) {
-        for (key = 0; key < block.lo; ++key) to[j * kKeys + key] = 0.0f;
-        for (key = block.count; key < kKeys; ++key) to[j * kKeys + key] = 0.0f;
-      }
-    }
   }
   // Of kRowGroup rows; those past the last one are the last one again.
   static void score_rows(const Item<bf16>& item, const Buffers& b, int row) {

@@ -5,7 +5,7 @@
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off")
 #endif
-#include "../gguf.h"
+#include "mii/abi/gguf.h"
 #include "simd.h"
 
 namespace mii::cpu::MII_ISA {

@@ -298,10 +298,14 @@ int32_t moe_combine(const MiiMoeCombine& a, int64_t tokens);
 int32_t moe_pack(const MiiMoePack& a);
 int64_t moe_packed_bytes(const MiiMoePack& a);
 int64_t linear_packed_bytes(const MiiLinearPack& a);
+int32_t sample_rows(const MiiSample& a, int64_t rows);
+int32_t unpack(const MiiUnpack& a);
+void add_up(const Addends& a);
 
 const Kernels kernels = {
     embedding,   norm,        rope_kv,             activation,  gather,   attention,       linear,
     linear_pack, linear_packed_bytes, moe_route, moe_linear, moe_combine, moe_pack, moe_packed_bytes,
+    sample_rows, unpack,      add_up,
 };
 
 }  // namespace mii::cpu::MII_ISA

@@ -5,7 +5,7 @@
 // filters have ruled out, so after the first pass over a row most of it is never touched again. Thresholds come from
 // histograms of the few distances that can still matter. Few rows share the threads block by block, many rows one row
 // each.
-#include "../sampler.h"
+#include "mii/abi/sample.h"
 
 #include <math.h>
 
