@@ -35,6 +35,7 @@ constexpr int kStreamThreads = kStreamConsumers + kStreamCopyWarps * kWarp;
 constexpr int kStreamRowBytes = 2 * kStreamDepth + 16;
 constexpr int kStreamWeightBytes = kStreamTileRows * kStreamRowBytes;
 constexpr int kStreamRingOffset = 256;    // barriers come before the ring
+constexpr int kStreamPause = 500;  // ns between early units, behind which what the kernel before still reads stands in line
 constexpr int kStreamBudget = 216 << 10;  // leaves room for the light kernels beside it
 static_assert(kStreamTileRows == 16 * kStreamWarps && 2 * kStreamUnits * kBarrierBytes <= kStreamRingOffset);
 
@@ -183,7 +184,10 @@ MII_DEVICE void copy_units(const Stream<T, Tokens>& s) {
   StreamCursor weights = s.start(), tokens = weights;
   StreamPlace place, last;
   start_next();
-  for (; weights.unit < filled; weights.advance(steps), place.next()) load_weights(s, weights, place, policy);
+  for (; weights.unit < filled; weights.advance(steps), place.next()) {
+    load_weights(s, weights, place, policy);
+    __nanosleep(kStreamPause);
+  }
   wait_for_previous();
   for (place = {}; tokens.unit < filled; tokens.advance(steps), place.next()) load_tokens(s, tokens.step, last = place);
   for (; weights.unit < s.end; weights.advance(steps), place.next()) {
