@@ -177,7 +177,7 @@ constexpr int kDotRows = 2 * kRowGroup;  // up to so many rows the keys are not 
 // `next` is what this thread does afterwards, or null: its first keys are fetched during the last block of this item.
 template <class T>
 void attend(const Item<T>& item, const Buffers& b, const Item<T>* next) {
-  const bool many = item.rows > kDotRows, in_pairs = many && Pairs<T>::serves(item.a);
+  const bool many = item.rows > kDotRows, in_pairs = Pairs<T>::serves(item.a);
   if (!in_pairs) load_queries(item, b);
   clear_sums(b, item.rows);
 #if defined(__AMX_BF16__)
@@ -202,7 +202,7 @@ void attend(const Item<T>& item, const Buffers& b, const Item<T>* next) {
       if ((scored = tiles)) decode.score(item, block.first, block.lo, block.count, b.scores);
 #endif
     if (in_pairs) {
-      Pairs<T>::score(item, b, block);
+      many ? Pairs<T>::score(item, b, block) : Pairs<T>::score_few(item, b, block);
     } else if (!scored && many) {
       const int d = item.a.head_dim;
       transpose_keys(b, block, d, [&](int key, int i) { return load_tail(block.keys[key] + i, d - i); });
@@ -214,7 +214,7 @@ void attend(const Item<T>& item, const Buffers& b, const Item<T>* next) {
       shape_scores(item, b.scores + r * kKeys, r, block.first, block.lo, block.count);
       softmax_row(b, r);
     }
-    if (in_pairs) {
+    if (in_pairs && many) {
       Pairs<T>::add_values(item, b, block, fetched);
       continue;
     }

@@ -1,5 +1,5 @@
-// Attention of many rows in bfloat16 by dot products of pairs (AVX512-BF16): for scores pairs of dimensions, for what is made
-// of the values pairs of keys, with probabilities rounded to bfloat16. Processors with AMX have attention_amx.cpp.
+// Attention in bfloat16 by dot products of pairs (AVX512-BF16): for scores pairs of dimensions, and where rows are many for what
+// is made of the values pairs of keys, with probabilities rounded to bfloat16. Processors with AMX have attention_amx.cpp.
 #pragma once
 #include "attention_block.h"
 #include "pairs.h"
@@ -10,6 +10,7 @@ template <class T>
 struct Pairs {
   MII_INLINE bool serves(const MiiAttention&) { return false; }
   MII_INLINE void score(const Item<T>&, const Buffers&, const KeyBlock<T>&) {}
+  MII_INLINE void score_few(const Item<T>&, const Buffers&, const KeyBlock<T>&) {}
   MII_INLINE void add_values(const Item<T>&, const Buffers&, const KeyBlock<T>&, const KeyBlock<T>*) {}
 };
 
@@ -44,6 +45,61 @@ struct Pairs<bf16> {
     const V scale = set1(item.a.scale);
     for (int r = 0; r < kRowGroup; ++r)
       for (int v = 0; v < kVectors; ++v) store(b.scores + (row + r) * kKeys + v * W, sums[r][v] * scale);
+  }
+
+  // ---- scores of a few rows: dot products of 16 keys at once, added up within their vectors by halves
+  static constexpr int kFewRows = 4;  // in registers at once
+
+  template <int R>
+  struct Sums {
+    V row[R];
+  };
+  // a and b are partial sums of Keys keys each, lanes in turn from one to the next; so are those of both that come back.
+  template <int Keys>
+  MII_INLINE V join(V a, V b) {
+    if constexpr (Keys == 1) return {_mm512_add_ps(_mm512_unpacklo_ps(a.r, b.r), _mm512_unpackhi_ps(a.r, b.r))};
+    if constexpr (Keys == 2) {
+      const __m512d c = _mm512_castps_pd(a.r), d = _mm512_castps_pd(b.r);
+      return {_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)))};
+    }
+    return {_mm512_add_ps(_mm512_shuffle_f32x4(a.r, b.r, 0x88), _mm512_shuffle_f32x4(a.r, b.r, 0xdd))};
+  }
+  template <int R, int Keys>
+  MII_INLINE Sums<R> dot(const bf16* const* keys, const bf16* const* q, int d) {
+    Sums<R> sums;
+    if constexpr (Keys == 1) {
+      for (int r = 0; r < R; ++r) sums.row[r] = set1(0.0f);
+      for (int i = 0; i < d; i += 32) {
+        const V k = load_pairs(keys[0] + i);
+        for (int r = 0; r < R; ++r) sums.row[r] = add_products(sums.row[r], k, load_pairs(q[r] + i));
+      }
+    } else {
+      const Sums<R> a = dot<R, Keys / 2>(keys, q, d), b = dot<R, Keys / 2>(keys + Keys / 2, q, d);
+      for (int r = 0; r < R; ++r) sums.row[r] = join<Keys / 2>(a.row[r], b.row[r]);
+    }
+    return sums;
+  }
+  template <int R>
+  static void score_few(const Item<bf16>& item, const Buffers& b, const KeyBlock<bf16>& block, int row) {
+    if (item.rows - row < R) {
+      if constexpr (R > 1) score_few<R - 1>(item, b, block, row);
+      return;
+    }
+    const bf16* q[R];
+    for (int r = 0; r < R; ++r) q[r] = item.q(row + r);
+    const V scale = set1(item.a.scale);
+    for (int key = block.lo / W * W; key < block.count; key += W) {
+      const bf16* keys[W];  // those that are not of the item are another one of it, whose scores the mask takes away
+      for (int i = 0; i < W; ++i) {
+        const int at = key + i < block.lo ? block.lo : key + i;
+        keys[i] = block.keys[at < block.count ? at : block.count - 1];
+      }
+      const Sums<R> sums = dot<R, W>(keys, q, item.a.head_dim);
+      for (int r = 0; r < R; ++r) store(b.scores + (row + r) * kKeys + key, sums.row[r] * scale);
+    }
+  }
+  static void score_few(const Item<bf16>& item, const Buffers& b, const KeyBlock<bf16>& block) {
+    for (int row = 0; row < item.rows; row += kFewRows) score_few<kFewRows>(item, b, block, row);
   }
 
   // ---- values
