@@ -29,29 +29,15 @@ void clear_sums(const Buffers& b, int rows) {
 
 // ---- scores: few rows, dot products straight from the cache ---------------------------------------------------------
 
-template <class T, int R>
-MII_INLINE void dot_rows(const T* k, const Buffers& b, int row, int d, int key) {
-  V sums[R];
-  for (int r = 0; r < R; ++r) sums[r] = set1(0.0f);
-  for (int i = 0; i < d; i += W) {
-    const V x = load_tail(k + i, d - i);
-    for (int r = 0; r < R; ++r) sums[r] = fma(x, load(b.q + (row + r) * b.width + i), sums[r]);
-  }
-  for (int r = 0; r < R; ++r) b.scores[(row + r) * kKeys + key] = sum(sums[r]);
-}
-
-template <class T, int R = kRowGroup>
-MII_INLINE void dot_rows_of(int rows, const T* k, const Buffers& b, int row, int d, int key) {
-  if (rows == R) return dot_rows<T, R>(k, b, row, d, key);
-  if constexpr (R > 1) dot_rows_of<T, R - 1>(rows, k, b, row, d, key);
-}
-
 template <class T>
-void dot_scores(const Item<T>& item, const Buffers& b, const T* const* keys, int lo, int count) {
-  for (int row = 0; row < item.rows; row += kRowGroup) {
-    const int rows = item.rows - row < kRowGroup ? item.rows - row : kRowGroup;
-    for (int key = lo; key < count; ++key) dot_rows_of<T>(rows, keys[key], b, row, item.a.head_dim, key);
-  }
+void dot_scores(const Item<T>& item, const Buffers& b, const KeyBlock<T>& block) {
+  const int d = item.a.head_dim;
+  score_few_rows(item.rows, b, block, set1(1.0f), [&](auto& sums, const T* key, int row) {
+    for (int i = 0; i < d; i += W) {
+      const V x = load_tail(key + i, d - i);
+      for (int r = 0; r < sums.kRows; ++r) sums.row[r] = fma(x, load(b.q + (row + r) * b.width + i), sums.row[r]);
+    }
+  });
 }
 
 // ---- scores: many rows, keys transposed to [head_dim][kKeys] floats first -------------------------------------------
@@ -208,7 +194,7 @@ void attend(const Item<T>& item, const Buffers& b, const Item<T>* next) {
       transpose_keys(b, block, d, [&](int key, int i) { return load_tail(block.keys[key] + i, d - i); });
       block_scores(b, item.rows, d);
     } else if (!scored) {
-      dot_scores(item, b, block.keys, block.lo, block.count);
+      dot_scores(item, b, block);
     }
     for (int r = 0; r < item.rows; ++r) {
       shape_scores(item, b.scores + r * kKeys, r, block.first, block.lo, block.count);

@@ -47,59 +47,14 @@ struct Pairs<bf16> {
       for (int v = 0; v < kVectors; ++v) store(b.scores + (row + r) * kKeys + v * W, sums[r][v] * scale);
   }
 
-  // ---- scores of a few rows: dot products of 16 keys at once, added up within their vectors by halves
-  static constexpr int kFewRows = 4;  // in registers at once
-
-  template <int R>
-  struct Sums {
-    V row[R];
-  };
-  // a and b are partial sums of Keys keys each, lanes in turn from one to the next; so are those of both that come back.
-  template <int Keys>
-  MII_INLINE V join(V a, V b) {
-    if constexpr (Keys == 1) return {_mm512_add_ps(_mm512_unpacklo_ps(a.r, b.r), _mm512_unpackhi_ps(a.r, b.r))};
-    if constexpr (Keys == 2) {
-      const __m512d c = _mm512_castps_pd(a.r), d = _mm512_castps_pd(b.r);
-      return {_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)))};
-    }
-    return {_mm512_add_ps(_mm512_shuffle_f32x4(a.r, b.r, 0x88), _mm512_shuffle_f32x4(a.r, b.r, 0xdd))};
-  }
-  template <int R, int Keys>
-  MII_INLINE Sums<R> dot(const bf16* const* keys, const bf16* const* q, int d) {
-    Sums<R> sums;
-    if constexpr (Keys == 1) {
-      for (int r = 0; r < R; ++r) sums.row[r] = set1(0.0f);
-      for (int i = 0; i < d; i += 32) {
-        const V k = load_pairs(keys[0] + i);
-        for (int r = 0; r < R; ++r) sums.row[r] = add_products(sums.row[r], k, load_pairs(q[r] + i));
-      }
-    } else {
-      const Sums<R> a = dot<R, Keys / 2>(keys, q, d), b = dot<R, Keys / 2>(keys + Keys / 2, q, d);
-      for (int r = 0; r < R; ++r) sums.row[r] = join<Keys / 2>(a.row[r], b.row[r]);
-    }
-    return sums;
-  }
-  template <int R>
-  static void score_few(const Item<bf16>& item, const Buffers& b, const KeyBlock<bf16>& block, int row) {
-    if (item.rows - row < R) {
-      if constexpr (R > 1) score_few<R - 1>(item, b, block, row);
-      return;
-    }
-    const bf16* q[R];
-    for (int r = 0; r < R; ++r) q[r] = item.q(row + r);
-    const V scale = set1(item.a.scale);
-    for (int key = block.lo / W * W; key < block.count; key += W) {
-      const bf16* keys[W];  // those that are not of the item are another one of it, whose scores the mask takes away
-      for (int i = 0; i < W; ++i) {
-        const int at = key + i < block.lo ? block.lo : key + i;
-        keys[i] = block.keys[at < block.count ? at : block.count - 1];
-      }
-      const Sums<R> sums = dot<R, W>(keys, q, item.a.head_dim);
-      for (int r = 0; r < R; ++r) store(b.scores + (row + r) * kKeys + key, sums.row[r] * scale);
-    }
-  }
   static void score_few(const Item<bf16>& item, const Buffers& b, const KeyBlock<bf16>& block) {
-    for (int row = 0; row < item.rows; row += kFewRows) score_few<kFewRows>(item, b, block, row);
+    score_few_rows(item.rows, b, block, set1(item.a.scale), [&](auto& sums, const bf16* key, int row) {
+      for (int i = 0; i < item.a.head_dim; i += 32) {
+        const V k = load_pairs(key + i);
+        for (int r = 0; r < sums.kRows; ++r)
+          sums.row[r] = add_products(sums.row[r], k, load_pairs(item.q(row + r) + i));
+      }
+    });
   }
 
   // ---- values

@@ -319,6 +319,31 @@ MII_INLINE V erf(V x) {
   return copysign(set1(1.0f) - p * t * exp(set1(0.0f) - a * a), x);
 }
 
+// a and b hold partial sums of Keys things each, lanes in turn from one to the next; so does what comes back, of both. W vectors
+// of a sum's parts become one of W sums by W - 1 of these.
+template <int Keys>
+MII_INLINE V join_sums(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (Keys == 1) return {_mm512_add_ps(_mm512_unpacklo_ps(a.r, b.r), _mm512_unpackhi_ps(a.r, b.r))};
+  if constexpr (Keys == 2) {
+    const __m512d c = _mm512_castps_pd(a.r), d = _mm512_castps_pd(b.r);
+    return {_mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)))};
+  }
+  return {_mm512_add_ps(_mm512_shuffle_f32x4(a.r, b.r, 0x88), _mm512_shuffle_f32x4(a.r, b.r, 0xdd))};
+#elif defined(__AVX2__)
+  if constexpr (Keys == 1) return {_mm256_add_ps(_mm256_unpacklo_ps(a.r, b.r), _mm256_unpackhi_ps(a.r, b.r))};
+  if constexpr (Keys == 2) {
+    const __m256d c = _mm256_castps_pd(a.r), d = _mm256_castps_pd(b.r);
+    return {_mm256_add_ps(_mm256_castpd_ps(_mm256_unpacklo_pd(c, d)), _mm256_castpd_ps(_mm256_unpackhi_pd(c, d)))};
+  }
+  return {_mm256_add_ps(_mm256_permute2f128_ps(a.r, b.r, 0x20), _mm256_permute2f128_ps(a.r, b.r, 0x31))};
+#else
+  if constexpr (Keys == 1)
+    return {Lanes{a.r[0] + a.r[2], b.r[0] + b.r[2], a.r[1] + a.r[3], b.r[1] + b.r[3]}};
+  return {Lanes{a.r[0] + a.r[2], a.r[1] + a.r[3], b.r[0] + b.r[2], b.r[1] + b.r[3]}};
+#endif
+}
+
 // Lane i of four vectors, side by side at to + i * stride.
 MII_INLINE void store_columns(const V (&x)[4], float* to, int64_t stride) {
 #if defined(__AVX512F__)
