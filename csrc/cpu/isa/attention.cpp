@@ -32,10 +32,11 @@ void clear_sums(const Buffers& b, int rows) {
 template <class T>
 void dot_scores(const Item<T>& item, const Buffers& b, const KeyBlock<T>& block) {
   const int d = item.a.head_dim;
-  score_few_rows(item.rows, b, block, set1(1.0f), [&](auto& sums, const T* key, int row) {
+  const auto query = [&](int row) -> const float* { return b.q + row * b.width; };
+  score_few_rows(item.rows, b, block, set1(1.0f), query, [&](auto& sums, const T* key, const float* const* q) {
     for (int i = 0; i < d; i += W) {
       const V x = load_tail(key + i, d - i);
-      for (int r = 0; r < sums.kRows; ++r) sums.row[r] = fma(x, load(b.q + (row + r) * b.width + i), sums.row[r]);
+      for (int r = 0; r < sums.kRows; ++r) sums.row[r] = fma(x, load(q[r] + i), sums.row[r]);
     }
   });
 }

@@ -92,39 +92,44 @@ struct RowSums {
   V row[R];
 };
 
-// add(sums, key, row): adds products of a key with rows row .. row + R - 1, whose sums over the lanes are the scores.
-template <int R, int Keys, class T, class Add>
-MII_INLINE RowSums<R> dot_keys(const T* const* keys, int row, const Add& add) {
+// add(sums, key, q): adds products of a key with R query rows, whose sums over the lanes are the scores.
+template <int R, int Keys, class T, class Query, class Add>
+MII_INLINE RowSums<R> dot_keys(const T* const* keys, const Query* const* q, const Add& add) {
   RowSums<R> sums;
   if constexpr (Keys == 1) {
     for (int r = 0; r < R; ++r) sums.row[r] = set1(0.0f);
-    add(sums, keys[0], row);
+    add(sums, keys[0], q);
   } else {
-    const RowSums<R> a = dot_keys<R, Keys / 2>(keys, row, add), b = dot_keys<R, Keys / 2>(keys + Keys / 2, row, add);
+    const RowSums<R> a = dot_keys<R, Keys / 2>(keys, q, add), b = dot_keys<R, Keys / 2>(keys + Keys / 2, q, add);
     for (int r = 0; r < R; ++r) sums.row[r] = join_sums<Keys / 2>(a.row[r], b.row[r]);
   }
   return sums;
 }
 
-template <int R = kFewRows, class T, class Add>
-MII_INLINE void score_few_at(int row, int rows, const Buffers& b, const KeyBlock<T>& block, V scale, const Add& add) {
+template <int R = kFewRows, class T, class Query, class Add>
+MII_INLINE void score_few_at(int row, int rows, const Buffers& b, const KeyBlock<T>& block, V scale, const Query& query,
+                             const Add& add) {
   if (rows - row < R) {
-    if constexpr (R > 1) score_few_at<R - 1>(row, rows, b, block, scale, add);
+    if constexpr (R > 1) score_few_at<R - 1>(row, rows, b, block, scale, query, add);
     return;
   }
+  decltype(query(0)) q[R];
+  for (int r = 0; r < R; ++r) q[r] = query(row + r);
   for (int key = block.lo / W * W; key < block.count; key += W) {
     const T* keys[W];  // those that are not of the item are another one of it, whose scores the mask takes away
     for (int i = 0; i < W; ++i) {
       const int at = key + i < block.lo ? block.lo : key + i;
       keys[i] = block.keys[at < block.count ? at : block.count - 1];
     }
-    const RowSums<R> sums = dot_keys<R, W>(keys, row, add);
+    const RowSums<R> sums = dot_keys<R, W>(keys, q, add);
     for (int r = 0; r < R; ++r) store(b.scores + (row + r) * kKeys + key, sums.row[r] * scale);
   }
 }
-template <class T, class Add>
-MII_INLINE void score_few_rows(int rows, const Buffers& b, const KeyBlock<T>& block, V scale, const Add& add) {
-  for (int row = 0; row < rows; row += kFewRows) score_few_at(row, rows, b, block, scale, add);
+// query(row): where a row's elements lie.
+template <class T, class Query, class Add>
+MII_INLINE void score_few_rows(int rows, const Buffers& b, const KeyBlock<T>& block, V scale, const Query& query,
+                               const Add& add) {
+  for (int row = 0; row < rows; row += kFewRows) score_few_at(row, rows, b, block, scale, query, add);
 }
 
 }  // namespace mii::cpu::MII_ISA

@@ -48,11 +48,12 @@ struct Pairs<bf16> {
   }
 
   static void score_few(const Item<bf16>& item, const Buffers& b, const KeyBlock<bf16>& block) {
-    score_few_rows(item.rows, b, block, set1(item.a.scale), [&](auto& sums, const bf16* key, int row) {
-      for (int i = 0; i < item.a.head_dim; i += 32) {
+    const int d = item.a.head_dim;
+    const auto query = [&](int row) { return item.q(row); };
+    score_few_rows(item.rows, b, block, set1(item.a.scale), query, [&](auto& sums, const bf16* key, const bf16* const* q) {
+      for (int i = 0; i < d; i += 32) {
         const V k = load_pairs(key + i);
-        for (int r = 0; r < sums.kRows; ++r)
-          sums.row[r] = add_products(sums.row[r], k, load_pairs(item.q(row + r) + i));
+        for (int r = 0; r < sums.kRows; ++r) sums.row[r] = add_products(sums.row[r], k, load_pairs(q[r] + i));
       }
     });
   }
