@@ -1,10 +1,13 @@
 // Launchers of the mixture of experts.
+#include <algorithm>
+
 #include "launch.cuh"
 #include "mii/moe_combine.cuh"
 #include "mii/moe_few.cuh"
 #include "mii/moe_gather.cuh"
 #include "mii/moe_mma.cuh"
 #include "mii/moe_route.cuh"
+#include "mii/moe_stream.cuh"
 #include "mii/moe_wide.cuh"
 #include "shared_memory.cuh"
 #include "tensor_map.cuh"
@@ -150,7 +153,8 @@ int32_t check_moe(const char* name, const MiiMoeLinear& a) {
   return MII_OK;
 }
 
-// A workspace begins with this many ints, the counters of tiles and that of the grid, before the partial sums.
+// A workspace begins with this many ints, the counters of tiles, that of the grid and (two) that of launches; partial sums
+// follow, and results of the first product.
 constexpr int kMoeCounters = kMoeMostCtas + 4;
 
 template <typename T, int Tokens, MoePart Part>
@@ -164,11 +168,21 @@ int32_t launch_stream(const MoeStreamArgs<T>& args, void* stream) {
   return launch("mii_moe_stream", kernel, shape, stream, args);
 }
 
+// Whether moe_few takes these products: by their sizes, and by what the driver makes of their weights.
 template <typename T>
-int32_t launch_few(const MoeStreamArgs<T>& args, void* stream) {
-  const int32_t status = grant_shared<moe_few<T>>("mii_moe_stream", FewShape::kSharedBytes);
+bool takes_few(const MiiMoeStream& a, MoeFewArgs<T>* args) {
+  if (card().major != 9 || card().minor != 0 || a.width % kFewPanel != 0 || a.in_features % kFewPanel != 0) return false;
+  if (a.tokens * a.top_k * a.width / 2 * int64_t(sizeof(uint64_t)) > kFewResultBytes) return false;
+  const int64_t up_rows = 2 * a.experts * a.width, down_rows = a.experts * a.in_features;
+  return encode_panels(&args->up_weight, a.dtype, a.up, up_rows, a.in_features, kFewTileRows / 2, kFewPanels) &&
+         encode_panels(&args->down_weight, a.dtype, a.down, down_rows, a.width, kFewTileRows, kFewPanels);
+}
+
+template <typename T>
+int32_t launch_few(const MoeFewArgs<T>& args, void* stream) {
+  const int32_t status = grant_shared<moe_few<T>>("mii_moe_stream", FewShared::kBytes);
   if (status != MII_OK) return status;
-  const Shape shape = {dim3(card().sms), dim3(kStreamThreads), FewShape::kSharedBytes};
+  const Shape shape = {dim3(card().sms), dim3(kFewThreads), FewShared::kBytes};
   return launch("mii_moe_stream (few)", moe_few<T>, shape, stream, args);
 }
 
@@ -188,10 +202,14 @@ int32_t stream_products(const MiiMoeStream& a, void* stream) {
       counters,
       partial,
       partial + moe_partial_sums(kMostStreamedRows)};
+  const auto launches = reinterpret_cast<uint64_t*>(counters + kMoeMostCtas + 2);
+  const auto results = reinterpret_cast<uint64_t*>(args.words + moe_partial_sums(kMoeMostTogether));
   switch (a.tile_rows) {
-    case kFewRows:
-      if (card().major == 9 && card().minor == 0 && width % 16 == 0 && features % 16 == 0) return launch_few<T>(args, stream);
-      return launch_stream<T, 8, kMoeBoth>(args, stream);
+    case kFewRows: {
+      const int listed = static_cast<int>(std::min(int64_t(kWarp), 1 + std::min(int64_t(a.experts), a.tokens * a.top_k)));
+      MoeFewArgs<T> few = {{}, {}, args.up, args.down, results, launches, listed};
+      return takes_few(a, &few) ? launch_few(few, stream) : launch_stream<T, 8, kMoeBoth>(args, stream);
+    }
     case 16:
       return launch_stream<T, 16, kMoeBoth>(args, stream);
     case kMostStreamedRows: {
@@ -282,7 +300,7 @@ extern "C" int32_t mii_moe_stream(const MiiMoeStream* a, void* stream) {
 extern "C" int64_t mii_moe_workspace_bytes(const MiiMoeStream*) {
   using namespace mii;
   const int64_t sums = moe_partial_sums(kMostStreamedRows) + moe_partial_sums(kMoeMostTogether);
-  return kMoeCounters * int64_t(sizeof(int)) + sums * int64_t(sizeof(float4));
+  return kMoeCounters * int64_t(sizeof(int)) + sums * int64_t(sizeof(float4)) + kFewResultBytes;
 }
 
 extern "C" int32_t mii_moe_combine(const MiiMoeCombine* a, void* stream) {

@@ -17,22 +17,37 @@ decltype(&cuTensorMapEncodeTiled) encoder() {
   return found;
 }
 
+// By `count` sizes, strides (bytes) of all but the first, and sizes of a box.
+bool encode(TensorMap* map, int32_t dtype, const void* data, int count, const cuuint64_t* sizes, const cuuint64_t* strides,
+            const cuuint32_t* box) {
+  if (encoder() == nullptr) return false;
+  for (int i = 0; i < count; ++i) {
+    if (sizes[i] == 0 || sizes[i] >= cuuint64_t(1) << 31) return false;
+  }
+  const cuuint32_t steps[3] = {1, 1, 1};
+  const auto type = dtype == MII_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  return encoder()(reinterpret_cast<CUtensorMap*>(map), type, count, const_cast<void*>(data), sizes, strides, box, steps,
+                   CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                   CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
 }  // namespace
 
 bool makes_tensor_maps() { return encoder() != nullptr; }
 
 bool encode_matrix(TensorMap* map, int32_t dtype, const void* data, int64_t rows, int64_t columns, int64_t stride,
                    int box_rows) {
-  const auto encode = encoder();
-  if (encode == nullptr || rows <= 0 || columns <= 0 || rows >= int64_t(1) << 31 || columns >= int64_t(1) << 31) return false;
   const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * 2};  // bytes
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(stride) * 2};
   const cuuint32_t box[2] = {64, static_cast<cuuint32_t>(box_rows)};
-  const cuuint32_t steps[2] = {1, 1};
-  const auto type = dtype == MII_BF16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  return encode(reinterpret_cast<CUtensorMap*>(map), type, 2, const_cast<void*>(data), sizes, strides, box, steps,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  return encode(map, dtype, data, 2, sizes, strides, box);
+}
+
+bool encode_panels(TensorMap* map, int32_t dtype, const void* data, int64_t rows, int64_t columns, int box_rows, int box_panels) {
+  const cuuint64_t sizes[3] = {64, static_cast<cuuint64_t>(rows), static_cast<cuuint64_t>(columns / 64)};
+  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(columns) * 2, 64 * 2};
+  const cuuint32_t box[3] = {64, static_cast<cuuint32_t>(box_rows), static_cast<cuuint32_t>(box_panels)};
+  return encode(map, dtype, data, 3, sizes, strides, box);
 }
 
 }  // namespace mii

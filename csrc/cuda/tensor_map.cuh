@@ -13,4 +13,7 @@ bool makes_tensor_maps();
 bool encode_matrix(TensorMap* map, int32_t dtype, const void* data, int64_t rows, int64_t columns, int64_t stride,
                    int box_rows);
 
+// The same as panels of 64 elements, `box_panels` of which a box has one after the other; `columns` is whole panels.
+bool encode_panels(TensorMap* map, int32_t dtype, const void* data, int64_t rows, int64_t columns, int box_rows, int box_panels);
+
 }  // namespace mii

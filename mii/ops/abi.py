@@ -151,7 +151,7 @@ MiiMoeStream = _struct(
     "MiiMoeStream",
     (c_void_p, "out hidden x up down pair_weights pairs tiles workspace"),
     (c_int64, "tokens in_features width x_stride hidden_stride out_stride"),
-    (c_int32, "top_k tile_rows activation dtype"),
+    (c_int32, "experts top_k tile_rows activation dtype"),
 )
 MiiMoeCombine = _struct(
     "MiiMoeCombine",

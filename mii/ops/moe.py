@@ -105,6 +105,7 @@ def moe_mlp(
             x.stride(0),
             hidden.stride(0),
             out.stride(0),
+            up.experts,
             routing.top_k,
             rows.tile_rows,
             abi.ACTIVATIONS[kind],

@@ -57,6 +57,17 @@ MII_DEVICE void barrier_wait_forever(uint32_t barrier, uint32_t parity) {
   }
 }
 
+// Before an arrival by which others learn that they may overwrite what `Count` of these fragments were loaded from: they have
+// been read by then. The assembler moves arrivals up past products, and an arrival overtakes loads that nobody waits for; one
+// register of each is looked at, since a load brings its four at once.
+template <int Count, int N>
+MII_DEVICE void have_read(const uint32_t (&fragments)[N][4]) {
+  uint32_t any = 0;
+#pragma unroll
+  for (int i = 0; i < Count; ++i) any ^= fragments[i][0];
+  asm volatile("{\n.reg .pred some;\nsetp.eq.u32 some, %0, 0x7fc1dead;\n@some nanosleep.u32 20;\n}" ::"r"(any) : "memory");
+}
+
 // ---- of `threads` threads by number (0 is __syncthreads): all come, of them some without waiting --------------------
 MII_DEVICE void threads_wait(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");

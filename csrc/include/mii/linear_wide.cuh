@@ -43,23 +43,24 @@ struct LinearWide {
   MII_DEVICE int out_width() const { return Gated ? a.n / 2 : a.n; }
 
   // ---- the copying thread
-  MII_DEVICE void copy_weights(int tile, int step, int place) const {
+  MII_DEVICE void copy_weights(int tile, int step, int place, uint64_t policy) const {
     barrier_expect(ring.full(place), Shape::kStageBytes);
     const int first = tile * (Gated ? Shape::kHalf : kWideColumns), second = first + (Gated ? a.n / 2 : Shape::kHalf);
-    copy_box(ring.weight(place), &a.weight, step * kWideDepth, first, ring.full(place), true);
-    copy_box(ring.weight(place) + Shape::kHalfBytes, &a.weight, step * kWideDepth, second, ring.full(place), true);
+    copy_box(ring.weight(place), &a.weight, step * kWideDepth, first, ring.full(place), policy);
+    copy_box(ring.weight(place) + Shape::kHalfBytes, &a.weight, step * kWideDepth, second, ring.full(place), policy);
   }
   MII_DEVICE void copy_tiles() const {
     const int early = static_cast<int>(blockIdx.x) < a.tiles ? min(Shape::kStages, steps()) : 0;  // weights that do not wait
+    const uint64_t policy = read_once_policy();
     start_next();
-    for (int step = 0; step < early; ++step) copy_weights(blockIdx.x, step, step);
+    for (int step = 0; step < early; ++step) copy_weights(blockIdx.x, step, step, policy);
     wait_for_previous();
     RingPlace<Shape::kStages> place;
     int turns = 0;
     for (int tile = blockIdx.x; tile < a.tiles; tile += gridDim.x) {
       for (int step = 0; step < steps(); ++step, ++turns, place.next()) {
         if (turns >= Shape::kStages) barrier_wait(ring.empty(place.at), place.parity ^ 1);
-        if (turns >= early) copy_weights(tile, step, place.at);
+        if (turns >= early) copy_weights(tile, step, place.at, policy);
         copy_box(ring.x(place.at), &a.x, step * kWideDepth, 0, ring.full(place.at));
       }
     }

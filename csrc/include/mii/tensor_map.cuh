@@ -1,7 +1,6 @@
 // Copies of boxes of a matrix by the copy engine (TMA; PTX ISA, "cp.async.bulk.tensor").
 #pragma once
 #include "mii/bulk_copy.cuh"
-#include "mii/wgmma.cuh"
 
 namespace mii {
 
@@ -9,8 +8,6 @@ namespace mii {
 struct alignas(128) TensorMap {
   uint64_t words[16];
 };
-
-#if defined(MII_HOPPER)
 
 // Starts copying the box of a tensor map that begins at (column, row); tells `barrier` of its bytes.
 MII_DEVICE void copy_box(uint32_t target, const TensorMap* map, int column, int row, uint32_t barrier) {
@@ -20,16 +17,24 @@ MII_DEVICE void copy_box(uint32_t target, const TensorMap* map, int column, int 
       "l"(map), "r"(column), "r"(row), "r"(barrier)
       : "memory");
 }
-// `once`: it is read once, so that the L2 cache may drop it first.
-MII_DEVICE void copy_box(uint32_t target, const TensorMap* map, int column, int row, uint32_t barrier, bool once) {
-  if (!once) return copy_box(target, map, column, row, barrier);
+MII_DEVICE void copy_box(uint32_t target, const TensorMap* map, int column, int row, uint32_t barrier, uint64_t policy) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
       "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(target),
-      "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(read_once_policy())
+      "l"(map), "r"(column), "r"(row), "r"(barrier), "l"(policy)
       : "memory");
 }
 
-#endif  // MII_HOPPER
+// The same of panels: a matrix by its row and its columns in 64s, of which the box begins at (panel, row).
+MII_DEVICE void copy_panels(uint32_t target, const TensorMap* map, int panel, int row, uint32_t barrier, uint64_t policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+      "[%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(target),
+      "l"(map), "r"(0), "r"(row), "r"(panel), "r"(barrier), "l"(policy)
+      : "memory");
+}
+
+// Has a tensor map at hand by the time that its first box is copied.
+MII_DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 
 }  // namespace mii

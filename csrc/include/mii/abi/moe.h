@@ -70,7 +70,7 @@ struct MiiMoeStream {
   const int32_t* tiles;       // of 8, 16 or 64 rows
   void* workspace;            // of mii_moe_workspace_bytes(), zero before its first use; one for calls of one stream
   int64_t tokens, in_features, width, x_stride, hidden_stride, out_stride;
-  int32_t top_k, tile_rows, activation, dtype;
+  int32_t experts, top_k, tile_rows, activation, dtype;
 };
 MII_API int32_t mii_moe_stream(const struct MiiMoeStream* args, void* stream);
 MII_API int64_t mii_moe_workspace_bytes(const struct MiiMoeStream* args);

@@ -32,6 +32,9 @@ inline void barrier_wait(uint32_t barrier, uint32_t parity) {
 }
 inline void barrier_wait_forever(uint32_t barrier, uint32_t parity) { barrier_wait(barrier, parity); }
 
+template <int Count, int N>
+void have_read(const uint32_t (&)[N][4]) {}
+
 inline void threads_wait(int number, int threads) {
   card::named[number](threads, [] {});
 }

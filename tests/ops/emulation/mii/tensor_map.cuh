@@ -1,7 +1,6 @@
 // In place of csrc/include/mii/tensor_map.cuh: boxes land in pieces, in any order.
 #pragma once
 #include "mii/bulk_copy.cuh"
-#include "mii/wgmma.cuh"
 
 namespace mii {
 
@@ -9,6 +8,7 @@ struct TensorMap {
   const Half* data;
   int64_t rows, columns, stride;
   int box_rows;
+  int box_panels;
   bool constant;  // there before the kernel before this one has ended
 };
 
@@ -18,7 +18,7 @@ constexpr int kBoxColumns = 64, kPieceRows = 8;
 inline TensorMap map_matrix(const Half* data, int64_t rows, int64_t columns, int64_t stride, int box_rows, bool constant) {
   const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0 && stride % 8 == 0;
   if (!aligned || rows <= 0 || columns <= 0 || box_rows > 256) card::refuse("no tensor map of such a matrix");
-  return {data, rows, columns, stride, box_rows, constant};
+  return {data, rows, columns, stride, box_rows, 1, constant};
 }
 
 // Rows `row` .. `row` + 7 of a matrix, from a column on; outside of it are zeros. The swizzle goes by shared addresses.
@@ -33,7 +33,7 @@ inline void land_piece(const TensorMap& map, uint32_t target, int column, int ro
   }
 }
 
-inline void copy_box(uint32_t target, const TensorMap* map, int column, int row, uint32_t barrier, bool = false) {
+inline void copy_box(uint32_t target, const TensorMap* map, int column, int row, uint32_t barrier, uint64_t = 0) {
   constexpr int kBytes = kPieceRows * kBoxColumns * sizeof(Half);
   if (!map->constant) card::must_have_waited();
   if (target % 1024) card::refuse("a box does not begin where its swizzle does");
@@ -43,5 +43,20 @@ inline void copy_box(uint32_t target, const TensorMap* map, int column, int row,
     card::begin({land, kBytes, barrier});
   }
 }
+
+// As encode_panels of csrc/cuda/tensor_map.cuh.
+inline TensorMap map_panels(const Half* data, int64_t rows, int64_t columns, int box_rows, int box_panels, bool constant) {
+  if (columns % kBoxColumns) card::refuse("columns are not whole panels");
+  TensorMap map = map_matrix(data, rows, columns, columns, box_rows, constant);
+  map.box_panels = box_panels;
+  return map;
+}
+inline void copy_panels(uint32_t target, const TensorMap* map, int panel, int row, uint32_t barrier, uint64_t) {
+  for (int i = 0; i < map->box_panels; ++i) {
+    copy_box(target + i * map->box_rows * kBoxColumns * sizeof(Half), map, (panel + i) * kBoxColumns, row, barrier);
+  }
+}
+
+inline void prefetch_map(const TensorMap*) {}
 
 }  // namespace mii
