@@ -129,6 +129,8 @@ struct Copy {
 inline thread_local std::vector<Copy> copies;  // under way
 inline thread_local uint32_t latest;           // the barrier that the last one tells of its bytes
 inline thread_local unsigned slowness;         // of the copies into a CTA
+inline bool lazy_warps = false;                // whether some warps take fewer turns than others
+inline thread_local unsigned laziness[32];     // of a CTA's warps: one turn of so many is theirs
 
 inline void begin(Copy copy) {
   latest = copy.barrier;
@@ -183,6 +185,7 @@ inline void prepare(int count, std::function<void()> kernel) {
   std::memset(shared, 0xff, kSharedBytes);  // NaN in every format
   std::fill(std::begin(written), std::end(written), 0);
   slowness = 1u << chance() % 4;
+  for (unsigned& one : laziness) one = !lazy_warps || chance() % 3 ? 1 : 1u << chance() % 6;
   barriers.clear();
   for (Meeting& meeting : warps) meeting = {};
   for (Meeting& meeting : named) meeting = {};
@@ -205,8 +208,10 @@ inline void run_cta(int count, std::function<void()> kernel) {
   for (int left = count, idle = 0; left > 0; ++idle) {
     if (idle > patience) refuse("the threads wait for one another forever");
     std::shuffle(order.begin(), order.end(), chance);
+    bool lazy[32];
+    for (int warp = 0; warp < 32; ++warp) lazy[warp] = laziness[warp] > 1 && chance() % laziness[warp] != 0;
     for (const int thread : order) {
-      if (threads[thread].done) continue;
+      if (threads[thread].done || lazy[thread / 32]) continue;
       resume(thread);
       if (!threads[thread].done) continue;
       if (!threads[thread].waited) refuse("a thread ended without waiting for the kernel before");
@@ -265,6 +270,10 @@ inline float4 __ldcg(const float4* address) { return card::must_have_waited(), *
 inline int __ldcg(const int* address) { return card::must_have_waited(), *address; }
 inline uint4 __ldcg(const uint4* address) { return card::must_have_waited(), *address; }
 inline unsigned atomicAdd(unsigned* address, unsigned value) {
+  card::must_have_waited();
+  return __atomic_fetch_add(address, value, __ATOMIC_SEQ_CST);
+}
+inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long value) {
   card::must_have_waited();
   return __atomic_fetch_add(address, value, __ATOMIC_SEQ_CST);
 }
