@@ -22,6 +22,7 @@ from mii.ops.decode_attention import decode_attention
 from mii.ops.linear import LinearWeight, gated_linear, linear, pack_linear
 from mii.ops.norm import norm
 from mii.ops.rope_kv import rope_kv
+from mii.ops.summands import Summands
 
 HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, BLOCK = 4096, 14336, 32, 8, 128, 64
 QKV = (HEADS + 2 * KV_HEADS) * HEAD_DIM
@@ -111,6 +112,8 @@ class _Chain:
         )
         self.gain, self.table = random(HIDDEN), torch.randn(1024, HEAD_DIM, device=device)
         self.cache = random(2, -(-rows // BLOCK), KV_HEADS, BLOCK, HEAD_DIM)
+        self.summands = torch.empty(linear_hopper.MOST_PARTS * rows * HIDDEN, device=device)
+        self.left: torch.Tensor | Summands = self.branch
         self.rows = self.slots = torch.arange(rows, dtype=torch.int32, device=device)
 
     def products(self, weights: list[LinearWeight], following: LinearWeight) -> None:
@@ -128,12 +131,12 @@ class _Chain:
 
     def layer(self, weights: list[LinearWeight], following: LinearWeight) -> None:
         qkv, output, up, down = weights
-        norm(self.hidden, self.branch, self.gain, eps=1e-5, residual=self.residual)
+        norm(self.hidden, self.left, self.gain, eps=1e-5, residual=self.residual)
         linear(self.qkv, self.hidden, qkv, following=output)
-        linear(self.branch, self.attend(), output, following=up)
-        norm(self.hidden, self.branch, self.gain, eps=1e-5, residual=self.residual)
+        left = linear(self.branch, self.attend(), output, following=up, summands=self.summands)
+        norm(self.hidden, left, self.gain, eps=1e-5, residual=self.residual)
         gated_linear(self.activated, self.up, self.hidden, up, "silu", following=down)
-        linear(self.branch, self.activated, down, following=following)
+        self.left = linear(self.branch, self.activated, down, following=following, summands=self.summands)
 
 
 class _WholeChain(_Chain):

@@ -117,6 +117,7 @@ int32_t mii_norm(const MiiNorm* args, void*) {
     return fail(MII_INVALID, "norm takes kind 0 (RMS), 1 (RMS with 1 + weight) or 2 (layer), not %d", args->kind);
   if (args->x_weight != nullptr && (args->residual == nullptr || args->kind == MII_LAYER))
     return fail(MII_INVALID, "norm takes an x_weight with a residual and an RMS kind only");
+  if (args->parts != nullptr) return fail(MII_UNSUPPORTED, "norm takes x whole here, not in parts");
   return active_kernels().norm(*args);
 }
 

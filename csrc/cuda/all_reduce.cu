@@ -93,6 +93,8 @@ int32_t sum_norm_rows(const MiiAllReduceNorm& a, void* stream) {
   const MiiNorm& n = a.norm;
   const int count = static_cast<int>(n.width / kPack<T>);
   const bool two = a.shots == 2;
+  MII_REQUIRE(n.parts == nullptr || (!two && n.num_parts > 0), MII_INVALID, "all_reduce_norm: %lld parts in %d shots",
+              (long long)n.num_parts, a.shots);
   const int most = sum_norm_threads(Slots, two), held = two ? a.ranks.size : count <= most ? 1 : count <= 2 * most ? 2 : 4;
   const int part = ceil_div(count, held);
   if (part > most) return fail(MII_UNSUPPORTED, "all_reduce_norm: rows of %lld elements", (long long)n.width);
@@ -120,7 +122,7 @@ int32_t check_norm(const MiiNorm& n) {
     return fail(MII_UNSUPPORTED, "all_reduce_norm: rows of %lld elements", (long long)n.width);
   }
   const bool all = aligned(n.out, 16) && aligned(n.x, 16) && aligned(n.residual, 16) && aligned(n.weight, 16) &&
-                   aligned(n.bias, 16);
+                   aligned(n.bias, 16) && aligned(n.parts, 16);
   return all ? MII_OK : fail(MII_INVALID, "all_reduce_norm: its tensors must begin at whole 16 bytes");
 }
 

@@ -49,7 +49,7 @@ int32_t check_norm(const MiiNorm& n) {
   MII_REQUIRE(n.rows >= 0 && n.rows <= INT32_MAX && n.width > 0, MII_INVALID, "copied_sum_norm: %lld rows of %lld elements",
               (long long)n.rows, (long long)n.width);
   MII_REQUIRE(n.kind >= MII_RMS && n.kind <= MII_LAYER, MII_INVALID, "copied_sum_norm: kind %d", n.kind);
-  MII_REQUIRE(n.residual != nullptr && n.x_weight == nullptr && n.x_stride == n.width, MII_INVALID,
+  MII_REQUIRE(n.residual != nullptr && n.x_weight == nullptr && n.parts == nullptr && n.x_stride == n.width, MII_INVALID,
               "copied_sum_norm: it takes contiguous rows, a residual and no x_weight");
   const bool fits = n.dtype != MII_F32 && n.width % 8 == 0 && n.width / 8 <= 4 * norm_threads(4, false);
   const bool all = n.out_stride % 8 == 0 && aligned(n.out, 16) && aligned(n.x, 16) && aligned(n.residual, 16) &&

@@ -53,6 +53,7 @@ extern "C" int32_t mii_linear_streamed(const MiiLinearStreamed* a, void* stream)
   MII_REQUIRE(p.out_features < (int64_t(1) << 24) && p.in_features < (int64_t(1) << 24), MII_UNSUPPORTED,
               "mii_linear_streamed: a weight of %lld x %lld is too large", static_cast<long long>(p.out_features),
               static_cast<long long>(p.in_features));
+  MII_REQUIRE(a->parts == 0, MII_UNSUPPORTED, "mii_linear_streamed: leaves no parts, not %d", a->parts);
   MII_REQUIRE(!a->gated || a->activation != MII_SOFTCAP, MII_UNSUPPORTED, "mii_linear_streamed: a gate has no soft cap");
   return p.dtype == MII_BF16 ? linear<__nv_bfloat16>(*a, stream) : linear<__half>(*a, stream);
 }

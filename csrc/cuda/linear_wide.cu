@@ -8,26 +8,28 @@
 namespace mii {
 namespace {
 
-constexpr int kMostRows = 128;
+constexpr int kMostRows = 128, kMostPartedRows = 64;
 
-template <typename T, int Rows, bool Gated>
+template <typename T, int Rows, WideEnd End>
 int32_t launch_wide(LinearWideArgs& args, const MiiLinearStreamed& a, void* stream) {
   using S = WideShape<Rows, kWideColumns>;
   const MiiLinear& p = a.product;
-  constexpr auto kernel = linear_wide<T, Rows, Gated>;
+  constexpr auto kernel = linear_wide<T, Rows, End>;
   if (const int32_t status = grant_shared<kernel>("mii_linear_wide", S::kSharedBytes); status != MII_OK) return status;
   const bool mapped =
       encode_matrix(&args.x, p.dtype, p.x, p.rows, p.in_features, p.x_stride, Rows) &&
-      encode_matrix(&args.weight, p.dtype, p.weight, p.out_features, p.in_features, p.in_features, kWideColumns / 2);
+      encode_matrix(&args.weight, p.dtype, p.weight, p.out_features, p.in_features, p.in_features,
+                    End == kWideGated ? kWideColumns / 2 : kWideColumns);
   MII_REQUIRE(mapped, MII_UNSUPPORTED, "mii_linear_wide: the driver makes no tensor map of this product");
   args.tiles = static_cast<int>(ceil_div(p.out_features, int64_t(kWideColumns)));
-  const Shape shape{dim3(args.tiles < card().sms ? args.tiles : card().sms), dim3(S::kThreads), S::kSharedBytes};
+  const int items = args.tiles * args.splits;
+  const Shape shape{dim3(items < card().sms ? items : card().sms), dim3(S::kThreads), S::kSharedBytes};
   return launch("mii_linear_wide", kernel, shape, stream, args);
 }
 
-template <typename T, bool Gated>
+template <typename T, WideEnd End>
 int32_t choose_tile(LinearWideArgs& args, const MiiLinearStreamed& a, void* stream) {
-  return a.product.rows <= 64 ? launch_wide<T, 64, Gated>(args, a, stream) : launch_wide<T, 128, Gated>(args, a, stream);
+  return a.product.rows <= 64 ? launch_wide<T, 64, End>(args, a, stream) : launch_wide<T, 128, End>(args, a, stream);
 }
 
 template <typename T>
@@ -43,9 +45,11 @@ int32_t linear(const MiiLinearStreamed& a, void* stream) {
   args.rows = static_cast<int>(p.rows);
   args.n = static_cast<int>(p.out_features);
   args.k = static_cast<int>(p.in_features);
-  if (!a.gated) return choose_tile<T, false>(args, a, stream);
+  args.splits = a.parts > 0 ? a.parts : 1;
+  if (a.parts > 0) return launch_wide<T, 64, kWideParts>(args, a, stream);
+  if (!a.gated) return choose_tile<T, kWidePlain>(args, a, stream);
   MII_REQUIRE(gate_of(a.activation, &args.gate), MII_UNSUPPORTED, "mii_linear_wide: no gate by activation %d", a.activation);
-  return choose_tile<T, true>(args, a, stream);
+  return choose_tile<T, kWideGated>(args, a, stream);
 }
 
 }  // namespace
@@ -57,5 +61,10 @@ extern "C" int32_t mii_linear_wide(const MiiLinearStreamed* a, void* stream) {
   if (p.rows == 0 || p.out_features == 0) return MII_OK;
   if (const int32_t status = check_linear("mii_linear_wide", *a, 8); status != MII_OK) return status;
   MII_REQUIRE(p.rows <= kMostRows, MII_UNSUPPORTED, "mii_linear_wide: up to %d rows", kMostRows);
+  const bool pairs = p.out_features % 2 == 0 && aligned(p.out, 8), few = p.rows <= kMostPartedRows;
+  const bool parts = a->parts > 0 && a->parts <= ceil_div(p.in_features, int64_t(kWideDepth)) && !a->gated && pairs && few;
+  MII_REQUIRE(a->parts == 0 || parts, MII_UNSUPPORTED, "mii_linear_wide: %d parts of %lld rows by a weight of %lld x %lld",
+              a->parts, static_cast<long long>(p.rows), static_cast<long long>(p.out_features),
+              static_cast<long long>(p.in_features));
   return p.dtype == MII_BF16 ? linear<__nv_bfloat16>(*a, stream) : linear<__half>(*a, stream);
 }

@@ -106,7 +106,7 @@ int32_t launch_wide(const MiiMoeLinear& a, WideGate gate, void* stream) {
   const void* x = Up ? a.gathered : a.x;
   const int64_t rows = int64_t(a.experts) * (Up ? 2 : 1) * a.out_features, x_stride = Up ? a.gathered_stride : a.x_stride;
   const bool mapped = encode_matrix(&args.weight, a.dtype, a.weight, rows, a.in_features, a.in_features, kWeightRows) &&
-                      encode_matrix(&args.x, a.dtype, x, a.tokens * a.top_k, a.in_features, x_stride, args.kBoxRows);
+                      encode_rows(&args.x, a.dtype, x, a.tokens * a.top_k, a.in_features, x_stride, args.kBoxRows);
   MII_REQUIRE(mapped, MII_UNSUPPORTED, "mii_moe: the driver makes no tensor map of this product");
   if constexpr (Up) {
     const Shape shape = {dim3(card().sms * kGatherCtas), dim3(kGatherThreads)};

@@ -14,24 +14,33 @@ bool vectorised(const MiiNorm& a) {
   return strides && pointers && a.width / kPack<T> <= 8 * norm_threads(8, false);
 }
 
+// The kernel for what the arguments add.
+template <typename T, int Packs, bool WarpRows>
+int32_t launch_rows(const NormArgs<T>& args, const Shape& shape, void* stream) {
+  if (args.x_weight != nullptr) return launch("mii_norm", norm_rows<T, Packs, WarpRows, kNormNormedX>, shape, stream, args);
+  if constexpr (sizeof(T) == 2) {
+    if (args.parts != nullptr) return launch("mii_norm", norm_rows<T, Packs, WarpRows, kNormParts>, shape, stream, args);
+  }
+  return launch("mii_norm", norm_rows<T, Packs, WarpRows, kNormX>, shape, stream, args);
+}
+
 template <typename T, int Packs>
 int32_t launch_cta_rows(const NormArgs<T>& args, int count, void* stream) {
   const Shape shape = {dim3(args.rows), dim3(ceil_div(ceil_div(count, Packs), kWarp) * kWarp)};
-  return args.x_weight != nullptr ? launch("mii_norm", norm_rows<T, Packs, false, true>, shape, stream, args)
-                                  : launch("mii_norm", norm_rows<T, Packs, false, false>, shape, stream, args);
+  return launch_rows<T, Packs, false>(args, shape, stream);
 }
 
 template <typename T, int Packs>
 int32_t launch_warp_rows(const NormArgs<T>& args, void* stream) {
   const Shape shape = {dim3(ceil_div(args.rows, int64_t(kWarpRowThreads / kWarp))), dim3(kWarpRowThreads)};
-  return args.x_weight != nullptr ? launch("mii_norm", norm_rows<T, Packs, true, true>, shape, stream, args)
-                                  : launch("mii_norm", norm_rows<T, Packs, true, false>, shape, stream, args);
+  return launch_rows<T, Packs, true>(args, shape, stream);
 }
 
 template <typename T>
 int32_t norm(const MiiNorm& a, void* stream) {
   const NormArgs<T> args = norm_args<T>(a);
   if (!vectorised<T>(a)) {
+    MII_REQUIRE(a.parts == nullptr, MII_UNSUPPORTED, "norm: parts of rows that are not whole packs");
     return launch("mii_norm", norm_rows_any<T>, Shape{dim3(a.rows), dim3(256)}, stream, args);
   }
   const int count = static_cast<int>(a.width / kPack<T>);  // packs of a row
@@ -55,6 +64,8 @@ extern "C" int32_t mii_norm(const MiiNorm* a, void* stream) {
   MII_REQUIRE(a->kind >= MII_RMS && a->kind <= MII_LAYER, MII_INVALID, "norm: kind %d", a->kind);
   const bool plain_x = a->x_weight == nullptr || (a->residual != nullptr && a->kind != MII_LAYER);
   MII_REQUIRE(plain_x, MII_INVALID, "norm: an x_weight needs a residual and an RMS kind, not kind %d", a->kind);
+  const bool sums = a->x_weight == nullptr && a->dtype != MII_F32 && aligned(a->parts, 16) && a->num_parts > 0;
+  MII_REQUIRE(a->parts == nullptr || sums, MII_UNSUPPORTED, "norm: %lld parts, dtype %d", (long long)a->num_parts, a->dtype);
   if (a->rows == 0) return MII_OK;
   return dispatch_dtype(a->dtype, [&](auto tag) { return norm<decltype(tag)>(*a, stream); });
 }

@@ -12,11 +12,13 @@ NormArgs<T> norm_args(const MiiNorm& a) {
           static_cast<const T*>(a.weight),
           static_cast<const T*>(a.bias),
           static_cast<const T*>(a.x_weight),
+          a.parts,
           a.rows,
           a.x_stride,
           a.out_stride,
           static_cast<int>(a.width),
           a.kind,
+          static_cast<int>(a.num_parts),
           1.0f / static_cast<float>(a.width),
           a.eps};
 }

@@ -50,4 +50,14 @@ bool encode_panels(TensorMap* map, int32_t dtype, const void* data, int64_t rows
   return encode(map, dtype, data, 3, sizes, strides, box);
 }
 
+bool encode_rows(TensorMap* map, int32_t dtype, const void* data, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
+  // By two coordinates that both count rows: a box that begins `n` rows before the end of the first one, which has box_rows,
+  // has n rows, and the second one says where they lie.
+  const cuuint64_t sizes[3] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(box_rows),
+                               static_cast<cuuint64_t>(rows) + 1};
+  const cuuint64_t strides[2] = {static_cast<cuuint64_t>(stride) * 2, static_cast<cuuint64_t>(stride) * 2};
+  const cuuint32_t box[3] = {64, static_cast<cuuint32_t>(box_rows), 1};
+  return encode(map, dtype, static_cast<const char*>(data) - box_rows * stride * 2, 3, sizes, strides, box);
+}
+
 }  // namespace mii

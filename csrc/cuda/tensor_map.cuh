@@ -16,4 +16,7 @@ bool encode_matrix(TensorMap* map, int32_t dtype, const void* data, int64_t rows
 // The same as panels of 64 elements, `box_panels` of which a box has one after the other; `columns` is whole panels.
 bool encode_panels(TensorMap* map, int32_t dtype, const void* data, int64_t rows, int64_t columns, int box_rows, int box_panels);
 
+// A matrix as encode_matrix takes it, for copy_rows: of the box that it copies, the rows behind those asked for are zeros.
+bool encode_rows(TensorMap* map, int32_t dtype, const void* data, int64_t rows, int64_t columns, int64_t stride, int box_rows);
+
 }  // namespace mii

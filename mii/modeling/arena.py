@@ -17,6 +17,7 @@ from mii.modeling.forward import Activations
 from mii.modeling.liveness import ALWAYS, Claim, Life, lay_out, life
 from mii.modeling.parameters import Placement
 from mii.modeling.spec import ModelSpec
+from mii.ops import linear_hopper
 from mii.ops.linear import rows_at_once
 
 _ALIGNED = 256  # bytes that every buffer begins at a multiple of
@@ -58,6 +59,8 @@ class ActivationArena:
         self._experts = None if spec.experts is None else ExpertMemory(spec, place, max_tokens, tensors)
         if self._experts is not None:
             self.num_bytes += self._experts.num_bytes
+        self._summands = torch.empty(linear_hopper.parts_size(place.device), dtype=torch.float32, device=place.device)
+        self.num_bytes += self._summands.nbytes
         self._views: dict[tuple[int, int], Activations] = {}
 
     def _inside(self, rows: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -76,7 +79,7 @@ class ActivationArena:
             rows = {name: tensor[:tokens] for name, tensor in self._rows.items()}
             sampled = {name: tensor[:samples] for name, tensor in self._samples.items()}
             experts = None if self._experts is None else self._experts.views(tokens)
-            self._views[key] = Activations(**rows, **sampled, experts=experts)
+            self._views[key] = Activations(**rows, **sampled, summands=self._summands, experts=experts)
         return self._views[key]
 
     def tail(self, samples: int) -> Activations:

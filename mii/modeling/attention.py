@@ -18,6 +18,7 @@ from mii.ops.all_reduce import Group
 from mii.ops.attention import attention
 from mii.ops.decode_attention import decode_attention
 from mii.ops.rope_kv import rope_kv
+from mii.ops.summands import Summands
 
 
 class Attention(Module):
@@ -57,6 +58,11 @@ class Attention(Module):
         """Writes what becomes of the heads' results, [tokens, heads * head size], into `out` and returns it."""
         assert self.output is not None
         return self.output(out, heads)
+
+    def left_to_norm(self, forward: Forward, out: torch.Tensor, heads: torch.Tensor) -> torch.Tensor | Summands:
+        """The same as `Linear.to_norm`."""
+        assert self.output is not None
+        return self.output.to_norm(out, heads, forward.buffers.summands)
 
     @property
     def is_linear(self) -> bool:

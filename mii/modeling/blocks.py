@@ -99,16 +99,21 @@ class SequentialBlock(Module):
             heads = self.attention.attend(forward, forward.buffers.hidden)
         _go_on(self._finish, forward, heads, last)
 
-    def _finish(self, forward: Forward, heads: torch.Tensor) -> None:
+    def _finish(self, forward: Forward, heads: torch.Tensor, last: bool) -> None:
         """All that follows attention."""
         if forward.halves:
             self._finish_by_halves(forward, heads)
             return
         buffers = forward.buffers
         hidden, residual, branch = buffers.hidden, buffers.residual, buffers.branch
-        self.attention.project_out(branch, heads)
-        self.mlp_norm(hidden, branch, residual)
-        self.mlp(forward, branch, hidden)
+        if self.norms_branch:
+            self.mlp_norm(hidden, self.attention.project_out(branch, heads), residual)
+        else:
+            self.mlp_norm(hidden, self.attention.left_to_norm(forward, branch, heads), residual)
+        if self.norms_branch or last:
+            forward.left = self.mlp(forward, branch, hidden)
+        else:
+            forward.left = self.mlp.left_to_norm(forward, branch, hidden)
 
     # The same; while a half's sum over the ranks is on its way, the other half is computed.
 
@@ -167,7 +172,7 @@ class NormedBranchBlock(Module):
             self.attention_norm(branch, residual)
         _go_on(self._finish, forward, self.attention.attend(forward, residual), last)
 
-    def _finish(self, forward: Forward, heads: torch.Tensor) -> None:
+    def _finish(self, forward: Forward, heads: torch.Tensor, _last: bool) -> None:
         branch, residual = forward.buffers.branch, forward.buffers.residual
         self.attention.project_out(branch, heads)
         self.mlp_norm(branch, residual)
@@ -188,7 +193,7 @@ class NormedResidualBlock(SequentialBlock):
         _norm_stream(self.attention_norm, forward, first)
         self.attention(forward, branch, hidden)
         self.mlp_norm(residual, branch, hidden)
-        self.mlp(forward, branch, residual)
+        forward.left = self.mlp(forward, branch, residual)
 
 
 class PostNormBlock(SequentialBlock):
@@ -207,7 +212,7 @@ class PostNormBlock(SequentialBlock):
     def __call__(self, forward: Forward, first: bool, last: bool) -> None:
         _go_on(self._finish, forward, self.attention.attend(forward, forward.buffers.residual), last)
 
-    def _finish(self, forward: Forward, heads: torch.Tensor) -> None:
+    def _finish(self, forward: Forward, heads: torch.Tensor, _last: bool) -> None:
         buffers = forward.buffers
         hidden, residual, branch = buffers.hidden, buffers.residual, buffers.branch
         self.attention.project_out(branch, heads)
@@ -250,12 +255,15 @@ class ParallelBlock(Module):
         _norm_stream(self.attention_norm, forward, first)
         _go_on(self._finish, forward, self.attention.attend(forward, hidden), last, normed=hidden)
 
-    def _finish(self, forward: Forward, _heads: torch.Tensor) -> None:
+    def _finish(self, forward: Forward, _heads: torch.Tensor, last: bool) -> None:
         buffers = forward.buffers
         if self.mlp_norm is not None:
             self.mlp_norm(buffers.hidden, buffers.residual)
         self.mlp.activate(forward, buffers.hidden)
-        self.output(buffers.branch, buffers.joint)
+        if last:
+            forward.left = self.output(buffers.branch, buffers.joint)
+        else:
+            forward.left = self.output.to_norm(buffers.branch, buffers.joint, buffers.summands)
 
 
 class ParallelTwoNormsBlock(ParallelBlock):
@@ -265,16 +273,17 @@ class ParallelTwoNormsBlock(ParallelBlock):
 
 
 def _norm_stream(norm: Norm, forward: Forward, first: bool) -> None:
-    """Norms the stream into `hidden`, after adding to it what the layer before left in `branch`."""
+    """Norms the stream into `hidden`, after adding to it what the layer before left."""
     buffers = forward.buffers
     if first:
         norm(buffers.hidden, buffers.residual)
     else:
-        norm(buffers.hidden, buffers.branch, buffers.residual)
+        assert forward.left is not None
+        norm(buffers.hidden, forward.left, buffers.residual)
 
 
 def _go_on(
-    finish: Callable[[Forward, torch.Tensor], None],
+    finish: Callable[[Forward, torch.Tensor, bool], None],
     forward: Forward,
     heads: torch.Tensor,
     last: bool,
@@ -287,7 +296,7 @@ def _go_on(
     """
     tail, rows = forward.tail, forward.sample_rows
     if not last or tail is None:
-        finish(forward, heads)
+        finish(forward, heads, last)
     elif len(rows):
         buffers = tail.buffers
         gather(buffers.residual, forward.buffers.residual, rows)
@@ -296,7 +305,7 @@ def _go_on(
             gather(buffers.hidden, normed, rows)
         if buffers.attention is not buffers.last_attention:  # it is a part of `joint`, as what was gathered from
             native.aside(partial(buffers.attention.copy_, buffers.last_attention))
-        finish(tail, buffers.attention)
+        finish(tail, buffers.attention, last)
 
 
 BLOCKS: dict[str, type[SequentialBlock | NormedBranchBlock | ParallelBlock]] = {

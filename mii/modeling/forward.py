@@ -11,6 +11,7 @@ from mii.modeling.experts import ExpertBuffers
 from mii.ops.all_reduce import StartedSum
 from mii.ops.attention import AttentionBatch, AttentionPlan
 from mii.ops.prepare import StepTensors
+from mii.ops.summands import Summands
 
 
 @dataclass(slots=True)
@@ -22,7 +23,7 @@ class Activations:
 
     `latent` are what latent attention makes queries, keys and values of, `experts` the buffers of a mixture of experts,
     where the model has them. `joint` is `attention` and `activated` side by side, where a block multiplies both at
-    once; else it has no width.
+    once; else it has no width. `summands`, floats of no shape, is for what `branch` is the sum of.
     """
 
     hidden: torch.Tensor
@@ -40,6 +41,7 @@ class Activations:
     last_normed: torch.Tensor
     last_projected: torch.Tensor
     logits: torch.Tensor
+    summands: torch.Tensor
     experts: ExpertBuffers | None = None
 
 
@@ -54,6 +56,8 @@ class Forward:
 
     `tail`: the step as its last layer sees it once attention is done, in a step of which few rows are sampled: of these
     rows alone, since nobody asks for what becomes of the others. None: all rows go on. `counts` are those of its rows.
+
+    `left`: what a layer leaves to the next one's norm, once it has: `branch`, or what it is the sum of.
 
     `halves`: two pieces of a large step among ranks, each computed while sums of the other are on their way; else none.
     `sums`: those of the halves of `branch`, in their order, where they are still to be taken.
@@ -73,5 +77,6 @@ class Forward:
     buffers: Activations
     decodes: bool = False
     tail: Forward | None = None
+    left: torch.Tensor | Summands | None = None
     halves: Sequence[slice] = ()
     sums: Sequence[StartedSum | None] = ()

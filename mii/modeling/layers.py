@@ -21,6 +21,7 @@ from mii.ops.embedding import embedding
 from mii.ops.linear import LinearWeight, linear, pack_linear
 from mii.ops.norm import norm
 from mii.ops.shard_norm import norm_shards
+from mii.ops.summands import Summands
 
 
 class PartOfSum(Protocol):
@@ -49,7 +50,9 @@ class Norm(Module):
         if self.branch is None:
             self.group = part.leave_sum()
 
-    def __call__(self, out: torch.Tensor, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self, out: torch.Tensor, x: torch.Tensor | Summands, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Norms x into out, after adding it to the residual."""
         if self.group is not None and residual is not None:
             all_reduce_norm(out, x, group=self.group, residual=residual, **self._options())

@@ -17,6 +17,7 @@ from mii.ops.all_reduce import Group, all_reduce
 from mii.ops.linear import pieces
 from mii.ops.moe import moe_combine, moe_mlp
 from mii.ops.moe_routing import route
+from mii.ops.summands import Summands
 
 
 class MLP(Protocol):
@@ -26,6 +27,10 @@ class MLP(Protocol):
 
     def __call__(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Writes the MLP of `x` [tokens, hidden] into `out` and returns it."""
+        ...
+
+    def left_to_norm(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor | Summands:
+        """The same for a norm that adds it to a residual: as `Linear.to_norm`."""
         ...
 
     def leave_sum(self) -> Group | None:
@@ -56,6 +61,12 @@ class DenseMLP(Module):
         for piece in pieces(rows, most):
             self.down(out[piece], self.activate(forward, x[piece]))
         return out
+
+    def left_to_norm(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor | Summands:
+        assert self.down is not None
+        if x.shape[0] > forward.buffers.activated.shape[0]:
+            return self(forward, out, x)
+        return self.down.to_norm(out, self.activate(forward, x), forward.buffers.summands)
 
     def leave_sum(self) -> Group | None:
         assert self.down is not None
@@ -112,6 +123,9 @@ class ExpertsMLP(Module):
         if self._group is not None and self._sums:
             all_reduce(out, self._group)
         return out
+
+    def left_to_norm(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor | Summands:
+        return self(forward, out, x)
 
     def leave_sum(self) -> Group | None:
         self._sums = False

@@ -16,6 +16,7 @@ import torch
 from mii.modeling.sharding import Span
 from mii.ops.all_reduce import Group, all_reduce
 from mii.ops.linear import LinearWeight, gated_linear, linear, pack_linear
+from mii.ops.summands import Summands
 
 
 class Piece(NamedTuple):
@@ -151,6 +152,13 @@ class Linear(Module):
         if self._group is not None and self._sums:
             all_reduce(out, self._group)
         return out
+
+    def to_norm(self, out: torch.Tensor, x: torch.Tensor, summands: torch.Tensor) -> torch.Tensor | Summands:
+        """The same for a norm that adds it to a residual: out, or parts of it in `summands` (see `mii.ops.linear`)."""
+        assert self.packed is not None
+        if self._group is not None and (self._sums or not self._group.adds_parts(out.nbytes)):
+            return self(out, x)
+        return linear(out, x, self.packed, self._bias, following=self.following, summands=summands)
 
     def gated(self, out: torch.Tensor, scratch: torch.Tensor, x: torch.Tensor, kind: str) -> torch.Tensor:
         """`act(gate) * up` of a weight whose parts are gate and up, with room for both in scratch."""

@@ -49,6 +49,8 @@ MiiNorm = _struct(
     (c_int64, "rows width x_stride out_stride"),
     (c_float, "eps"),
     (c_int32, "kind dtype"),
+    (c_void_p, "parts"),
+    (c_int64, "num_parts"),
 )
 MiiRopeKv = _struct(
     "MiiRopeKv",
@@ -112,7 +114,7 @@ MiiLinearStreamed = _struct(
     (MiiLinear, "product"),
     (c_void_p, "next"),
     (c_int64, "next_bytes next_fetch"),
-    (c_int32, "gated activation"),
+    (c_int32, "gated activation parts"),
 )
 
 MiiProduct = _struct("MiiProduct", (MiiLinear, "product"), (c_void_p, "algorithm"), (c_int64, "workspace_bytes"))

@@ -19,6 +19,7 @@ import torch
 
 from mii.ops import abi, linear_hopper, native, products
 from mii.ops.activation import activation
+from mii.ops.summands import Summands
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,8 @@ def linear(
     bias: torch.Tensor | None = None,
     *,
     following: LinearWeight | None = None,
-) -> None:
+    summands: torch.Tensor | None = None,
+) -> torch.Tensor | Summands:
     """out = x @ weight^T + bias, summed in float and rounded once.
 
     Args:
@@ -133,15 +135,23 @@ def linear(
         weight: from `pack_linear`.
         bias: [out_features] or None.
         following: the weight of the next product, whose first part may come into the cache while this one ends.
+        summands: float memory of any size; where the product is faster so, parts of it are left there and not in out.
+
+    Returns:
+        What holds the product: out, or its parts.
 
     Raises:
         ValueError: shapes or dtypes that do not fit together.
     """
     _check(out, x, weight, weight.out_features)
     if not weight.packed:
+        if summands is not None and summands.numel():
+            parts = linear_hopper.parts(summands, x, weight.data, bias, _data(following))
+            if parts is not None:
+                return Summands(parts, weight.dtype)
         if not linear_hopper.linear(out, x, weight.data, bias, _data(following)):
             _linear_torch(out, x, weight.data, bias)
-        return
+        return out
     if x.stride(1) != 1 or out.stride(1) != 1:
         raise ValueError("linear: x and out must be contiguous along a row")
     args = abi.MiiLinear(
@@ -159,6 +169,7 @@ def linear(
     library = native.library(x.device)
     if library is None or not library.call("mii_linear", args):
         linear_reference(out, x, weight, bias)
+    return out
 
 
 def gated_linear(

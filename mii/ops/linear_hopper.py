@@ -4,11 +4,13 @@ Up to 128 rows of a weight that has tiles for the multiprocessors: warpgroup pro
 (csrc/include/mii/linear_wide.cuh); 17 to 64 rows where memory is so fast that the last tiles would leave it idle. Up to
 8 rows of other weights, 16 where memory is fast: a stream of the weight (linear_stream.cuh). Both read the weight where
 it lies, row-major, so cuBLASLt serves all else from the same memory. The gated forms compute gate and up of an output
-side by side and apply the activation before anything is written.
+side by side and apply the activation before anything is written. Of weights with few tiles warpgroup products leave
+parts of their sums to the norm that follows (`parts`).
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 
 import torch
@@ -26,6 +28,10 @@ GATES = ("silu", "gelu_tanh", "gelu_quick")  # that warpgroup products apply
 # Bytes of the following product's weight that come into the L2 cache while a product ends: about what memory delivers
 # between the last read of one product and the first of the next.
 FETCH_BYTES = 8 << 20
+
+PARTED_ROWS = range(17, 65)  # of which parts are left where memory is fast: with more cuBLASLt is 1 % faster
+PARTED_SHARE = 0.8  # of the multiprocessors, from which pieces of a weight keep enough of them reading
+MOST_PARTS = 8  # more cost the norm that adds them up as much as they gain
 
 _workspaces: dict[torch.device, torch.Tensor] = {}
 
@@ -46,15 +52,74 @@ def linear(
     activation: str | None = None,
 ) -> bool:
     """The product, or with an activation the gated product, of `mii.ops.linear`. False: not for these arguments."""
-    if not x.is_cuda or x.shape[0] == 0 or activation not in (None, *abi.ACTIVATIONS):
-        return False
-    library = native.library(x.device)
-    strided = x.stride(1) != 1 or out.stride(1) != 1 or not weight.is_contiguous()
-    if library is None or strided or weight.dtype not in (torch.float16, torch.bfloat16):
+    library = _library(out, x, weight)
+    if library is None or activation not in (None, *abi.ACTIVATIONS):
         return False
     function = _kernel(x.shape[0], weight.shape[0], activation, _fast_memory(x.device))
     if function is None:
         return False
+    args = _arguments(library, out, x, weight, bias, following)
+    args.gated, args.activation = activation is not None, abi.ACTIVATIONS.get(activation or "", 0)
+    return library.call(function, args, native.stream(x.device))
+
+
+def parts(
+    memory: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    following: torch.Tensor | None = None,
+) -> torch.Tensor | None:
+    """The product as parts of its sum over k, in the first of `memory`: [parts, rows, features]. None: not for these
+    arguments.
+    """
+    library, rows, features = _library(memory, x, weight), x.shape[0], weight.shape[0]
+    if library is None or rows not in PARTED_ROWS or not _fast_memory(x.device):
+        return None
+    count = num_parts(features, weight.shape[1], _multiprocessors(x.device))
+    if not count or memory.numel() < count * rows * features:
+        return None
+    left = memory.flatten()[: count * rows * features].view(count, rows, features)
+    args = _arguments(library, left[0], x, weight, bias, following)
+    args.parts = count
+    return left if library.call("mii_linear_wide", args, native.stream(x.device)) else None
+
+
+def parts_size(device: torch.device) -> int:
+    """Floats that the parts of a product take at most; 0: no product is left in parts on this device."""
+    if device.type != "cuda" or native.library(device) is None or not _fast_memory(device):
+        return 0
+    return max(PARTED_ROWS, default=0) * 128 * _multiprocessors(device)
+
+
+def num_parts(features: int, in_features: int, multiprocessors: int) -> int:
+    """In how many parts a product is left by so many multiprocessors; 0: it is better made whole."""
+    tiles = -(-features // 128)
+    count = min(multiprocessors // tiles, in_features // 64, MOST_PARTS)
+    return count if count > 1 and count * tiles >= PARTED_SHARE * multiprocessors else 0
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _library(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> native.Library | None:
+    """The library, if these tensors are something for it."""
+    if not x.is_cuda or x.shape[0] == 0 or weight.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    strided = x.stride(1) != 1 or out.stride(-1) != 1 or not weight.is_contiguous()
+    return None if strided else native.library(x.device)
+
+
+def _arguments(
+    library: native.Library,
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    following: torch.Tensor | None,
+) -> ctypes.Structure:
+    """`MiiLinearStreamed` of a product that is not gated."""
     product = abi.MiiLinear(
         out.data_ptr(),
         x.data_ptr(),
@@ -68,14 +133,7 @@ def linear(
         abi.DTYPE_CODES[weight.dtype],
         _workspace(library, x.device).data_ptr(),
     )
-    args = abi.MiiLinearStreamed(
-        product,
-        *_ahead(following),
-        FETCH_BYTES,
-        activation is not None,
-        abi.ACTIVATIONS.get(activation or "", 0),
-    )
-    return library.call(function, args, native.stream(x.device))
+    return abi.MiiLinearStreamed(product, *_ahead(following), FETCH_BYTES)
 
 
 def _ahead(following: torch.Tensor | None) -> tuple[int | None, int]:

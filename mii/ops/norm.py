@@ -7,7 +7,8 @@ With a residual: residual += x, rounded to the dtype and written back, and v = r
     abi.LAYER      out = (v - mean) * rsqrt(var + eps) * weight + bias   (biased variance)
 
 each rounded to the dtype at the end. With an x_weight x is normed by itself first, residual += norm(x; x_weight), for
-layers whose output is normed before it is added (OLMo-2, Gemma 2). Zhang and Sennrich, 2019 (RMSNorm); Ba, Kiros and
+layers whose output is normed before it is added (OLMo-2, Gemma 2). An x that a product left in parts is added up first,
+and rounded. Zhang and Sennrich, 2019 (RMSNorm); Ba, Kiros and
 Hinton, 2016 (LayerNorm).
 """
 
@@ -18,11 +19,12 @@ import ctypes
 import torch
 
 from mii.ops import abi, native
+from mii.ops.summands import Summands
 
 
 def norm(
     out: torch.Tensor | None,
-    x: torch.Tensor,
+    x: torch.Tensor | Summands,
     weight: torch.Tensor | None,
     *,
     eps: float,
@@ -35,7 +37,7 @@ def norm(
 
     Args:
         out, x: [rows, width], rows may be strided; out may be x itself. With an x_weight out may be None: then only the
-            residual is written.
+            residual is written. x may be what a product left of it.
         weight: [width] or None (ones).
         eps: added to the mean square or variance.
         bias: [width], with abi.LAYER only.
@@ -47,13 +49,14 @@ def norm(
         ValueError: shapes or dtypes that do not fit together, a bias without abi.LAYER, an x_weight without what it
             needs.
     """
-    library = native.library(x.device)
+    device = x.parts.device if isinstance(x, Summands) else x.device
+    library = native.library(device)
     args = norm_arguments(out, x, weight, eps=eps, bias=bias, residual=residual, kind=kind, x_weight=x_weight)
     if (
         library is not None
         and args is not None
         and library.has("mii_norm")
-        and library.call("mii_norm", args, native.stream(x.device))
+        and library.call("mii_norm", args, native.stream(device))
     ):
         return
     norm_reference(out, x, weight, eps=eps, bias=bias, residual=residual, kind=kind, x_weight=x_weight)
@@ -61,7 +64,7 @@ def norm(
 
 def norm_arguments(
     out: torch.Tensor | None,
-    x: torch.Tensor,
+    x: torch.Tensor | Summands,
     weight: torch.Tensor | None,
     *,
     eps: float,
@@ -71,6 +74,12 @@ def norm_arguments(
     x_weight: torch.Tensor | None = None,
 ) -> ctypes.Structure | None:
     """The arguments of `norm`, checked, as a struct; None: a dtype that kernels do not have."""
+    parts = None
+    if isinstance(x, Summands):
+        if residual is None or out is None:
+            raise ValueError("norm: an x in parts needs a residual and an out")
+        parts = _parts(x, residual)
+        x = residual  # of which only shape and dtype count from here on
     _check(x if out is None else out, x, weight, bias, residual, kind)
     _check_x_weight(out, x, residual, kind, x_weight)
     if x.dtype not in abi.DTYPE_CODES:
@@ -89,7 +98,19 @@ def norm_arguments(
         eps,
         kind,
         abi.DTYPE_CODES[x.dtype],
+        native.pointer(parts),
+        0 if parts is None else len(parts),
     )
+
+
+def _parts(x: Summands, residual: torch.Tensor) -> torch.Tensor:
+    parts = x.parts
+    if parts.shape[1:] != residual.shape or x.dtype != residual.dtype or not parts.is_contiguous() or not len(parts):
+        raise ValueError(
+            f"norm: parts {tuple(parts.shape)} of {x.dtype} must be contiguous, [parts, rows, width] of the residual, "
+            f"{tuple(residual.shape)} {residual.dtype}"
+        )
+    return parts
 
 
 def _check(
@@ -140,7 +161,7 @@ def _check_x_weight(
 
 def norm_reference(
     out: torch.Tensor | None,
-    x: torch.Tensor,
+    x: torch.Tensor | Summands,
     weight: torch.Tensor | None,
     *,
     eps: float,
@@ -150,6 +171,7 @@ def norm_reference(
     x_weight: torch.Tensor | None = None,
 ) -> None:
     """`norm` in plain torch."""
+    x = x.total() if isinstance(x, Summands) else x
     wide = torch.promote_types(x.dtype, torch.float32)
     if x_weight is not None:
         branch = torch.empty_like(x)

@@ -34,7 +34,7 @@ def test_the_streamed_product_is_right_in_any_order_of_threads_and_copies(tmp_pa
 
 
 def test_the_product_in_boxes_is_right_in_any_order_of_threads_copies_and_products(tmp_path: Path) -> None:
-    assert run("linear_wide", tmp_path).count("right") == 11
+    assert run("linear_wide", tmp_path).count("right") == 14
 
 
 def test_the_experts_products_are_right_in_any_order_of_threads_and_copies(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@
 #include "mii/attention_queue.cuh"
 #include "mii/attention_score.cuh"
 #include "mii/tensor_map.cuh"
+#include "mii/same_for_warp.cuh"
 #include "mii/wgmma.cuh"
 
 namespace mii {
@@ -243,10 +244,6 @@ struct HopperRows {
   MII_DEVICE int end(int half, int load_end) const { return min(position[half] + 1, load_end); }
   MII_DEVICE bool cuts(int key) const { return key < clear || key + kHopperKeys > clear_end; }
 };
-
-// A value that is the same for all lanes of a warp, such that the compiler sees it: what follows from it then costs no
-// registers of each thread, and branches on it are taken to be taken by all.
-MII_DEVICE int same_for_warp(int value) { return __shfl_sync(kFullMask, value, 0); }
 
 // The keys of a tile of rows, the same for all threads.
 struct HopperKeys {

@@ -60,7 +60,8 @@ struct MoeWide {
 #pragma unroll
     for (int i = 0; i < kBoxes; ++i) {
       if (i == boxes) break;
-      copy_box(ring.x(place) + i * kBoxBytes, &a.x, step * kWideDepth, tile.y + i * kBoxRows, ring.full(place));
+      const int row = i * kBoxRows, rows = min(kBoxRows, tile.z - row);  // zeros in place of others' rows: they cost less power
+      copy_rows(ring.x(place) + i * kBoxBytes, &a.x, step * kWideDepth, tile.y + row, rows, kBoxRows, ring.full(place));
     }
   }
   MII_DEVICE void copy_tiles() const {

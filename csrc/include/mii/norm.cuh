@@ -15,9 +15,10 @@ struct NormArgs {
   T* residual;  // or null
   const T* weight;
   const T* bias;
-  const T* x_weight;  // or null
+  const T* x_weight;   // or null
+  const float* parts;  // [num_parts, rows, width] in place of x, or null
   int64_t rows, x_stride, out_stride;
-  int width, kind;
+  int width, kind, num_parts;
   float inverse_width, eps;
 };
 
@@ -50,6 +51,29 @@ __device__ __forceinline__ void load_held(Pack<T> (&v)[Packs], const T* row, int
   for (int p = 0; p < Packs; ++p) {
     const int i = thread + p * threads;
     if (i < count) v[p] = load_pack<kPack<T>>(row + i * kPack<T>);
+  }
+}
+
+// v = the sum of the parts of a row, rounded to T; parts lie `stride` floats apart.
+template <typename T, int Packs>
+__device__ __forceinline__ void load_sums(Pack<T> (&v)[Packs], const float* parts, int num_parts, int64_t stride, int thread,
+                                          int threads, int count) {
+  constexpr int N = kPack<T>, kQuads = N / 4;
+#pragma unroll
+  for (int p = 0; p < Packs; ++p) {
+    const int i = thread + p * threads;
+    if (i >= count) continue;
+    float sums[N] = {};
+#pragma unroll 4
+    for (int part = 0; part < num_parts; ++part) {
+      const auto* from = reinterpret_cast<const float4*>(parts + part * stride + i * N);
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) {
+        const float4 four = from[q];
+        sums[4 * q] += four.x, sums[4 * q + 1] += four.y, sums[4 * q + 2] += four.z, sums[4 * q + 3] += four.w;
+      }
+    }
+    v[p] = make_pack<T>(sums);
   }
 }
 
@@ -122,9 +146,10 @@ constexpr int kWarpRowThreads = 128;  // four rows a CTA
 
 constexpr int norm_threads(int packs, bool warp_rows) { return warp_rows ? kWarpRowThreads : packs == 1 ? 1024 : 512; }
 
-// One row for each CTA, or with WarpRows one row for each warp. A thread holds Packs packs of 16 bytes, `threads`
-// apart. NormsX: with an x_weight.
-template <typename T, int Packs, bool WarpRows, bool NormsX>
+enum NormSource { kNormX, kNormNormedX, kNormParts };  // what is added: x, x normed with an x_weight, a sum of parts
+
+// One row for each CTA, or with WarpRows one row for each warp. A thread holds Packs packs of 16 bytes, `threads` apart.
+template <typename T, int Packs, bool WarpRows, NormSource Source>
 __global__ void __launch_bounds__(norm_threads(Packs, WarpRows)) norm_rows(const NormArgs<T> args) {
   constexpr int N = kPack<T>;
   __shared__ float scratch[kWarp];
@@ -143,8 +168,12 @@ __global__ void __launch_bounds__(norm_threads(Packs, WarpRows)) norm_rows(const
 
   const auto sum_over_row = [&](float value) { return WarpRows ? warp_sum(value) : block_sum(value, scratch); };
   Pack<T, N> v[Packs];
-  load_held<T>(v, args.x + row * args.x_stride, thread, threads, count);
-  if constexpr (NormsX) {
+  if constexpr (Source == kNormParts) {
+    load_sums<T>(v, args.parts + row * args.width, args.num_parts, args.rows * args.width, thread, threads, count);
+  } else {
+    load_held<T>(v, args.x + row * args.x_stride, thread, threads, count);
+  }
+  if constexpr (Source == kNormNormedX) {
     const float squares = sum_over_row(held_squares<T>(v, 0.0f, thread, threads, count));
     const float scale = rsqrtf(squares * args.inverse_width + args.eps);
 #pragma unroll
@@ -165,7 +194,7 @@ __global__ void __launch_bounds__(norm_threads(Packs, WarpRows)) norm_rows(const
     load_held<T>(r, residual, thread, threads, count);
     add_held<T>(residual, v, r, thread, threads, count);
   }
-  if (NormsX && args.out == nullptr) return;
+  if (Source == kNormNormedX && args.out == nullptr) return;
   norm_held<T>(args, row, v, thread, threads, count, sum_over_row);
 }
 

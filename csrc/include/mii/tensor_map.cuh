@@ -34,6 +34,15 @@ MII_DEVICE void copy_panels(uint32_t target, const TensorMap* map, int panel, in
       : "memory");
 }
 
+// Copies `rows` rows of a matrix from (column, row) on, and zeros up to box_rows, by a map of encode_rows.
+MII_DEVICE void copy_rows(uint32_t target, const TensorMap* map, int column, int row, int rows, int box_rows, uint32_t barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
+          target),
+      "l"(map), "r"(column), "r"(box_rows - rows), "r"(row + rows), "r"(barrier)
+      : "memory");
+}
+
 // Has a tensor map at hand by the time that its first box is copied.
 MII_DEVICE void prefetch_map(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 

@@ -5,6 +5,7 @@
 
 #include "mii/activation.cuh"
 #include "mii/quad.cuh"
+#include "mii/same_for_warp.cuh"
 #include "mii/wgmma.cuh"
 
 namespace mii {
@@ -87,14 +88,26 @@ struct WideSums {
   }
 };
 
-// Hands sums += x . weight of a stage to the tensor cores.
+// What the products of this warpgroup read of every stage: an operand of x and one of the weight.
+template <typename Shape>
+struct WideOperands {
+  uint32_t x, weight;  // addresses within the first stage
+
+  MII_DEVICE explicit WideOperands(const WideRing<Shape>& ring) {
+    const int group = same_for_warp(threadIdx.x / kWarpgroup);
+    const uint32_t base = same_for_warp(ring.base);
+    x = base + (Shape::kByRows ? Shape::X::elements_at(64 * group, 0) : 0);
+    weight = base + Shape::X::kBytes + (Shape::kByRows ? 0 : Shape::Weight::elements_at(Shape::kPieceColumns * group, 0));
+  }
+};
+
+// Hands sums += x . weight of a stage to the tensor cores. Descriptors are made of what a warp is known to share: of each thread's
+// own values every one of them is brought together first, which took longer than the products of 64 rows.
 template <typename T, typename Shape>
-MII_DEVICE void multiply_step(const WideRing<Shape>& ring, WideSums<Shape>& sums, int place) {
-  const int group = threadIdx.x / kWarpgroup;
-  const uint32_t own_x = Shape::kByRows ? Shape::X::elements_at(64 * group, 0) : 0;
-  const uint32_t own_weight = Shape::kByRows ? 0 : Shape::Weight::elements_at(Shape::kPieceColumns * group, 0);
-  const uint64_t x = matrix_descriptor(ring.x(place) + own_x, 16, Shape::X::kStrideBytes);
-  const uint64_t weight = matrix_descriptor(ring.weight(place) + own_weight, 16, Shape::Weight::kStrideBytes);
+MII_DEVICE void multiply_step(const WideOperands<Shape>& operands, WideSums<Shape>& sums, int place) {
+  const uint32_t stage = same_for_warp(place * Shape::kStageBytes);
+  const uint64_t x = matrix_descriptor(operands.x + stage, 16, Shape::X::kStrideBytes);
+  const uint64_t weight = matrix_descriptor(operands.weight + stage, 16, Shape::Weight::kStrideBytes);
   products_fence();
 #pragma unroll
   for (int k = 0; k < kWideDepth / 16; ++k) {
@@ -124,11 +137,12 @@ MII_DEVICE void multiply_tile(const WideRing<Shape>& ring, WideSums<Shape>& sums
     }
     return;
   }
+  const WideOperands<Shape> operands(ring);
   sums.clear();
   int before = 0;
   for (int step = 0; step < steps; ++step) {
     barrier_wait(ring.full(place.at), place.parity);
-    multiply_step<T>(ring, sums, place.at);
+    multiply_step<T>(operands, sums, place.at);
     if (step > 0) {
       products_wait<1>();
       release(before);

@@ -1,4 +1,4 @@
-// Runs csrc/include/mii/norm.cuh on the host: norms with a residual whose addend is normed by itself first, and without,
+// Runs csrc/include/mii/norm.cuh on the host: norms with a residual whose addend is normed by itself first or comes in parts, and without,
 // against the formulas in double, in each of the ways that a row is held.
 #include "card.h"
 
@@ -31,6 +31,7 @@ namespace {
 struct Case {
   int width, kind;
   bool residual, x_weight, out;
+  int num_parts = 0;  // of x; 0: x is whole
 };
 
 template <typename T>
@@ -47,11 +48,13 @@ template <typename T>
 struct Tensors {
   int x_stride, out_stride;
   std::vector<T> x, residual, weight, x_weight, out;
+  std::vector<float> parts;
 
   explicit Tensors(const Case& c)
       : x_stride(c.width + 8), out_stride(c.width + 16), x(random<T>(size_t(kRows) * x_stride)),
         residual(random<T>(size_t(kRows) * c.width)), weight(random<T>(c.width, 1.0f)), x_weight(random<T>(c.width, 1.0f)),
-        out(size_t(kRows) * out_stride, mii::from_float<T>(NAN)) {}
+        out(size_t(kRows) * out_stride, mii::from_float<T>(NAN)),
+        parts(random<float>(size_t(c.num_parts) * kRows * c.width)) {}
 };
 
 // The norm of a row as abi/norm.h has it, every rounding where it says.
@@ -82,7 +85,11 @@ template <typename T>
 void compare(const Case& c, const Tensors<T>& before, const Tensors<T>& after) {
   for (int row = 0; row < kRows; ++row) {
     std::vector<float> v(c.width);
-    for (int i = 0; i < c.width; ++i) v[i] = mii::to_float(before.x[row * before.x_stride + i]);
+    for (int i = 0; i < c.width; ++i) {
+      float sum = 0.0f;
+      for (int part = 0; part < c.num_parts; ++part) sum += before.parts[(part * kRows + row) * c.width + i];
+      v[i] = c.num_parts ? mii::rounded<T>(sum) : mii::to_float(before.x[row * before.x_stride + i]);
+    }
     if (c.x_weight) v = normed(v, before.x_weight, c.kind);
     for (int i = 0; c.residual && i < c.width; ++i) {
       v[i] = mii::rounded<T>(v[i] + mii::to_float(before.residual[row * c.width + i]));
@@ -109,6 +116,7 @@ void check(const Case& c, int ctas, int threads, const Kernel& kernel) {
   mii::NormArgs<T> args = {};
   args.out = c.out ? after.out.data() : nullptr, args.x = after.x.data();
   args.residual = c.residual ? after.residual.data() : nullptr, args.weight = after.weight.data();
+  if (c.num_parts) args.parts = after.parts.data(), args.num_parts = c.num_parts, args.x = nullptr;
   args.x_weight = c.x_weight ? after.x_weight.data() : nullptr;
   args.rows = kRows, args.x_stride = after.x_stride, args.out_stride = after.out_stride;
   args.width = c.width, args.kind = c.kind, args.inverse_width = 1.0f / c.width, args.eps = kEps;
@@ -117,30 +125,34 @@ void check(const Case& c, int ctas, int threads, const Kernel& kernel) {
     card::run_cta(threads, [&] { card::threads[card::current].waited = true, kernel(args); });
   }
   compare<T>(c, before, after);
-  std::printf("width %d, kind %d%s%s%s: right\n", c.width, c.kind, c.residual ? ", residual" : "",
+  std::printf("width %d, kind %d, %d parts%s%s%s: right\n", c.width, c.kind, c.num_parts, c.residual ? ", residual" : "",
               c.x_weight ? ", normed before" : "", c.out ? "" : ", no result");
 }
 
-template <typename T, bool kNormsX>
+template <typename T, mii::NormSource kSource>
 void check_all(const Case& c) {
   using mii::NormArgs;
   const int packs = c.width / mii::kPack<T>;
-  if (packs <= 32) check<T>(c, 2, 128, [](NormArgs<T> a) { mii::norm_rows<T, 1, true, kNormsX>(a); });
-  if (packs <= 64) check<T>(c, 2, 128, [](NormArgs<T> a) { mii::norm_rows<T, 2, true, kNormsX>(a); });
-  check<T>(c, kRows, 96, [](NormArgs<T> a) { mii::norm_rows<T, 2, false, kNormsX>(a); });
-  check<T>(c, kRows, 64, [](NormArgs<T> a) { mii::norm_rows_any<T>(a); });
+  if (packs <= 32) check<T>(c, 2, 128, [](NormArgs<T> a) { mii::norm_rows<T, 1, true, kSource>(a); });
+  if (packs <= 64) check<T>(c, 2, 128, [](NormArgs<T> a) { mii::norm_rows<T, 2, true, kSource>(a); });
+  check<T>(c, kRows, 96, [](NormArgs<T> a) { mii::norm_rows<T, 2, false, kSource>(a); });
+  if (kSource != mii::kNormParts) check<T>(c, kRows, 64, [](NormArgs<T> a) { mii::norm_rows_any<T>(a); });
 }
 
 template <typename T>
 void check_type() {
   for (const int kind : {int(MII_RMS), int(MII_RMS_PLUS1)}) {
     for (const int width : {192, 256}) {
-      check_all<T, true>({width, kind, true, true, true});
-      check_all<T, true>({width, kind, true, true, false});
-      check_all<T, false>({width, kind, true, false, true});
+      check_all<T, mii::kNormNormedX>({width, kind, true, true, true});
+      check_all<T, mii::kNormNormedX>({width, kind, true, true, false});
+      check_all<T, mii::kNormX>({width, kind, true, false, true});
     }
   }
-  check_all<T, false>({192, MII_LAYER, false, false, true});
+  check_all<T, mii::kNormX>({192, MII_LAYER, false, false, true});
+  if constexpr (sizeof(T) == 2) {
+    for (const int num_parts : {1, 3, 8}) check_all<T, mii::kNormParts>({256, MII_RMS, true, false, true, num_parts});
+    check_all<T, mii::kNormParts>({192, MII_LAYER, true, false, true, 4});
+  }
 }
 
 }  // namespace

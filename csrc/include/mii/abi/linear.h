@@ -21,6 +21,8 @@ struct MiiLinearStreamed {
   const void* next;          // memory that the product after this one reads, next_bytes of it, or null. About next_fetch
   int64_t next_bytes, next_fetch;  // bytes of it, evenly spread, come into the L2 cache while this product ends
   int32_t gated, activation;       // a MiiActivationKind
+  int32_t parts;                   // mii_linear_wide of up to 64 rows: 0, or out is [parts, rows, out_features] floats, whose sum
+                                   // over the parts, pieces of in_features, is the product; MiiNorm adds them up
 };
 MII_API int32_t mii_linear_streamed(const struct MiiLinearStreamed* args, void* stream);
 // CUDA: the same for up to 128 rows by the tensor cores of compute capability 9.0; gates are silu or gelu (tanh, quick).

@@ -44,6 +44,14 @@ inline void copy_box(uint32_t target, const TensorMap* map, int column, int row,
   }
 }
 
+// As encode_rows of csrc/cuda/tensor_map.cuh.
+inline void copy_rows(uint32_t target, const TensorMap* map, int column, int row, int rows, int box_rows, uint32_t barrier) {
+  if (box_rows != map->box_rows || rows < 1 || rows > box_rows || row + rows > map->rows) card::refuse("no such rows");
+  TensorMap cut = *map;
+  cut.rows = row + rows;
+  copy_box(target, &cut, column, row, barrier);
+}
+
 // As encode_panels of csrc/cuda/tensor_map.cuh.
 inline TensorMap map_panels(const Half* data, int64_t rows, int64_t columns, int box_rows, int box_panels, bool constant) {
   if (columns % kBoxColumns) card::refuse("columns are not whole panels");
