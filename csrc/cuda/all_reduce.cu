@@ -93,8 +93,9 @@ int32_t sum_norm_rows(const MiiAllReduceNorm& a, void* stream) {
   const MiiNorm& n = a.norm;
   const int count = static_cast<int>(n.width / kPack<T>);
   const bool two = a.shots == 2;
-  MII_REQUIRE(n.parts == nullptr || (!two && n.num_parts > 0), MII_INVALID, "all_reduce_norm: %lld parts in %d shots",
-              (long long)n.num_parts, a.shots);
+  const bool floats = !two && n.num_parts > 0 && n.parts_dtype == MII_F32 && n.part_stride % 4 == 0 && n.part_row_stride % 4 == 0;
+  MII_REQUIRE(n.parts == nullptr || floats, MII_INVALID, "all_reduce_norm: %lld parts of dtype code %d in %d shots",
+              (long long)n.num_parts, n.parts_dtype, a.shots);
   const int most = sum_norm_threads(Slots, two), held = two ? a.ranks.size : count <= most ? 1 : count <= 2 * most ? 2 : 4;
   const int part = ceil_div(count, held);
   if (part > most) return fail(MII_UNSUPPORTED, "all_reduce_norm: rows of %lld elements", (long long)n.width);

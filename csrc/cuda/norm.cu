@@ -16,8 +16,9 @@ bool vectorised(const MiiNorm& a) {
 
 // The kernel for what the arguments add.
 template <typename T, int Packs, bool WarpRows>
-int32_t launch_rows(const NormArgs<T>& args, const Shape& shape, void* stream) {
+int32_t launch_rows(const NormArgs<T>& args, bool floats, const Shape& shape, void* stream) {
   if (args.x_weight != nullptr) return launch("mii_norm", norm_rows<T, Packs, WarpRows, kNormNormedX>, shape, stream, args);
+  if (args.parts != nullptr && floats) return launch("mii_norm", norm_rows<T, Packs, WarpRows, kNormFloats>, shape, stream, args);
   if constexpr (sizeof(T) == 2) {
     if (args.parts != nullptr) return launch("mii_norm", norm_rows<T, Packs, WarpRows, kNormParts>, shape, stream, args);
   }
@@ -25,15 +26,15 @@ int32_t launch_rows(const NormArgs<T>& args, const Shape& shape, void* stream) {
 }
 
 template <typename T, int Packs>
-int32_t launch_cta_rows(const NormArgs<T>& args, int count, void* stream) {
+int32_t launch_cta_rows(const NormArgs<T>& args, bool floats, int count, void* stream) {
   const Shape shape = {dim3(args.rows), dim3(ceil_div(ceil_div(count, Packs), kWarp) * kWarp)};
-  return launch_rows<T, Packs, false>(args, shape, stream);
+  return launch_rows<T, Packs, false>(args, floats, shape, stream);
 }
 
 template <typename T, int Packs>
-int32_t launch_warp_rows(const NormArgs<T>& args, void* stream) {
+int32_t launch_warp_rows(const NormArgs<T>& args, bool floats, void* stream) {
   const Shape shape = {dim3(ceil_div(args.rows, int64_t(kWarpRowThreads / kWarp))), dim3(kWarpRowThreads)};
-  return launch_rows<T, Packs, true>(args, shape, stream);
+  return launch_rows<T, Packs, true>(args, floats, shape, stream);
 }
 
 template <typename T>
@@ -44,14 +45,15 @@ int32_t norm(const MiiNorm& a, void* stream) {
     return launch("mii_norm", norm_rows_any<T>, Shape{dim3(a.rows), dim3(256)}, stream, args);
   }
   const int count = static_cast<int>(a.width / kPack<T>);  // packs of a row
-  if (count <= kWarp) return launch_warp_rows<T, 1>(args, stream);
-  if (count <= 2 * kWarp) return launch_warp_rows<T, 2>(args, stream);
-  if (count <= 4 * kWarp) return launch_warp_rows<T, 4>(args, stream);
+  const bool floats = a.parts_dtype == MII_F32;            // the parts, if there are any
+  if (count <= kWarp) return launch_warp_rows<T, 1>(args, floats, stream);
+  if (count <= 2 * kWarp) return launch_warp_rows<T, 2>(args, floats, stream);
+  if (count <= 4 * kWarp) return launch_warp_rows<T, 4>(args, floats, stream);
   // Few rows leave most of the card idle: more threads on each shorten the wait. Many rows want loads in flight.
-  if (count <= 1024 && a.rows <= card().sms) return launch_cta_rows<T, 1>(args, count, stream);
-  if (count <= 1024) return launch_cta_rows<T, 2>(args, count, stream);
-  if (count <= 2048) return launch_cta_rows<T, 4>(args, count, stream);
-  return launch_cta_rows<T, 8>(args, count, stream);
+  if (count <= 1024 && a.rows <= card().sms) return launch_cta_rows<T, 1>(args, floats, count, stream);
+  if (count <= 1024) return launch_cta_rows<T, 2>(args, floats, count, stream);
+  if (count <= 2048) return launch_cta_rows<T, 4>(args, floats, count, stream);
+  return launch_cta_rows<T, 8>(args, floats, count, stream);
 }
 
 }  // namespace
@@ -64,8 +66,10 @@ extern "C" int32_t mii_norm(const MiiNorm* a, void* stream) {
   MII_REQUIRE(a->kind >= MII_RMS && a->kind <= MII_LAYER, MII_INVALID, "norm: kind %d", a->kind);
   const bool plain_x = a->x_weight == nullptr || (a->residual != nullptr && a->kind != MII_LAYER);
   MII_REQUIRE(plain_x, MII_INVALID, "norm: an x_weight needs a residual and an RMS kind, not kind %d", a->kind);
-  const bool sums = a->x_weight == nullptr && a->dtype != MII_F32 && aligned(a->parts, 16) && a->num_parts > 0;
-  MII_REQUIRE(a->parts == nullptr || sums, MII_UNSUPPORTED, "norm: %lld parts, dtype %d", (long long)a->num_parts, a->dtype);
+  const bool known = a->parts_dtype == MII_F32 || a->parts_dtype == a->dtype;
+  const bool packs = aligned(a->parts, 16) && a->part_stride % 8 == 0 && a->part_row_stride % 8 == 0;
+  MII_REQUIRE(a->parts == nullptr || (a->x_weight == nullptr && known && packs && a->num_parts > 0), MII_UNSUPPORTED,
+              "norm: %lld parts of dtype code %d", (long long)a->num_parts, a->parts_dtype);
   if (a->rows == 0) return MII_OK;
   return dispatch_dtype(a->dtype, [&](auto tag) { return norm<decltype(tag)>(*a, stream); });
 }

@@ -13,6 +13,8 @@ NormArgs<T> norm_args(const MiiNorm& a) {
           static_cast<const T*>(a.bias),
           static_cast<const T*>(a.x_weight),
           a.parts,
+          a.part_stride,
+          a.part_row_stride,
           a.rows,
           a.x_stride,
           a.out_stride,

@@ -33,7 +33,8 @@ _LIVES = {
     "joint": life(("attend", "down")),
     "experts.logits": life(("up", "experts_up")),
     "experts.hidden": life(("experts_up", "experts_down")),
-    "experts.parts": life(("experts_up", "combine")),  # gathered rows first
+    # Gathered rows first; the next layer's norm may add them up.
+    "experts.parts": life(("experts_up", "combine"), ("norm", "norm")),
     "experts.shared": life(("down", "combine")),
     "experts.shared_gate": life(("down", "combine")),
 }

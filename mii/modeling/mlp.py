@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from mii.modeling.experts import ExpertStack, routing_of
+from mii.modeling.experts import ExpertBuffers, ExpertStack, routing_of
 from mii.modeling.forward import Forward
 from mii.modeling.parameters import Linear, Module, Parameter, Placement
 from mii.modeling.sharding import Span
@@ -17,6 +17,7 @@ from mii.ops.all_reduce import Group, all_reduce
 from mii.ops.linear import pieces
 from mii.ops.moe import moe_combine, moe_mlp
 from mii.ops.moe_routing import route
+from mii.ops.norm import adds_parts
 from mii.ops.summands import Summands
 
 
@@ -108,24 +109,37 @@ class ExpertsMLP(Module):
         self.kind, self.up_width = spec.activation, 0 if self.shared is None else self.shared.up_width
 
     def __call__(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        buffers, counts = forward.buffers.experts, forward.counts
-        assert buffers is not None
-        rows, routing, shared, gate = buffers.rows, self.routing, None, None
-        logits = self.router(buffers.logits, x)
+        shared, gate, buffers = None, None, self._route(forward, x)
         if self.shared is not None:
             shared = self.shared(forward, buffers.shared, x)
         if self.shared_gate is not None:
             gate = self.shared_gate(buffers.shared_gate, x)
-        bias = None if self.choice_bias is None else self.choice_bias.tensor
-        route(rows, logits, routing, bias=bias, counts=counts)
-        moe_mlp(buffers.parts, buffers.hidden, x, self.up.weights, self.down.weights, rows, routing, self.kind)
-        moe_combine(out, buffers.parts, top_k=routing.top_k, shared=shared, shared_gate=gate, counts=counts)
+        parts, counts = self._multiply(buffers, x), forward.counts
+        moe_combine(out, parts, top_k=self.routing.top_k, shared=shared, shared_gate=gate, counts=counts)
         if self._group is not None and self._sums:
             all_reduce(out, self._group)
         return out
 
     def left_to_norm(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor | Summands:
-        return self(forward, out, x)
+        if self.shared is not None or self._group is not None or not adds_parts(x.device):
+            return self(forward, out, x)
+        parts = self._multiply(self._route(forward, x), x)
+        return Summands(parts.unflatten(0, (-1, self.routing.top_k)).transpose(0, 1), out.dtype)
+
+    def _route(self, forward: Forward, x: torch.Tensor) -> ExpertBuffers:
+        """Chooses the experts of each token; gives the buffers of the step."""
+        buffers = forward.buffers.experts
+        assert buffers is not None
+        bias = None if self.choice_bias is None else self.choice_bias.tensor
+        logits = self.router(buffers.logits, x)
+        route(buffers.rows, logits, self.routing, bias=bias, counts=forward.counts)
+        return buffers
+
+    def _multiply(self, buffers: ExpertBuffers, x: torch.Tensor) -> torch.Tensor:
+        """What its experts give a token, weighted: [tokens * top_k, hidden], those of a token one after the other."""
+        parts, hidden = buffers.parts, buffers.hidden
+        moe_mlp(parts, hidden, x, self.up.weights, self.down.weights, buffers.rows, self.routing, self.kind)
+        return parts
 
     def leave_sum(self) -> Group | None:
         self._sums = False

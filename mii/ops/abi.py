@@ -50,7 +50,8 @@ MiiNorm = _struct(
     (c_float, "eps"),
     (c_int32, "kind dtype"),
     (c_void_p, "parts"),
-    (c_int64, "num_parts"),
+    (c_int64, "num_parts part_stride part_row_stride"),
+    (c_int32, "parts_dtype"),
 )
 MiiRopeKv = _struct(
     "MiiRopeKv",

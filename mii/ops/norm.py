@@ -62,6 +62,11 @@ def norm(
     norm_reference(out, x, weight, eps=eps, bias=bias, residual=residual, kind=kind, x_weight=x_weight)
 
 
+def adds_parts(device: torch.device) -> bool:
+    """Whether a kernel of this device takes an x in parts; elsewhere torch adds them up, which is slow."""
+    return device.type == "cuda" and native.library(device) is not None
+
+
 def norm_arguments(
     out: torch.Tensor | None,
     x: torch.Tensor | Summands,
@@ -99,16 +104,22 @@ def norm_arguments(
         kind,
         abi.DTYPE_CODES[x.dtype],
         native.pointer(parts),
-        0 if parts is None else len(parts),
+        *((0, 0, 0, abi.DTYPE_CODES[x.dtype]) if parts is None else _layout(parts)),
     )
+
+
+def _layout(parts: torch.Tensor) -> tuple[int, int, int, int]:
+    """Number, strides and dtype of parts, as `MiiNorm` has them."""
+    return parts.shape[0], parts.stride(0), parts.stride(1), abi.DTYPE_CODES[parts.dtype]
 
 
 def _parts(x: Summands, residual: torch.Tensor) -> torch.Tensor:
     parts = x.parts
-    if parts.shape[1:] != residual.shape or x.dtype != residual.dtype or not parts.is_contiguous() or not len(parts):
+    known = x.dtype == residual.dtype and parts.dtype in (torch.float32, residual.dtype)
+    if parts.shape[1:] != residual.shape or not known or parts.stride(2) != 1 or not len(parts):
         raise ValueError(
-            f"norm: parts {tuple(parts.shape)} of {x.dtype} must be contiguous, [parts, rows, width] of the residual, "
-            f"{tuple(residual.shape)} {residual.dtype}"
+            f"norm: parts {tuple(parts.shape)} {parts.dtype} of {x.dtype} must be [parts, rows, width] of the "
+            f"residual, {tuple(residual.shape)} {residual.dtype}, in float32 or that dtype and contiguous along a row"
         )
     return parts
 

@@ -9,6 +9,7 @@ import torch
 
 from mii.ops import abi, linear_hopper
 from mii.ops.linear import LinearWeight, linear, pack_linear
+from mii.ops.moe import moe_combine
 from mii.ops.norm import norm
 from mii.ops.summands import Summands
 
@@ -74,6 +75,26 @@ def test_a_norm_of_parts_is_that_of_their_sum(width: int, dtype: torch.dtype, ki
         out, expected = torch.full_like(residual, torch.nan), torch.empty_like(residual)
         norm(out, parts, weight, eps=1e-5, residual=of_parts, kind=kind)
         norm(expected, parts.total(), weight, eps=1e-5, residual=of_whole, kind=kind)
+        assert torch.equal(of_parts, of_whole)
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
+@pytest.mark.parametrize("width", [64, 256, 2048, 4096])
+def test_a_norm_of_what_a_tokens_experts_gave_is_that_of_their_sum(width: int, dtype: torch.dtype) -> None:
+    for rows, top_k in ((1, 8), (3, 2), (200, 6)):
+        rows_of_pairs = random(rows * top_k, width, dtype=dtype, seed=top_k)
+        parts = Summands(rows_of_pairs.unflatten(0, (rows, top_k)).transpose(0, 1), dtype)
+        residual = random(rows, width, dtype=dtype, seed=1)
+        of_parts, of_whole = residual.clone(), residual.clone()
+        out, expected, whole = (
+            torch.full_like(residual, torch.nan),
+            torch.empty_like(residual),
+            torch.empty_like(residual),
+        )
+        norm(out, parts, None, eps=1e-5, residual=of_parts)
+        moe_combine(whole, rows_of_pairs, top_k=top_k)
+        norm(expected, whole, None, eps=1e-5, residual=of_whole)
         assert torch.equal(of_parts, of_whole)
         assert torch.equal(out, expected)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mii.modeling import mlp
 from mii.modeling.parameters import Linear
 from mii.ops.summands import Summands
 from tests.oracle import generate, random_prompts, small_engine
@@ -30,6 +31,7 @@ def left(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         return parts
 
     monkeypatch.setattr(Linear, "to_norm", to_norm)
+    monkeypatch.setattr(mlp, "adds_parts", lambda device: True)  # a token's experts are left, too
     return shapes
 
 
@@ -38,7 +40,8 @@ def left(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     [
         ("llama", True),  # attention's output and the MLP's
         ("gpt_neox", True),  # one product of both
-        ("mixtral", True),  # attention's
+        ("mixtral", True),  # attention's, and a token's experts
+        ("qwen2_moe", True),  # attention's: experts with a shared one are added up before
         ("gemma2", False),  # a branch that is normed before it is added
         ("olmo2", False),
     ],

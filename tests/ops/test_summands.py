@@ -26,6 +26,20 @@ def test_a_norm_adds_them_up_and_rounds_once(kind: int, dtype: torch.dtype) -> N
     torch.testing.assert_close(of_parts, of_whole)
 
 
+def test_a_tokens_experts_give_a_row_each() -> None:
+    rows = torch.randn(6, 64).bfloat16()  # three of each of two tokens
+    left = Summands(rows.view(2, 3, 64).transpose(0, 1), torch.bfloat16)
+    assert torch.equal(left.total(), rows.float().view(2, 3, 64).sum(1).bfloat16())
+    residual, out, expected = (
+        torch.zeros(2, 64).bfloat16(),
+        torch.empty(2, 64).bfloat16(),
+        torch.empty(2, 64).bfloat16(),
+    )
+    norm(out, left, None, eps=1e-5, residual=residual)
+    norm(expected, left.total(), None, eps=1e-5)
+    torch.testing.assert_close(out, expected)
+
+
 def test_parts_of_another_shape_or_dtype_and_without_a_residual_are_refused() -> None:
     out, residual = torch.empty(5, 64), torch.zeros(5, 64)
     with pytest.raises(ValueError, match=r"parts \(3, 4, 64\).*\(5, 64\)"):

@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(sum_norm_threads(Slots, Two)) all_reduce_norm_
       if (!kBefore) load_held<T>(added, residual, thread, part, count);
     } else {
       if (norm.parts != nullptr) {
-        load_sums<T>(v, norm.parts + row * norm.width, norm.num_parts, norm.rows * norm.width, thread, part, count);
+        load_sums<float>(v, norm, row, thread, part, count);
       } else {
         load_held<T>(v, x, thread, part, count);
       }

@@ -16,7 +16,8 @@ struct NormArgs {
   const T* weight;
   const T* bias;
   const T* x_weight;   // or null
-  const float* parts;  // [num_parts, rows, width] in place of x, or null
+  const void* parts;   // [num_parts, rows, width] in place of x, or null
+  int64_t part_stride, part_row_stride;
   int64_t rows, x_stride, out_stride;
   int width, kind, num_parts;
   float inverse_width, eps;
@@ -54,23 +55,26 @@ __device__ __forceinline__ void load_held(Pack<T> (&v)[Packs], const T* row, int
   }
 }
 
-// v = the sum of the parts of a row, rounded to T; parts lie `stride` floats apart.
-template <typename T, int Packs>
-__device__ __forceinline__ void load_sums(Pack<T> (&v)[Packs], const float* parts, int num_parts, int64_t stride, int thread,
-                                          int threads, int count) {
-  constexpr int N = kPack<T>, kQuads = N / 4;
+// v = the sum of the parts of row `row`, in the order of the parts and rounded to T. The parts are of type Part, float or T.
+template <typename Part, typename T, int Packs>
+__device__ __forceinline__ void load_sums(Pack<T> (&v)[Packs], const NormArgs<T>& args, int64_t row, int thread, int threads,
+                                          int count) {
+  constexpr int N = kPack<T>, kAtOnce = 16 / sizeof(Part);
+  const Part* parts = static_cast<const Part*>(args.parts) + row * args.part_row_stride;
 #pragma unroll
   for (int p = 0; p < Packs; ++p) {
     const int i = thread + p * threads;
     if (i >= count) continue;
     float sums[N] = {};
 #pragma unroll 4
-    for (int part = 0; part < num_parts; ++part) {
-      const auto* from = reinterpret_cast<const float4*>(parts + part * stride + i * N);
+    for (int part = 0; part < args.num_parts; ++part) {
+      const Part* from = parts + part * args.part_stride + i * N;
 #pragma unroll
-      for (int q = 0; q < kQuads; ++q) {
-        const float4 four = from[q];
-        sums[4 * q] += four.x, sums[4 * q + 1] += four.y, sums[4 * q + 2] += four.z, sums[4 * q + 3] += four.w;
+      for (int first = 0; first < N; first += kAtOnce) {
+        float values[kAtOnce];
+        unpack(values, load_pack<kAtOnce>(from + first));
+#pragma unroll
+        for (int e = 0; e < kAtOnce; ++e) sums[first + e] += values[e];
       }
     }
     v[p] = make_pack<T>(sums);
@@ -146,7 +150,8 @@ constexpr int kWarpRowThreads = 128;  // four rows a CTA
 
 constexpr int norm_threads(int packs, bool warp_rows) { return warp_rows ? kWarpRowThreads : packs == 1 ? 1024 : 512; }
 
-enum NormSource { kNormX, kNormNormedX, kNormParts };  // what is added: x, x normed with an x_weight, a sum of parts
+// What is added: x, x normed with an x_weight, a sum of floats, a sum of values of T.
+enum NormSource { kNormX, kNormNormedX, kNormFloats, kNormParts };
 
 // One row for each CTA, or with WarpRows one row for each warp. A thread holds Packs packs of 16 bytes, `threads` apart.
 template <typename T, int Packs, bool WarpRows, NormSource Source>
@@ -168,8 +173,10 @@ __global__ void __launch_bounds__(norm_threads(Packs, WarpRows)) norm_rows(const
 
   const auto sum_over_row = [&](float value) { return WarpRows ? warp_sum(value) : block_sum(value, scratch); };
   Pack<T, N> v[Packs];
-  if constexpr (Source == kNormParts) {
-    load_sums<T>(v, args.parts + row * args.width, args.num_parts, args.rows * args.width, thread, threads, count);
+  if constexpr (Source == kNormFloats) {
+    load_sums<float>(v, args, row, thread, threads, count);
+  } else if constexpr (Source == kNormParts) {
+    load_sums<T>(v, args, row, thread, threads, count);
   } else {
     load_held<T>(v, args.x + row * args.x_stride, thread, threads, count);
   }

@@ -32,6 +32,7 @@ struct Case {
   int width, kind;
   bool residual, x_weight, out;
   int num_parts = 0;  // of x; 0: x is whole
+  bool floats = true;  // the parts, and all rows of one together; else T, and all parts of a row
 };
 
 template <typename T>
@@ -49,12 +50,13 @@ struct Tensors {
   int x_stride, out_stride;
   std::vector<T> x, residual, weight, x_weight, out;
   std::vector<float> parts;
+  std::vector<T> own_parts;
 
   explicit Tensors(const Case& c)
       : x_stride(c.width + 8), out_stride(c.width + 16), x(random<T>(size_t(kRows) * x_stride)),
         residual(random<T>(size_t(kRows) * c.width)), weight(random<T>(c.width, 1.0f)), x_weight(random<T>(c.width, 1.0f)),
         out(size_t(kRows) * out_stride, mii::from_float<T>(NAN)),
-        parts(random<float>(size_t(c.num_parts) * kRows * c.width)) {}
+        parts(random<float>(size_t(c.num_parts) * kRows * c.width)), own_parts(random<T>(parts.size())) {}
 };
 
 // The norm of a row as abi/norm.h has it, every rounding where it says.
@@ -87,7 +89,10 @@ void compare(const Case& c, const Tensors<T>& before, const Tensors<T>& after) {
     std::vector<float> v(c.width);
     for (int i = 0; i < c.width; ++i) {
       float sum = 0.0f;
-      for (int part = 0; part < c.num_parts; ++part) sum += before.parts[(part * kRows + row) * c.width + i];
+      for (int part = 0; part < c.num_parts; ++part) {
+        sum += c.floats ? before.parts[(part * kRows + row) * c.width + i]
+                        : mii::to_float(before.own_parts[(row * c.num_parts + part) * c.width + i]);
+      }
       v[i] = c.num_parts ? mii::rounded<T>(sum) : mii::to_float(before.x[row * before.x_stride + i]);
     }
     if (c.x_weight) v = normed(v, before.x_weight, c.kind);
@@ -116,7 +121,11 @@ void check(const Case& c, int ctas, int threads, const Kernel& kernel) {
   mii::NormArgs<T> args = {};
   args.out = c.out ? after.out.data() : nullptr, args.x = after.x.data();
   args.residual = c.residual ? after.residual.data() : nullptr, args.weight = after.weight.data();
-  if (c.num_parts) args.parts = after.parts.data(), args.num_parts = c.num_parts, args.x = nullptr;
+  if (c.num_parts) {
+    args.parts = c.floats ? static_cast<const void*>(after.parts.data()) : after.own_parts.data();
+    args.num_parts = c.num_parts, args.x = nullptr;
+    args.part_stride = c.floats ? kRows * c.width : c.width, args.part_row_stride = c.floats ? c.width : c.num_parts * c.width;
+  }
   args.x_weight = c.x_weight ? after.x_weight.data() : nullptr;
   args.rows = kRows, args.x_stride = after.x_stride, args.out_stride = after.out_stride;
   args.width = c.width, args.kind = c.kind, args.inverse_width = 1.0f / c.width, args.eps = kEps;
@@ -136,7 +145,7 @@ void check_all(const Case& c) {
   if (packs <= 32) check<T>(c, 2, 128, [](NormArgs<T> a) { mii::norm_rows<T, 1, true, kSource>(a); });
   if (packs <= 64) check<T>(c, 2, 128, [](NormArgs<T> a) { mii::norm_rows<T, 2, true, kSource>(a); });
   check<T>(c, kRows, 96, [](NormArgs<T> a) { mii::norm_rows<T, 2, false, kSource>(a); });
-  if (kSource != mii::kNormParts) check<T>(c, kRows, 64, [](NormArgs<T> a) { mii::norm_rows_any<T>(a); });
+  if (!c.num_parts) check<T>(c, kRows, 64, [](NormArgs<T> a) { mii::norm_rows_any<T>(a); });
 }
 
 template <typename T>
@@ -149,9 +158,10 @@ void check_type() {
     }
   }
   check_all<T, mii::kNormX>({192, MII_LAYER, false, false, true});
+  for (const int num_parts : {1, 3, 8}) check_all<T, mii::kNormFloats>({256, MII_RMS, true, false, true, num_parts});
+  check_all<T, mii::kNormFloats>({192, MII_LAYER, true, false, true, 4});
   if constexpr (sizeof(T) == 2) {
-    for (const int num_parts : {1, 3, 8}) check_all<T, mii::kNormParts>({256, MII_RMS, true, false, true, num_parts});
-    check_all<T, mii::kNormParts>({192, MII_LAYER, true, false, true, 4});
+    for (const int num_parts : {2, 8}) check_all<T, mii::kNormParts>({256, MII_RMS, true, false, true, num_parts, false});
   }
 }
 

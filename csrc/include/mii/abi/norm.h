@@ -7,8 +7,8 @@
 //   MII_RMS_PLUS1  out = round(v * rsqrt(mean(v^2) + eps) * (1 + weight))    (Gemma: weight in float)
 //   MII_LAYER      out = (v - mean) * rsqrt(var + eps) * weight + bias
 // With an x_weight (which needs a residual and one of the RMS kinds) x is normed by itself, with that weight, before it
-// is added; out may then be null: only the residual is wanted. With parts (CUDA, 16-bit formats) x is the sum of these floats,
-// rounded, what mii_linear_wide left.
+// is added; out may then be null: only the residual is wanted. With parts (CUDA) x is their sum, rounded: floats that
+// mii_linear_wide left, or what the experts of a token gave, in dtype.
 enum MiiNormKind { MII_RMS = 0, MII_RMS_PLUS1 = 1, MII_LAYER = 2 };
 struct MiiNorm {
   void* out;           // [rows, width], row stride out_stride
@@ -20,7 +20,8 @@ struct MiiNorm {
   int64_t rows, width, x_stride, out_stride;
   float eps;
   int32_t kind, dtype;
-  const float* parts;  // [num_parts, rows, width] in place of x, or null
-  int64_t num_parts;
+  const void* parts;  // [num_parts, rows, width] in place of x, strides as below, or null
+  int64_t num_parts, part_stride, part_row_stride;
+  int32_t parts_dtype;  // MII_F32 or dtype
 };
 MII_API int32_t mii_norm(const struct MiiNorm* args, void* stream);
