@@ -45,7 +45,7 @@ KERNELS = {
 FETCHED = (0, 8)  # MiB of the next weight that a streamed product brings into the cache
 DTYPE, SIZE = torch.bfloat16, 2
 LAYER_BYTES = SIZE * sum(n * k for n, k in LAYER.values())
-CHOICES = ("STREAMED_ROWS", "FAST_STREAMED_ROWS", "WIDE_ROWS", "FAST_WIDE_ROWS", "FETCH_BYTES")
+CHOICES = ("STREAMED_ROWS", "FAST_STREAMED_ROWS", "WIDE_ROWS", "FAST_WIDE_ROWS", "PARTED_ROWS", "FETCH_BYTES")
 OWN_CHOICES = {name: getattr(linear_hopper, name) for name in CHOICES}
 
 Layers = list[list[LinearWeight]]
@@ -67,6 +67,7 @@ def _choose(kernels: tuple[str, ...], fetched: int = linear_hopper.FETCH_BYTES >
     """Which of our kernels multiply, and how much they bring of what follows."""
     linear_hopper.STREAMED_ROWS = linear_hopper.FAST_STREAMED_ROWS = ROWS[-1] if "STREAMED" in kernels else 0
     linear_hopper.WIDE_ROWS = linear_hopper.FAST_WIDE_ROWS = range(1, 129 if "WIDE" in kernels else 1)
+    linear_hopper.PARTED_ROWS = OWN_CHOICES["PARTED_ROWS"] if "WIDE" in kernels else range(0)
     linear_hopper.FETCH_BYTES = fetched << 20
 
 

@@ -93,9 +93,6 @@ int32_t sum_norm_rows(const MiiAllReduceNorm& a, void* stream) {
   const MiiNorm& n = a.norm;
   const int count = static_cast<int>(n.width / kPack<T>);
   const bool two = a.shots == 2;
-  const bool floats = !two && n.num_parts > 0 && n.parts_dtype == MII_F32 && n.part_stride % 4 == 0 && n.part_row_stride % 4 == 0;
-  MII_REQUIRE(n.parts == nullptr || floats, MII_INVALID, "all_reduce_norm: %lld parts of dtype code %d in %d shots",
-              (long long)n.num_parts, n.parts_dtype, a.shots);
   const int most = sum_norm_threads(Slots, two), held = two ? a.ranks.size : count <= most ? 1 : count <= 2 * most ? 2 : 4;
   const int part = ceil_div(count, held);
   if (part > most) return fail(MII_UNSUPPORTED, "all_reduce_norm: rows of %lld elements", (long long)n.width);
@@ -115,15 +112,15 @@ int32_t check_norm(const MiiNorm& n) {
   MII_REQUIRE(n.rows >= 0 && n.rows <= INT32_MAX && n.width > 0, MII_INVALID, "all_reduce_norm: %lld rows of %lld elements",
               (long long)n.rows, (long long)n.width);
   MII_REQUIRE(n.kind >= MII_RMS && n.kind <= MII_LAYER, MII_INVALID, "all_reduce_norm: kind %d", n.kind);
-  MII_REQUIRE(n.residual != nullptr && n.x_weight == nullptr, MII_INVALID,
-              "all_reduce_norm: it takes a residual and no x_weight");
+  MII_REQUIRE(n.residual != nullptr && n.x_weight == nullptr && n.parts == nullptr, MII_INVALID,
+              "all_reduce_norm: it takes x, a residual and no x_weight");
   constexpr int kPackWidth = 8;
   // Of shapes, which are the same on every rank; what differs between ranks must not decide.
   if (n.width % kPackWidth != 0 || n.x_stride % kPackWidth != 0 || n.out_stride % kPackWidth != 0 || n.width > (1 << 20)) {
     return fail(MII_UNSUPPORTED, "all_reduce_norm: rows of %lld elements", (long long)n.width);
   }
   const bool all = aligned(n.out, 16) && aligned(n.x, 16) && aligned(n.residual, 16) && aligned(n.weight, 16) &&
-                   aligned(n.bias, 16) && aligned(n.parts, 16);
+                   aligned(n.bias, 16);
   return all ? MII_OK : fail(MII_INVALID, "all_reduce_norm: its tensors must begin at whole 16 bytes");
 }
 

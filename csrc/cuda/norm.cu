@@ -16,25 +16,25 @@ bool vectorised(const MiiNorm& a) {
 
 // The kernel for what the arguments add.
 template <typename T, int Packs, bool WarpRows>
-int32_t launch_rows(const NormArgs<T>& args, bool floats, const Shape& shape, void* stream) {
+int32_t launch_rows(const NormArgs<T>& args, const Shape& shape, void* stream) {
   if (args.x_weight != nullptr) return launch("mii_norm", norm_rows<T, Packs, WarpRows, kNormNormedX>, shape, stream, args);
-  if (args.parts != nullptr && floats) return launch("mii_norm", norm_rows<T, Packs, WarpRows, kNormFloats>, shape, stream, args);
+  if (args.parts == nullptr) return launch("mii_norm", norm_rows<T, Packs, WarpRows, kNormX>, shape, stream, args);
   if constexpr (sizeof(T) == 2) {
-    if (args.parts != nullptr) return launch("mii_norm", norm_rows<T, Packs, WarpRows, kNormParts>, shape, stream, args);
+    if (args.parts_dtype != MII_F32) return launch("mii_norm", norm_rows<T, Packs, WarpRows, kNormParts>, shape, stream, args);
   }
-  return launch("mii_norm", norm_rows<T, Packs, WarpRows, kNormX>, shape, stream, args);
+  return launch("mii_norm", norm_rows<T, Packs, WarpRows, kNormFloats>, shape, stream, args);
 }
 
 template <typename T, int Packs>
-int32_t launch_cta_rows(const NormArgs<T>& args, bool floats, int count, void* stream) {
+int32_t launch_cta_rows(const NormArgs<T>& args, int count, void* stream) {
   const Shape shape = {dim3(args.rows), dim3(ceil_div(ceil_div(count, Packs), kWarp) * kWarp)};
-  return launch_rows<T, Packs, false>(args, floats, shape, stream);
+  return launch_rows<T, Packs, false>(args, shape, stream);
 }
 
 template <typename T, int Packs>
-int32_t launch_warp_rows(const NormArgs<T>& args, bool floats, void* stream) {
+int32_t launch_warp_rows(const NormArgs<T>& args, void* stream) {
   const Shape shape = {dim3(ceil_div(args.rows, int64_t(kWarpRowThreads / kWarp))), dim3(kWarpRowThreads)};
-  return launch_rows<T, Packs, true>(args, floats, shape, stream);
+  return launch_rows<T, Packs, true>(args, shape, stream);
 }
 
 template <typename T>
@@ -45,15 +45,14 @@ int32_t norm(const MiiNorm& a, void* stream) {
     return launch("mii_norm", norm_rows_any<T>, Shape{dim3(a.rows), dim3(256)}, stream, args);
   }
   const int count = static_cast<int>(a.width / kPack<T>);  // packs of a row
-  const bool floats = a.parts_dtype == MII_F32;            // the parts, if there are any
-  if (count <= kWarp) return launch_warp_rows<T, 1>(args, floats, stream);
-  if (count <= 2 * kWarp) return launch_warp_rows<T, 2>(args, floats, stream);
-  if (count <= 4 * kWarp) return launch_warp_rows<T, 4>(args, floats, stream);
+  if (count <= kWarp) return launch_warp_rows<T, 1>(args, stream);
+  if (count <= 2 * kWarp) return launch_warp_rows<T, 2>(args, stream);
+  if (count <= 4 * kWarp) return launch_warp_rows<T, 4>(args, stream);
   // Few rows leave most of the card idle: more threads on each shorten the wait. Many rows want loads in flight.
-  if (count <= 1024 && a.rows <= card().sms) return launch_cta_rows<T, 1>(args, floats, count, stream);
-  if (count <= 1024) return launch_cta_rows<T, 2>(args, floats, count, stream);
-  if (count <= 2048) return launch_cta_rows<T, 4>(args, floats, count, stream);
-  return launch_cta_rows<T, 8>(args, floats, count, stream);
+  if (count <= 1024 && a.rows <= card().sms) return launch_cta_rows<T, 1>(args, count, stream);
+  if (count <= 1024) return launch_cta_rows<T, 2>(args, count, stream);
+  if (count <= 2048) return launch_cta_rows<T, 4>(args, count, stream);
+  return launch_cta_rows<T, 8>(args, count, stream);
 }
 
 }  // namespace

@@ -21,6 +21,7 @@ NormArgs<T> norm_args(const MiiNorm& a) {
           static_cast<int>(a.width),
           a.kind,
           static_cast<int>(a.num_parts),
+          a.parts_dtype,
           1.0f / static_cast<float>(a.width),
           a.eps};
 }

@@ -59,8 +59,8 @@ class Attention(Module):
         assert self.output is not None
         return self.output(out, heads)
 
-    def left_to_norm(self, forward: Forward, out: torch.Tensor, heads: torch.Tensor) -> torch.Tensor | Summands:
-        """The same as `Linear.to_norm`."""
+    def to_norm(self, forward: Forward, out: torch.Tensor, heads: torch.Tensor) -> torch.Tensor | Summands:
+        """The same for a norm that adds it to a residual: as `Linear.to_norm`."""
         assert self.output is not None
         return self.output.to_norm(out, heads, forward.buffers.summands)
 

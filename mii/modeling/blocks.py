@@ -106,14 +106,9 @@ class SequentialBlock(Module):
             return
         buffers = forward.buffers
         hidden, residual, branch = buffers.hidden, buffers.residual, buffers.branch
-        if self.norms_branch:
-            self.mlp_norm(hidden, self.attention.project_out(branch, heads), residual)
-        else:
-            self.mlp_norm(hidden, self.attention.left_to_norm(forward, branch, heads), residual)
-        if self.norms_branch or last:
-            forward.left = self.mlp(forward, branch, hidden)
-        else:
-            forward.left = self.mlp.left_to_norm(forward, branch, hidden)
+        self.mlp_norm(hidden, self.attention.to_norm(forward, branch, heads), residual)
+        compute = self.mlp if last else self.mlp.to_norm  # of the last layer the sampled rows are picked first
+        forward.left = compute(forward, branch, hidden)
 
     # The same; while a half's sum over the ranks is on its way, the other half is computed.
 
@@ -143,6 +138,11 @@ class SandwichBlock(SequentialBlock):
     """`x += norm(attention(norm(x))); x += norm(mlp(norm(x)))`: Gemma 2 and 3."""
 
     norms_branch: ClassVar[bool] = True
+
+    def _finish(self, forward: Forward, heads: torch.Tensor, _last: bool) -> None:
+        buffers = forward.buffers
+        self.mlp_norm(buffers.hidden, self.attention.project_out(buffers.branch, heads), buffers.residual)
+        forward.left = self.mlp(forward, buffers.branch, buffers.hidden)
 
 
 class NormedBranchBlock(Module):
@@ -260,10 +260,11 @@ class ParallelBlock(Module):
         if self.mlp_norm is not None:
             self.mlp_norm(buffers.hidden, buffers.residual)
         self.mlp.activate(forward, buffers.hidden)
-        if last:
-            forward.left = self.output(buffers.branch, buffers.joint)
-        else:
-            forward.left = self.output.to_norm(buffers.branch, buffers.joint, buffers.summands)
+        forward.left = (
+            self.output(buffers.branch, buffers.joint)
+            if last
+            else self.output.to_norm(buffers.branch, buffers.joint, buffers.summands)
+        )
 
 
 class ParallelTwoNormsBlock(ParallelBlock):

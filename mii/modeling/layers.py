@@ -55,6 +55,7 @@ class Norm(Module):
     ) -> torch.Tensor:
         """Norms x into out, after adding it to the residual."""
         if self.group is not None and residual is not None:
+            assert isinstance(x, torch.Tensor), "what ranks sum up is never left in parts"
             all_reduce_norm(out, x, group=self.group, residual=residual, **self._options())
         else:
             x_weight = None if self.branch is None else self.branch.tensor

@@ -30,7 +30,7 @@ class MLP(Protocol):
         """Writes the MLP of `x` [tokens, hidden] into `out` and returns it."""
         ...
 
-    def left_to_norm(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor | Summands:
+    def to_norm(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor | Summands:
         """The same for a norm that adds it to a residual: as `Linear.to_norm`."""
         ...
 
@@ -63,7 +63,7 @@ class DenseMLP(Module):
             self.down(out[piece], self.activate(forward, x[piece]))
         return out
 
-    def left_to_norm(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor | Summands:
+    def to_norm(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor | Summands:
         assert self.down is not None
         if x.shape[0] > forward.buffers.activated.shape[0]:
             return self(forward, out, x)
@@ -120,7 +120,7 @@ class ExpertsMLP(Module):
             all_reduce(out, self._group)
         return out
 
-    def left_to_norm(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor | Summands:
+    def to_norm(self, forward: Forward, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor | Summands:
         if self.shared is not None or self._group is not None or not adds_parts(x.device):
             return self(forward, out, x)
         parts = self._multiply(self._route(forward, x), x)

@@ -156,7 +156,7 @@ class Linear(Module):
     def to_norm(self, out: torch.Tensor, x: torch.Tensor, summands: torch.Tensor) -> torch.Tensor | Summands:
         """The same for a norm that adds it to a residual: out, or parts of it in `summands` (see `mii.ops.linear`)."""
         assert self.packed is not None
-        if self._group is not None and (self._sums or not self._group.adds_parts(out.nbytes)):
+        if self._group is not None:  # the sum over the ranks takes out
             return self(out, x)
         return linear(out, x, self.packed, self._bias, following=self.following, summands=summands)
 

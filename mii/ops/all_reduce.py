@@ -15,7 +15,6 @@ import torch
 
 from mii.ops import abi
 from mii.ops.norm import norm, norm_arguments
-from mii.ops.summands import Summands
 
 
 class StartedSum(Protocol):
@@ -55,9 +54,6 @@ class Group(Protocol):
 
     def all_reduce_norm(self, norm: ctypes.Structure) -> bool:
         """Sums the x of an `abi.MiiNorm` over the ranks and norms the sum. False: nothing was done."""
-
-    def adds_parts(self, num_bytes: int) -> bool:
-        """Whether `all_reduce_norm` takes an x of so many bytes that a product left in parts."""
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Every rank's tensor, [size, *shape], in the order of the ranks."""
@@ -118,7 +114,7 @@ def _check(x: torch.Tensor) -> None:
 
 def all_reduce_norm(
     out: torch.Tensor,
-    x: torch.Tensor | Summands,
+    x: torch.Tensor,
     weight: torch.Tensor | None,
     *,
     group: Group,
@@ -132,8 +128,7 @@ def all_reduce_norm(
 
     Args:
         out, weight, eps, residual, bias, kind: as in `mii.ops.norm.norm`.
-        x: contiguous [rows, width], of the same shape and dtype on every rank, or what a product left of it. What it
-            holds afterwards is open.
+        x: contiguous [rows, width], of the same shape and dtype on every rank. What it holds afterwards is open.
         group: the ranks.
         started: the sum of x where it has been begun, by `start_all_reduce`.
 
@@ -141,11 +136,6 @@ def all_reduce_norm(
         ValueError: x is not contiguous, or what `norm` raises.
     """
     options: dict[str, Any] = {"eps": eps, "bias": bias, "residual": residual, "kind": kind}
-    if isinstance(x, Summands):
-        in_parts = norm_arguments(out, x, weight, **options)
-        if in_parts is not None and group.all_reduce_norm(in_parts):
-            return
-        x = x.total()
     args = norm_arguments(out, x, weight, **options)
     if started is not None:
         if args is not None and started.norm(args):

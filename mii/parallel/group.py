@@ -91,10 +91,6 @@ class Group:
         """See `mii.ops.all_reduce.Group`."""
         return self._peers is not None and self._peers.all_reduce_norm(norm)
 
-    def adds_parts(self, num_bytes: int) -> bool:
-        """See `mii.ops.all_reduce.Group`."""
-        return isinstance(self._peers, PeerMemory) and self._peers.adds_parts(num_bytes)
-
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Every rank's tensor, [size, *shape], in the order of the ranks."""
         tensor, gathered = tensor.contiguous(), tensor.new_empty((self.size, *tensor.shape))

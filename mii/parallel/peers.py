@@ -147,10 +147,6 @@ class PeerMemory:
         args = abi.MiiAllReduceNorm(self.ranks, norm, shots or self._shots(num_bytes))
         return self._library.call("mii_all_reduce_norm", args, native.stream(self.device))
 
-    def adds_parts(self, num_bytes: int) -> bool:
-        """Whether `all_reduce_norm` of so many bytes takes an x in parts: two shots read it more than once."""
-        return self.takes(num_bytes) and self._shots(num_bytes) == 1
-
     def all_gather(self, out: torch.Tensor, x: torch.Tensor) -> bool:
         """Every rank's x, which is contiguous, one after the other in out; False: not for this one, on any rank."""
         num_bytes = x.numel() * x.element_size()

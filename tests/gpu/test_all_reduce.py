@@ -20,7 +20,6 @@ import torch
 from mii.errors import GenerationError
 from mii.ops import abi, native
 from mii.ops.norm import norm, norm_arguments
-from mii.ops.summands import Summands
 from mii.parallel.peers import MOST_BYTES, PeerMemory
 from tests.ops.kernel_checks import DTYPES, assert_close
 from tests.parallel.crew import Crew, with_gpus
@@ -148,15 +147,6 @@ class NormCase:
         self.sum = expected(size, rows * width, dtype, seed).view(rows, width)
         self.before = self.residual.clone()
 
-    def arguments_in_parts(self) -> ctypes.Structure:
-        """The same with x as a product leaves it; the parts of a number add up to it without rounding."""
-        self.parts = torch.stack([0.25 * self.x.float(), 0.75 * self.x.float()])
-        arguments = norm_arguments(
-            self.out, Summands(self.parts, self.x.dtype), self.weight, **self.options(self.residual)
-        )
-        assert arguments is not None
-        return arguments
-
     def options(self, residual: torch.Tensor) -> dict[str, Any]:
         return {"eps": 1e-5, "bias": self.bias, "residual": residual, "kind": self.kind}
 
@@ -170,21 +160,6 @@ class NormCase:
         norm(right, self.sum, self.weight, **self.options(self.before))
         assert torch.equal(self.residual, self.before)
         assert_close(self.out, right, ulps=3 if self.out.dtype != torch.float32 else 10)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_streams_norm_what_they_add_up_of_parts(dtype: torch.dtype, kind: int) -> None:
-    ranks = Streams(2, half=8 << 20)
-    for seed, (rows, width) in enumerate(SHAPES):
-        calls = [NormCase(rank, 2, rows, width, dtype, kind, seed) for rank in range(2)]
-        arguments = [call.arguments_in_parts() for call in calls]
-        torch.cuda.synchronize()
-        for rank, each in enumerate(arguments):
-            ranks.all_reduce_norm(rank, each, 1)
-        torch.cuda.synchronize()
-        for call in calls:
-            call.check()
 
 
 # ---- ranks as processes with a GPU each ----------------------------------------------------------------------------

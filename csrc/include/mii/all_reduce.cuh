@@ -176,11 +176,7 @@ __global__ void __launch_bounds__(sum_norm_threads(Slots, Two)) all_reduce_norm_
       for (int p = 0; p < Held; ++p) v[p] = pack_of<T>(sums[p]);
       if (!kBefore) load_held<T>(added, residual, thread, part, count);
     } else {
-      if (norm.parts != nullptr) {
-        load_sums<float>(v, norm, row, thread, part, count);
-      } else {
-        load_held<T>(v, x, thread, part, count);
-      }
+      load_held<T>(v, x, thread, part, count);
 #pragma unroll
       for (int p = 0; p < Held; ++p) {
         if (thread + p * part < count) {

@@ -19,7 +19,7 @@ struct NormArgs {
   const void* parts;   // [num_parts, rows, width] in place of x, or null
   int64_t part_stride, part_row_stride;
   int64_t rows, x_stride, out_stride;
-  int width, kind, num_parts;
+  int width, kind, num_parts, parts_dtype;
   float inverse_width, eps;
 };
 

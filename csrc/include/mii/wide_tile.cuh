@@ -101,8 +101,7 @@ struct WideOperands {
   }
 };
 
-// Hands sums += x . weight of a stage to the tensor cores. Descriptors are made of what a warp is known to share: of each thread's
-// own values every one of them is brought together first, which took longer than the products of 64 rows.
+// Hands sums += x . weight of a stage to the tensor cores.
 template <typename T, typename Shape>
 MII_DEVICE void multiply_step(const WideOperands<Shape>& operands, WideSums<Shape>& sums, int place) {
   const uint32_t stage = same_for_warp(place * Shape::kStageBytes);
