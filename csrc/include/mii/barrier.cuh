@@ -68,6 +68,15 @@ MII_DEVICE void have_read(const uint32_t (&fragments)[N][4]) {
   asm volatile("{\n.reg .pred some;\nsetp.eq.u32 some, %0, 0x7fc1dead;\n@some nanosleep.u32 20;\n}" ::"r"(any) : "memory");
 }
 
+// The same by what became of them: these sums wait for all that was multiplied into them.
+MII_DEVICE void have_multiplied(float one, float other) {
+  asm volatile(
+      "{\n.reg .pred some;\n.reg .b32 both;\nxor.b32 both, %0, %1;\nsetp.eq.u32 some, both, 0x7fc1dead;\n@some nanosleep.u32 20;\n}" ::
+          "r"(__float_as_uint(one)),
+      "r"(__float_as_uint(other))
+      : "memory");
+}
+
 // ---- of `threads` threads by number (0 is __syncthreads): all come, of them some without waiting --------------------
 MII_DEVICE void threads_wait(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");

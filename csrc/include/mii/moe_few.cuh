@@ -200,9 +200,9 @@ struct FewWriter {
       }
     }
   }
-  // Until those of the first team have come.
+  // Until those of the first team have come but for one.
   MII_DEVICE void wait() const {
-    if (counts[0] > 0) shared.units(0).wait_full(FewUnit::after(counts[0] - 1));
+    if (counts[0] > 1) shared.units(0).wait_full(FewUnit::after(counts[0] - 2));
   }
 };
 
@@ -315,7 +315,7 @@ struct FewLane {
     for (int i = 0; i < 4 * Count; ++i) {
       multiply_add<T>(sums[i % 2], weight[i], x[i / 2][i % 2 * 2], x[i / 2][i % 2 * 2 + 1]);
     }
-    have_read<4 * Count>(weight);
+    have_multiplied(sums[0][0], sums[1][0]);
   }
 };
 
