@@ -45,10 +45,12 @@ ISA_FLAGS["avx512_bf16"] = (*ISA_FLAGS["avx512"], "-mavx512bf16")
 ISA_FLAGS["amx"] = (*ISA_FLAGS["avx512_bf16"], "-mavx512vnni", "-mamx-tile", "-mamx-bf16", "-mamx-int8")
 
 CUDA_MINIMUM = (12, 0)  # the first toolkit that knows sm_90a
+CUDA_LANGUAGE = ("-O3", "-std=c++17", "--expt-relaxed-constexpr")
+CUDA_HOPPER = ("-gencode", "arch=compute_90a,code=sm_90a")
 CUDA_FLAGS = (
-    *("-O3", "-std=c++17", "--expt-relaxed-constexpr", "-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
+    *(*CUDA_LANGUAGE, "-cudart", "static", "-Xcompiler", "-fPIC,-fvisibility=hidden"),
     # compute_80 stays in as PTX, which the driver compiles for cards that are newer than both
-    *("-gencode", "arch=compute_80,code=[sm_80,compute_80]", "-gencode", "arch=compute_90a,code=sm_90a"),
+    *("-gencode", "arch=compute_80,code=[sm_80,compute_80]", *CUDA_HOPPER),
 )
 BYTES_PER_JOB = 2 << 30
 

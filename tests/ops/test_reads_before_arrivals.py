@@ -11,14 +11,16 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 SOURCES = Path(__file__).resolve().parent.parent.parent / "csrc"
-FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr", "-gencode", "arch=compute_90a,code=sm_90a", "-cubin")
 REGISTERS = 4  # that a load brings, of the kind x4, and that a product takes of its first operand
 
 KERNEL = re.compile(r"\s*\.section\s+\.text\.([^,\s]+),")
@@ -80,15 +82,31 @@ def test_kernels_have_read_what_they_give_back(source: str, tmp_path: Path) -> N
 
 def disassemble(source: str, folder: Path) -> str:
     """csrc/cuda/<source>.cu as it is compiled for Hopper cards; skips where a tool is missing."""
-    compiler, disassembler = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc"), nvdisasm()
-    if compiler is None or disassembler is None:
-        pytest.skip(f"no {'nvcc' if compiler is None else 'nvdisasm'}")
+    build, disassembler = native_build(), nvdisasm()
+    try:
+        compiler = build._nvcc().command
+    except build.BuildError as error:
+        pytest.skip(str(error))
+    if disassembler is None:
+        pytest.skip("no nvdisasm")
     environment = {name: value for name, value in os.environ.items() if name != "NVCC_APPEND_FLAGS"}
     program = folder / f"{source}.cubin"
     files = [f"-I{SOURCES / 'include'}", str(SOURCES / "cuda" / f"{source}.cu"), "-o", str(program)]
-    subprocess.run([compiler, *FLAGS, *files], check=True, env=environment, timeout=200)
+    flags = (*build.CUDA_LANGUAGE, *build.CUDA_HOPPER, "-cubin")
+    subprocess.run([compiler, *flags, *files], check=True, env=environment, timeout=200)
     printed = subprocess.run([disassembler, "-c", str(program)], check=True, capture_output=True, text=True, timeout=60)
     return printed.stdout
+
+
+def native_build() -> Any:
+    """csrc/native_build.py, which lies outside of every package."""
+    spec = spec_from_file_location("native_build_of_reads", SOURCES / "native_build.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = module_from_spec(spec)
+    sys.modules[spec.name] = module  # where its dataclasses look themselves up
+    spec.loader.exec_module(module)
+    return module
 
 
 def nvdisasm() -> str | None:
