@@ -113,7 +113,7 @@ class _Chain:
         )
         self.gain, self.table = random(HIDDEN), torch.randn(1024, HEAD_DIM, device=device)
         self.cache = random(2, -(-rows // BLOCK), KV_HEADS, BLOCK, HEAD_DIM)
-        self.summands = torch.empty(linear_hopper.MOST_PARTS * rows * HIDDEN, device=device)
+        self.summands = torch.empty(linear_hopper.parts_size(device), device=device)
         self.left: torch.Tensor | Summands = self.branch
         self.rows = self.slots = torch.arange(rows, dtype=torch.int32, device=device)
 

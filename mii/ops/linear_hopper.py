@@ -31,7 +31,7 @@ FETCH_BYTES = 8 << 20
 
 PARTED_ROWS = range(17, 65)  # of which parts are left where memory is fast: with more cuBLASLt is 1 % faster
 PARTED_SHARE = 0.8  # of the multiprocessors, from which pieces of a weight keep enough of them reading
-MOST_PARTS = 8  # more cost the norm that adds them up as much as they gain
+MOST_PARTS = 8  # a norm reads so many rows for one; four were measured
 
 _workspaces: dict[torch.device, torch.Tensor] = {}
 
@@ -73,8 +73,9 @@ def parts(
     """The product as parts of its sum over k, in the first of `memory`: [parts, rows, features]. None: not for these
     arguments.
     """
-    library, rows, features = _library(memory, x, weight), x.shape[0], weight.shape[0]
-    if library is None or rows not in PARTED_ROWS or not _fast_memory(x.device):
+    rows, features = x.shape[0], weight.shape[0]
+    library = _library(memory, x, weight) if rows in PARTED_ROWS else None
+    if library is None or not _fast_memory(x.device):
         return None
     count = num_parts(features, weight.shape[1], _multiprocessors(x.device))
     if not count or memory.numel() < count * rows * features:
@@ -89,7 +90,7 @@ def parts_size(device: torch.device) -> int:
     """Floats that the parts of a product take at most; 0: no product is left in parts on this device."""
     if device.type != "cuda" or native.library(device) is None or not _fast_memory(device):
         return 0
-    return max(PARTED_ROWS, default=0) * 128 * _multiprocessors(device)
+    return PARTED_ROWS[-1] * 128 * _multiprocessors(device)
 
 
 def num_parts(features: int, in_features: int, multiprocessors: int) -> int:
@@ -99,6 +100,7 @@ def num_parts(features: int, in_features: int, multiprocessors: int) -> int:
     return count if count > 1 and count * tiles >= PARTED_SHARE * multiprocessors else 0
 
 
+@functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
@@ -119,7 +121,7 @@ def _arguments(
     bias: torch.Tensor | None,
     following: torch.Tensor | None,
 ) -> ctypes.Structure:
-    """`MiiLinearStreamed` of a product that is not gated."""
+    """`MiiLinearStreamed` of the whole product, which is not gated unless the caller says so."""
     product = abi.MiiLinear(
         out.data_ptr(),
         x.data_ptr(),

@@ -7,9 +7,8 @@ With a residual: residual += x, rounded to the dtype and written back, and v = r
     abi.LAYER      out = (v - mean) * rsqrt(var + eps) * weight + bias   (biased variance)
 
 each rounded to the dtype at the end. With an x_weight x is normed by itself first, residual += norm(x; x_weight), for
-layers whose output is normed before it is added (OLMo-2, Gemma 2). An x that a product left in parts is added up first,
-and rounded. Zhang and Sennrich, 2019 (RMSNorm); Ba, Kiros and
-Hinton, 2016 (LayerNorm).
+layers whose output is normed before it is added (OLMo-2, Gemma 2). An x that was left in parts is added up first and
+rounded. Zhang and Sennrich, 2019 (RMSNorm); Ba, Kiros and Hinton, 2016 (LayerNorm).
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def norm(
 
     Args:
         out, x: [rows, width], rows may be strided; out may be x itself. With an x_weight out may be None: then only the
-            residual is written. x may be what a product left of it.
+            residual is written. x may be in parts (`mii.ops.summands`).
         weight: [width] or None (ones).
         eps: added to the mean square or variance.
         bias: [width], with abi.LAYER only.

@@ -3,10 +3,11 @@
 //
 // A CTA has whole tiles of 32 weight rows of an expert, of the first product 16 of gate and the same 16 of up. Up to four tiles
 // (a chunk) go through k side by side, so that tokens are brought once for all of them: for each 256 of k (a slice) a unit of
-// weights of each tile. One thread has the copy engine bring units (tensor maps, a box each), those of the second product after
-// those of the first, as far ahead as their ring has places. Four warps multiply, each 16 rows by half of a slice. Four more
-// bring tokens, every fourth slice each: rows of x by copies; those of the second product, which are results of the first, as
-// words that say by themselves that they are there. So nobody waits for all others, nor for stores to be released.
+// weights of each tile. One thread has the copy engine bring units (tensor maps, a box or two each), those of the second product
+// after those of the first: of the first as far ahead as the ring has places, of the second kFewAhead units. Two teams of four
+// warps multiply every second tile each, a warp 16 rows by half of a slice. Four more warps bring tokens, every fourth slice
+// each: rows of x by copies; those of the second product, which are results of the first, as words that say by themselves that
+// they are there. So nobody waits for all others, nor for stores to be released.
 #pragma once
 #include "mii/bulk_copy.cuh"
 #include "mii/dynamic_shared.cuh"
