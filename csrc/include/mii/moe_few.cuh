@@ -4,7 +4,7 @@
 // A CTA has whole tiles of 32 weight rows of an expert, of the first product 16 of gate and the same 16 of up. Up to four tiles
 // (a chunk) go through k side by side, so that tokens are brought once for all of them: for each 256 of k (a slice) a unit of
 // weights of each tile. One thread has the copy engine bring units (tensor maps, a box or two each), those of the second product
-// after those of the first: of the first as far ahead as the ring has places, of the second kFewAhead units. Two teams of four
+// after those of the first: of the first as far ahead as the rings have places, of the second kFewAhead units. Two teams of four
 // warps multiply every second tile each, a warp 16 rows by half of a slice. Four more warps bring tokens, every fourth slice
 // each: rows of x by copies; those of the second product, which are results of the first, as words that say by themselves that
 // they are there. So nobody waits for all others, nor for stores to be released.
@@ -24,10 +24,11 @@ constexpr int kFewRows = 8;                          // of a tile of the list
 constexpr int kFewTileRows = 32, kFewDepth = 256;    // weight rows of a tile; k of a unit
 constexpr int kFewPanel = 64, kFewPanels = kFewDepth / kFewPanel;  // k of a panel; panels of a unit
 constexpr int kFewChunk = 4;                         // tiles, at most
-// Units of the second product that are on their way, of a team: as much as memory needs to be busy, since what is asked for
-// besides, results of the first product above all, stands behind them in the same queues.
-constexpr int kFewAhead = 2;
+// Units that are on their way when one of the second product is asked for, with that one: as much as memory needs to be busy,
+// since what is asked for besides, results of the first product above all, stands behind them in the same queues.
+constexpr int kFewAhead = 3;
 constexpr int kFewUnits = 6, kFewSlices = 5;         // of the rings: units of a team; slices
+static_assert(kFewAhead <= kFewUnits, "a unit on its way still has its place");
 constexpr int kFewTeams = 2, kFewTeamWarps = 4;      // that multiply, every second tile of a chunk each
 constexpr int kFewWarps = kFewTeams * kFewTeamWarps, kFewTokenWarps = 4;  // that multiply; that bring tokens
 constexpr int kFewOwn = kFewChunk / kFewTeams;       // tiles of a chunk that a team has, at most
@@ -64,12 +65,13 @@ struct FewRing {
     __syncwarp();
     if (threadIdx.x % kWarp == 0) barrier_arrive(empty(place));
   }
-  // By one thread, before all others go on. `readers`: warps that release a place.
+  // By a warp, before all others go on. `readers`: warps that release a place.
   MII_DEVICE void init(int readers) const {
-    for (Place place; place.parity == 0; place.next()) {
-      barrier_init(full(place), 1);
-      barrier_init(empty(place), readers);
-    }
+    static_assert(Count <= kWarp);
+    const Place place = {static_cast<int>(threadIdx.x % kWarp), 0};
+    if (place.at >= Count) return;
+    barrier_init(full(place), 1);
+    barrier_init(empty(place), readers);
   }
 };
 using FewUnits = FewRing<kFewUnits, kFewWeightBytes>;
@@ -115,7 +117,9 @@ struct FewRun {
     tiles = (a.n + kColumns - 1) / kColumns;
     steps = (a.k + kFewDepth - 1) / kFewDepth;
     const StreamRuns runs = {groups * tiles, static_cast<int>(gridDim.x), 1};
-    begin = runs.begin(blockIdx.x), end = runs.begin(blockIdx.x + 1);
+    // Of the second product those CTAs have a tile more that have one less of the first.
+    const int cta = static_cast<int>(Up ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
+    begin = runs.begin(cta), end = runs.begin(cta + 1);
   }
   MII_DEVICE int depth(int step) const { return min(kFewDepth, a.k - step * kFewDepth); }
 };
@@ -174,7 +178,8 @@ struct FewWriter {
   const FewShared& shared;
   uint64_t policy = read_once_policy();
   FewUnit places[kFewTeams];
-  int counts[kFewTeams] = {};  // of units of each team
+  uint32_t asked[kFewAhead] = {}, parities[kFewAhead] = {};  // the barriers of the last units asked for, latest first
+  int count = 0;                                             // of units asked for
 
   // Where a tile ends before its rows do, rows of whatever follows come along, and nobody reads what becomes of them; behind
   // the last ones come zeros.
@@ -191,19 +196,18 @@ struct FewWriter {
           const int first = expert + chunk.first_column(tile), panel = step * kFewPanels;
           const uint32_t target = units.at(place), full = units.full(place);
           units.wait_empty(place);
-          if (!Up && counts[tile % kFewTeams] >= kFewAhead) units.wait_full(FewUnit::after(counts[tile % kFewTeams] - kFewAhead));
+          if (!Up && count >= kFewAhead) barrier_wait_forever(asked[kFewAhead - 1], parities[kFewAhead - 1]);
+#pragma unroll
+          for (int i = kFewAhead - 1; i > 0; --i) asked[i] = asked[i - 1], parities[i] = parities[i - 1];
+          asked[0] = full, parities[0] = place.parity;
           barrier_expect(full, kFewWeightBytes);
           copy_panels(target, &weight, panel, first, full, policy);
           if (Up) copy_panels(target + kFewWeightBytes / 2, &weight, panel, first + run.a.n, full, policy);
           place.next();
-          ++counts[tile % kFewTeams];
+          ++count;
         }
       }
     }
-  }
-  // Until those of the first team have come but for one.
-  MII_DEVICE void wait() const {
-    if (counts[0] > 1) shared.units(0).wait_full(FewUnit::after(counts[0] - 2));
   }
 };
 
@@ -474,10 +478,11 @@ __global__ void __launch_bounds__(kFewThreads, 1) moe_few(const __grid_constant_
   __shared__ FewHalves halves[2];
   const FewShared memory(shared_address(dynamic_shared()));
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  if (threadIdx.x == 0) {
+  if (warp == 0) {
     for (int team = 0; team < kFewTeams; ++team) memory.units(team).init(kFewTeamWarps);
     memory.slices().init(kFewWarps);
     barrier_init_fence();
+  } else if (threadIdx.x == kWarp) {
     prefetch_map(&a.up_weight);
     prefetch_map(&a.down_weight);
   }
@@ -497,7 +502,6 @@ __global__ void __launch_bounds__(kFewThreads, 1) moe_few(const __grid_constant_
       }
       FewWriter writer = {memory};
       writer.bring(FewRun<T, true>(a.up, list, groups), a.up_weight);
-      writer.wait();  // others wait for the first product of all: its weights go first
       writer.bring(FewRun<T, false>(a.down, list, groups), a.down_weight);
       if (ready) return;
     }

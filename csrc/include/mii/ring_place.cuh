@@ -9,8 +9,6 @@ template <int kCount>
 struct RingPlace {
   int at = 0;
   uint32_t parity = 0;
-  // The place after so many turns.
-  MII_DEVICE static RingPlace after(int turns) { return {turns % kCount, static_cast<uint32_t>(turns / kCount & 1)}; }
   MII_DEVICE void next() {
     if (++at == kCount) {
       at = 0;
