@@ -35,6 +35,7 @@ int32_t launch_route(const MiiMoeRoute& a, void* stream) {
                                 a.weights,
                                 a.offsets,
                                 a.pairs,
+                                a.places,
                                 reinterpret_cast<int4*>(a.tiles),
                                 static_cast<const T*>(a.logits),
                                 a.bias,
@@ -110,8 +111,9 @@ int32_t launch_wide(const MiiMoeLinear& a, WideGate gate, void* stream) {
   MII_REQUIRE(mapped, MII_UNSUPPORTED, "mii_moe: the driver makes no tensor map of this product");
   if constexpr (Up) {
     const Shape shape = {dim3(card().sms * kGatherCtas), dim3(kGatherThreads)};
-    T* gathered = static_cast<T*>(a.gathered);
-    const int32_t status = launch("mii_moe (gather)", moe_gather<T>, shape, stream, args.moe, gathered, a.gathered_stride);
+    const MoeGatherArgs<T> gather = {static_cast<T*>(a.gathered), args.moe.x, a.places, args.moe.tiles, a.gathered_stride,
+                                     a.x_stride, args.moe.k, a.top_k};
+    const int32_t status = launch("mii_moe (gather)", moe_gather<T>, shape, stream, gather);
     if (status != MII_OK) return status;
   }
   const Shape shape = {dim3(card().sms), dim3(MoeWideShape::kThreads), kShared};
@@ -121,7 +123,8 @@ int32_t launch_wide(const MiiMoeLinear& a, WideGate gate, void* stream) {
 template <typename T, bool Up>
 int32_t product_16_bit(const MiiMoeLinear& a, void* stream) {
   WideGate gate = {};
-  const bool takes = !Up || (a.gathered != nullptr && gate_of(a.activation, &gate));
+  const bool gathers = a.gathered != nullptr && a.top_k <= kMostChoices;
+  const bool takes = !Up || (gathers && gate_of(a.activation, &gate));
   if (a.kernel == MII_MOE_WGMMA && takes) return launch_wide<T, Up>(a, gate, stream);
   return launch_mma<T, Up>(a, stream);
 }

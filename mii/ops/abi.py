@@ -136,7 +136,7 @@ MiiLinearPack = _struct(
 
 MiiMoeRoute = _struct(
     "MiiMoeRoute",
-    (c_void_p, "chosen weights offsets pairs tiles logits bias counts workspace"),
+    (c_void_p, "chosen weights offsets pairs places tiles logits bias counts workspace"),
     (c_int64, "tokens logits_stride"),
     (c_int32, "experts top_k scoring renormalise tile_rows groups top_groups"),
     (c_float, "scale"),
@@ -144,7 +144,7 @@ MiiMoeRoute = _struct(
 )
 MiiMoeLinear = _struct(
     "MiiMoeLinear",
-    (c_void_p, "out x weight pair_weights offsets pairs tiles"),
+    (c_void_p, "out x weight pair_weights offsets pairs places tiles"),
     (c_int64, "tokens in_features out_features x_stride out_stride"),
     (c_int32, "experts top_k tile_rows activation kernel dtype"),
     (c_void_p, "gathered"),

@@ -213,6 +213,7 @@ def _native(
         rows.weights.data_ptr(),
         rows.offsets.data_ptr(),
         rows.pairs.data_ptr(),
+        rows.places.data_ptr(),
         rows.tiles.data_ptr(),
         rows.tokens,
         weight.in_features,

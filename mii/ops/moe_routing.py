@@ -75,6 +75,7 @@ class ExpertRows:
         weights: [tokens * top_k] float32, by pair.
         offsets: [experts + 1]: expert e has rows offsets[e] .. offsets[e + 1].
         pairs: [tokens * top_k], by row: its pair.
+        places: [tokens * top_k], by pair: its row.
         tiles: [most tiles + 1, 4]: their number, then (expert, first row, rows, 0) of each run of up to `tile_rows`
             rows of one expert.
         tile_rows: As above.
@@ -87,6 +88,7 @@ class ExpertRows:
     weights: torch.Tensor
     offsets: torch.Tensor
     pairs: torch.Tensor
+    places: torch.Tensor
     tiles: torch.Tensor
     tile_rows: int
     kernel: int
@@ -103,14 +105,15 @@ class ExpertLists:
         def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self._chosen, self._pairs = empty(pairs), empty(pairs)
+        self._chosen, self._pairs, self._places = empty(pairs), empty(pairs), empty(pairs)
         self._weights, self._offsets = empty(pairs, dtype=torch.float32), empty(routing.experts + 1)
         self._tiles = empty(1 + most_tiles(routing, max_tokens, 8), 4)
         self._sizes = empty(-(-max_tokens // abi.MOE_CHUNK), -(-routing.experts // 2))
 
     @property
     def num_bytes(self) -> int:
-        tensors = (self._chosen, self._weights, self._offsets, self._pairs, self._tiles, self._sizes)
+        lists = (self._chosen, self._weights, self._offsets, self._pairs, self._places)
+        tensors = (*lists, self._tiles, self._sizes)
         return sum(t.numel() * t.element_size() for t in tensors)
 
     def rows(self, tokens: int, kernel: int, tile_rows: int) -> ExpertRows:
@@ -122,6 +125,7 @@ class ExpertLists:
             self._weights[:pairs],
             self._offsets,
             self._pairs[:pairs],
+            self._places[:pairs],
             self._tiles[:tiles],
             tile_rows,
             kernel,
@@ -164,6 +168,7 @@ def route(
             rows.weights.data_ptr(),
             rows.offsets.data_ptr(),
             rows.pairs.data_ptr(),
+            rows.places.data_ptr(),
             rows.tiles.data_ptr(),
             logits.data_ptr(),
             native.pointer(bias),
@@ -217,6 +222,7 @@ def route_reference(
         chosen = chosen.masked_fill(padding[:, None], routing.experts)
     experts, pairs = chosen.flatten().sort(stable=True)
     rows.pairs.copy_(pairs)
+    rows.places.scatter_(0, pairs, torch.arange(len(pairs), dtype=torch.int32, device=pairs.device))
     rows.offsets.copy_(torch.searchsorted(experts, torch.arange(routing.experts + 1, device=logits.device)))
     _fill_tiles(rows, routing)
 

@@ -73,6 +73,19 @@ def test_kernels_are_compared_by_share_or_by_time(
     assert check.main([kernels(tmp_path, gpu, share, seconds)]) == code
 
 
+def test_every_kernel_that_is_watched_was_measured_on_its_machine(check: ModuleType) -> None:
+    """Else a case that was given another name is compared with nothing from then on."""
+    reports = [json.loads(path.read_text()) for path in (PATH.parent / "results").glob("*.json")]
+    for entry in json.loads(check.MINIMUM.read_text()):
+        measured = {
+            f"{case['kernel']} | {case['case']}"
+            for report in reports
+            if report["benchmark"] == "kernels" and any(name in check.device_of(report) for name in entry["devices"])
+            for case in report["cases"]
+        }
+        assert entry.get("cases", {}).keys() <= measured
+
+
 def test_kernels_of_an_unknown_machine_fail(check: ModuleType, tmp_path: Path) -> None:
     assert check.main([kernels(tmp_path, "NVIDIA A100", 1.0, 1e-6)]) == 1
 

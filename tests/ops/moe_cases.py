@@ -59,6 +59,7 @@ def same_lists(got: ExpertRows, expected: ExpertRows, routed: int, top_k: int) -
     torch.testing.assert_close(got.weights[:pairs], expected.weights[:pairs], rtol=2e-5, atol=1e-7)
     assert torch.equal(got.offsets, expected.offsets)
     assert torch.equal(got.pairs[:pairs], expected.pairs[:pairs])
+    assert torch.equal(got.places[:pairs], expected.places[:pairs])
     tiles = int(expected.tiles[0, 0])
     assert int(got.tiles[0, 0]) == tiles
     assert torch.equal(got.tiles[1 : tiles + 1], expected.tiles[1 : tiles + 1])

@@ -216,7 +216,11 @@ void sort_pairs(const MiiMoeRoute& a, int64_t pairs) {
   }
   a.offsets[a.experts] = row;
   a.tiles[0] = tiles;
-  for (int64_t p = 0; p < pairs; ++p) a.pairs[next[a.chosen[p]]++] = static_cast<int32_t>(p);
+  for (int64_t p = 0; p < pairs; ++p) {
+    const int32_t row = next[a.chosen[p]]++;
+    a.pairs[row] = static_cast<int32_t>(p);
+    a.places[p] = row;
+  }
 }
 
 }  // namespace

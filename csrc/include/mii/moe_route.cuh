@@ -26,6 +26,7 @@ struct MoeRouteArgs {
   float* weights;
   int32_t* offsets;
   int32_t* pairs;
+  int32_t* places;
   int4* tiles;
   const T* logits;
   const float* bias;      // or null
@@ -253,7 +254,9 @@ MII_DEVICE void place_pairs(const MoeRouteArgs<T>& a, RouteMembers& members, con
   const int pairs = chunk.tokens * a.top_k, before = chunk.first * a.top_k;
   for (int pair = threadIdx.x; pair < pairs; pair += kRouteThreads) {
     const int expert = a.chosen[before + pair];
-    a.pairs[members.before[expert] + members.rank(expert, pair / a.top_k)] = before + pair;
+    const int row = members.before[expert] + members.rank(expert, pair / a.top_k);
+    a.pairs[row] = before + pair;
+    a.places[before + pair] = row;
   }
 }
 

@@ -51,7 +51,7 @@ void run_grid(int ctas, int threads, const std::function<void()>& kernel) {
 
 struct Tensors {
   std::vector<Half> logits, x, up, down, hidden, parts;
-  std::vector<int> chosen, offsets, pairs, arrived = std::vector<int>(mii::kMoeMostCtas), counts = std::vector<int>(MII_COUNTS);
+  std::vector<int> chosen, offsets, pairs, places, arrived = std::vector<int>(mii::kMoeMostCtas), counts = std::vector<int>(MII_COUNTS);
   std::vector<int4> tiles;
   std::vector<uint32_t> sizes;
   std::vector<float> weights;
@@ -70,6 +70,7 @@ struct Tensors {
         chosen(c.pairs(), -1),
         offsets(c.experts + 1, -1),
         pairs(c.pairs(), -1),
+        places(c.pairs(), -1),
         tiles(1 + min(c.experts, c.pairs()) + c.pairs() / kTileRows[c.kernel]),
         sizes((c.tokens + mii::kLeastChunk - 1) / mii::kLeastChunk * ((c.experts + 1) / 2), 0xffffffff),
         weights(c.pairs(), NAN),
@@ -125,6 +126,7 @@ void check_routing(const Case& c, const Tensors& t) {
       if (got.x != e || got.y != row + first || got.z != min(most, count - first)) wrong("tile");
     }
     for (const int pair : rows[e]) {
+      if (t.places[pair] != row) wrong("place of a pair");
       if (t.pairs[row++] != pair) wrong("order of the pairs");
     }
   }
@@ -187,7 +189,8 @@ void run_product(const Case& c, Tensors& t) {
   const auto run = [&](auto kernel, int threads) { run_grid(c.ctas, threads, [&] { kernel(args); }); };
   if (c.kernel == kSimple) return run(mii::moe_simple<Half, Up>, mii::kSimpleThreads);
   if (c.kernel == kMma || c.kernel == kMmaOfWide) return run(mii::moe_mma<Half, Up>, mii::MoeMmaShape::kThreads);
-  if (Up) run_grid(c.ctas, mii::kGatherThreads, [&] { mii::moe_gather<Half>(args, t.parts.data(), args.k); });
+  const mii::MoeGatherArgs<Half> gather = {t.parts.data(), args.x, t.places.data(), args.tiles, args.k, args.x_stride, args.k, c.top_k};
+  if (Up) run_grid(c.ctas, mii::kGatherThreads, [&] { mii::moe_gather<Half>(gather); });
   const auto wide = wide_args<Up>(c, args, Up ? t.parts.data() : args.x);
   run_grid(c.ctas, mii::MoeWideShape::kThreads, [&] { mii::moe_wide<Half, Up>(wide); });
 }
@@ -233,7 +236,7 @@ void multiply(const Case& c, Tensors& t) {
 }
 
 void route(const Case& c, int chunk, Tensors& t) {
-  const mii::MoeRouteArgs<Half> args = {t.chosen.data(), t.weights.data(), t.offsets.data(), t.pairs.data(), t.tiles.data(), t.logits.data(), nullptr,
+  const mii::MoeRouteArgs<Half> args = {t.chosen.data(), t.weights.data(), t.offsets.data(), t.pairs.data(), t.places.data(), t.tiles.data(), t.logits.data(), nullptr,
                                         t.counts.data(), t.sizes.data(), c.experts, c.tokens, chunk, c.experts, c.top_k, MII_MOE_SOFTMAX,
                                         c.renormalised(), kTileRows[c.kernel], c.groups, c.top_groups, 1.5f};
   const int chunks = (c.tokens + chunk - 1) / chunk;

@@ -17,6 +17,7 @@ struct MiiMoeRoute {
   float* weights;         // [tokens * top_k] out, by pair
   int32_t* offsets;       // [experts + 1] out: expert e has rows offsets[e] .. offsets[e + 1]
   int32_t* pairs;         // [tokens * top_k] out, by row: its pair; ascending within an expert
+  int32_t* places;        // [tokens * top_k] out, by pair: its row; pairs of padding stay untouched
   int32_t* tiles;         // [1 + min(experts, pairs) + pairs / tile_rows][4] out: the first entry is (their number, ..),
                           // each other one (expert, first row, rows, 0): runs of up to tile_rows rows of one expert. The
                           // first one's other numbers are zero; MII_MOE_WGMMA counts in them and leaves zeros
@@ -47,8 +48,9 @@ struct MiiMoeLinear {
   const void* x;              // row stride x_stride
   const void* weight;
   const float* pair_weights;  // [tokens * top_k] (mii_moe_down)
-  const int32_t* offsets;     // these three as mii_moe_route wrote them
+  const int32_t* offsets;     // these four as mii_moe_route wrote them
   const int32_t* pairs;
+  const int32_t* places;
   const int32_t* tiles;
   int64_t tokens, in_features, out_features, x_stride, out_stride;
   int32_t experts, top_k, tile_rows, activation, kernel, dtype;
