@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import socket
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from mii.config import MIIConfig, ReplicaConfig
@@ -21,12 +22,13 @@ _LISTEN = "0A"  # state of a socket in /proc/net/tcp
 class PortClaims:
     """Ports that this process has chosen for others, which do not listen yet: nobody else on this machine chooses them.
 
-    A claim is an abstract Unix socket that is named after its port, so it ends with the process, however that ends. On
-    systems without such sockets nothing is claimed.
+    A claim is an abstract Unix socket that is named after its port, so it ends with the process, however that ends.
+    With it the port itself is bound, but not listened on: the system gives it to no outgoing connection then, while a
+    server, which sets SO_REUSEADDR, can listen there. On systems other than Linux nothing is claimed.
     """
 
     def __init__(self) -> None:
-        self._held: dict[int, socket.socket] = {}
+        self._held: dict[int, list[socket.socket]] = {}
 
     def take(self, port: int) -> bool:
         """Claims a port; False: somebody else has."""
@@ -38,13 +40,25 @@ class PortClaims:
         except OSError:
             claim.close()
             return False
-        self._held[port] = claim
+        self._held[port] = [claim]
         return True
+
+    def hold(self, port: int, host: str) -> bool:
+        """Binds a claimed port of `host`; False: somebody has it, claim or not.
+
+        Raises:
+            PlacementError: `host` is no address of this machine.
+        """
+        bound = _bind(port, host)
+        if port in self._held:
+            self._held[port] += bound
+        else:
+            _close(bound)
+        return bool(bound)
 
     def drop(self, port: int) -> None:
         """Gives a port up."""
-        if claim := self._held.pop(port, None):
-            claim.close()
+        _close(self._held.pop(port, []))
 
     def release(self) -> None:
         """Gives all up: their owners listen by now, or never will."""
@@ -61,15 +75,22 @@ def choose_ports(config: MIIConfig, reserved: Collection[int] = (), claims: Port
     Args:
         config: of the deployment.
         reserved: ports of other deployments, which may be starting and not listen yet.
-        claims: gets what is chosen; release it once the deployment listens.
+        claims: gets what is chosen; release it once the deployment listens. Released where this raises.
 
     Raises:
         PortTakenError: a port that was asked for is taken.
         PlacementError, HostfileError: see `MIIConfig.generate_replica_configs`.
     """
-    config = config.model_copy(deep=True)
+    try:
+        return _with_free_ports(config.model_copy(deep=True), _Free(reserved, claims))
+    except BaseException:
+        if claims is not None:
+            claims.release()
+        raise
+
+
+def _with_free_ports(config: MIIConfig, free: _Free) -> MIIConfig:
     asked_replicas = bool(config.model_conf.replica_configs)
-    free = _Free(reserved, claims)
     if "port_number" in config.model_fields_set:
         free.demand(config.port_number, "port_number", config.host)
     else:
@@ -131,20 +152,9 @@ def is_free(port: int, host: str = "127.0.0.1") -> bool:
     Raises:
         PlacementError: `host` is no address of this machine.
     """
-    here = False
-    for family, address in _addresses(host, port):
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just given back is free
-            try:
-                probe.bind(address)
-            except OSError as error:
-                if error.errno in (errno.EADDRINUSE, errno.EACCES):
-                    return False
-            else:
-                here = True
-    if not here:
-        raise PlacementError(f"nothing can listen on {host!r}: it is no address of this machine")
-    return True
+    bound = _bind(port, host)
+    _close(bound)
+    return bool(bound)
 
 
 def port_owner(port: int) -> str:
@@ -169,11 +179,14 @@ class _Free:
     def has(self, port: int, host: str) -> bool:
         if port in self._reserved or (self._claims is not None and not self._claims.take(port)):
             return False
-        if is_free(port, host):
+        if self._binds(port, host):
             return True
         if self._claims is not None:
             self._claims.drop(port)
         return False
+
+    def _binds(self, port: int, host: str) -> bool:
+        return is_free(port, host) if self._claims is None else self._claims.hold(port, host)
 
     def demand(self, port: int, option: str, host: str) -> None:
         if port in self._reserved or (self._claims is not None and not self._claims.take(port)):
@@ -181,7 +194,7 @@ class _Free:
                 f"port {port} ({option}) belongs to another deployment of mii; choose another one, or leave {option} "
                 "out for the next free one"
             )
-        if not is_free(port, host):
+        if not self._binds(port, host):
             owner = port_owner(port)
             by = f" by {owner}" if owner else ""
             raise PortTakenError(
@@ -240,6 +253,34 @@ def _named(config: MIIConfig) -> dict[str, int]:
     return named
 
 
+def _bind(port: int, host: str) -> list[socket.socket]:
+    """Sockets bound to `port` of each address of `host`, none of which listens; empty: somebody has it.
+
+    Raises:
+        PlacementError: `host` is no address of this machine.
+    """
+    bound: list[socket.socket] = []
+    for family, address in _addresses(host, port):
+        probe = socket.socket(family, socket.SOCK_STREAM)
+        bound.append(probe)
+        try:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just given back is free
+            probe.bind(address)
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                _close(bound)
+                return []
+            bound.pop().close()
+    if not bound:
+        raise PlacementError(f"nothing can listen on {host!r}: it is no address of this machine")
+    return bound
+
+
+def _close(sockets: Iterable[socket.socket]) -> None:
+    for each in sockets:
+        each.close()
+
+
 def _addresses(host: str, port: int) -> Iterator[tuple[socket.AddressFamily, tuple[object, ...]]]:
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -264,7 +305,9 @@ def _listening_inodes(port: int) -> Iterator[str]:
 
 def _open_files(process: Path) -> Iterator[str]:
     try:
-        for link in (process / "fd").iterdir():
-            yield str(link.readlink())
+        links = list((process / "fd").iterdir())
     except OSError:  # another user's, or gone
         return
+    for link in links:
+        with suppress(OSError):  # closed since
+            yield str(link.readlink())

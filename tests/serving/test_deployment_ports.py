@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import grpc
 import pytest
 
 from mii.backend.ports import PortClaims, add_replicas, choose_ports, is_free, port_owner, ports_of
@@ -160,4 +162,33 @@ def test_two_that_start_at_the_same_time_choose_different_ports() -> None:
     again = PortClaims()
     assert again.take(first.port_number)
     for claims in (again, theirs):
+        claims.release()
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+def test_a_chosen_port_goes_to_a_server_and_to_no_outgoing_connection(host: str) -> None:
+    claims = PortClaims()
+    port = choose_ports(config(host=host), claims=claims).port_number
+    with socket.create_server(("127.0.0.1", 0)) as other, socket.socket() as client:
+        with pytest.raises(OSError, match="in use"):
+            client.bind(("127.0.0.1", port))  # as the system binds what connects, without SO_REUSEADDR
+        server = grpc.server(ThreadPoolExecutor(1), options=[("grpc.so_reuseport", 0)])
+        assert server.add_insecure_port(f"{host}:{port}") == port
+        server.start()
+        claims.release()
+        with socket.create_connection(("127.0.0.1", port)), pytest.raises(PortTakenError, match="taken by process"):
+            choose_ports(config(host=host, port_number=port), claims=claims)
+        server.stop(0).wait()
+        claims.release()
+        client.bind(("127.0.0.1", 0))
+        client.connect(other.getsockname())
+
+
+def test_a_port_that_a_connection_has_is_not_chosen() -> None:
+    port = choose_ports(config()).port_number
+    with socket.create_server(("127.0.0.1", 0)) as other, socket.socket() as client:
+        client.bind(("127.0.0.1", port))
+        client.connect(other.getsockname())
+        claims = PortClaims()
+        assert choose_ports(config(), claims=claims).port_number > port
         claims.release()
