@@ -22,7 +22,7 @@ int32_t launch_wide(LinearWideArgs& args, const MiiLinearStreamed& a, void* stre
                     End == kWideGated ? kWideColumns / 2 : kWideColumns);
   MII_REQUIRE(mapped, MII_UNSUPPORTED, "mii_linear_wide: the driver makes no tensor map of this product");
   args.tiles = static_cast<int>(ceil_div(p.out_features, int64_t(kWideColumns)));
-  const int items = args.tiles * args.splits;
+  const int items = args.tiles * args.parts;
   const Shape shape{dim3(items < card().sms ? items : card().sms), dim3(S::kThreads), S::kSharedBytes};
   return launch("mii_linear_wide", kernel, shape, stream, args);
 }
@@ -45,7 +45,7 @@ int32_t linear(const MiiLinearStreamed& a, void* stream) {
   args.rows = static_cast<int>(p.rows);
   args.n = static_cast<int>(p.out_features);
   args.k = static_cast<int>(p.in_features);
-  args.splits = a.parts > 0 ? a.parts : 1;
+  args.parts = a.parts > 0 ? a.parts : 1;
   if (a.parts > 0) return launch_wide<T, 64, kWideParts>(args, a, stream);
   if (!a.gated) return choose_tile<T, kWidePlain>(args, a, stream);
   MII_REQUIRE(gate_of(a.activation, &args.gate), MII_UNSUPPORTED, "mii_linear_wide: no gate by activation %d", a.activation);

@@ -2,14 +2,14 @@
 //
 //   plain   out = x @ weight^T + bias
 //   gated   out = act(x @ gate^T) * (x @ up^T), where weight = [gate | up]; both products are rounded before
-//   parts   parts[s] = x @ weight^T over the s-th piece of k, as floats, with the bias in the first: their sum is the product
+//   parts   parts[i] = x @ weight^T over the i-th part of k, as floats, with the bias in the first: their sum is the product
 //
 // for up to 128 rows, a tile of 64 or 128. A CTA computes tile after tile of all rows by 128 weight rows. One thread asks the
 // copy engine (TMA) for boxes of x and of the weight, 64 of k at a time, into a ring that goes on through all tiles; two
 // warpgroups multiply from there. A tile's weight rows come in two halves: of a plain product side by side, of a gated one
 // gate and up of the same columns.
 //
-// A weight with few tiles is read by all multiprocessors where each takes a piece of k, and what follows the product adds up
+// A weight with few tiles is read by all multiprocessors where each takes a part of k, and what follows the product adds up
 // (norm.cuh): sums that CTAs hand to one another stand behind all weights that are on their way by then.
 //
 // With programmatic dependent launch the ring fills with weights before the kernel before this one ends: weights are
@@ -26,13 +26,13 @@ enum WideEnd { kWidePlain, kWideGated, kWideParts };
 
 struct LinearWideArgs {
   TensorMap x, weight;  // in boxes of 64 elements by the tile's rows, and by its weight rows, of gated ones by half of them
-  void* out;            // parts: floats, [splits, rows, n]
+  void* out;            // parts: floats, [parts, rows, n]
   const void* bias;  // or null
   const char* next;  // what to bring into L2 at the end, about `next_fetch` of `next_bytes`, or null
   int64_t out_stride, next_bytes, next_fetch;
   int rows, n, k;  // n: of the weight, gate and up together
   int tiles;
-  int splits;  // pieces of k that a tile's sums are made in; 1 but for parts
+  int parts;  // of k, in which a tile's sums are made; 1 but where they are left so
   WideGate gate;
 };
 
@@ -47,16 +47,16 @@ struct LinearWide {
   const LinearWideArgs& a;
   WideRing<Shape> ring;
 
-  // What a CTA does at a time: a piece of k of a tile.
+  // What a CTA does at a time: a part of k of a tile.
   struct Item {
-    int tile, piece, begin, end;  // steps
+    int tile, part, begin, end;  // steps
   };
-  MII_DEVICE int items() const { return a.tiles * (kParts ? a.splits : 1); }
+  MII_DEVICE int items() const { return a.tiles * (kParts ? a.parts : 1); }
   MII_DEVICE Item item(int index) const {
     const int steps = (a.k + kWideDepth - 1) / kWideDepth;
     if constexpr (!kParts) return {index, 0, 0, steps};
-    const int piece = index % a.splits;
-    return {index / a.splits, piece, steps * piece / a.splits, steps * (piece + 1) / a.splits};
+    const int part = index % a.parts;
+    return {index / a.parts, part, steps * part / a.parts, steps * (part + 1) / a.parts};
   }
   MII_DEVICE int out_width() const { return kGated ? a.n / 2 : a.n; }
 
@@ -140,7 +140,7 @@ struct LinearWide {
   template <typename T>
   MII_DEVICE void store_part(WideSums<Shape>& sums, const Item& of) const {
     const int lane = threadIdx.x % kWarp, own = Shape::kByRows ? 0 : Shape::kHalfOwn * (threadIdx.x / kWarpgroup);
-    float* out = static_cast<float*>(a.out) + int64_t(of.piece) * a.rows * a.n;
+    float* out = static_cast<float*>(a.out) + int64_t(of.part) * a.rows * a.n;
     for_rows<Shape>([&](int row, int low) {
       if (row >= a.rows) return;
 #pragma unroll
@@ -150,7 +150,7 @@ struct LinearWide {
         for (int group = 0; group < Shape::kHalfOwn / 8; ++group) {
           const int column = first + 8 * group;
           float2 two = {sums.at(half, 4 * group + 2 * low), sums.at(half, 4 * group + 2 * low + 1)};
-          if (of.piece == 0) two = {biased<T>(two.x, column), biased<T>(two.y, column + 1)};
+          if (of.part == 0) two = {biased<T>(two.x, column), biased<T>(two.y, column + 1)};
           if (column < a.n) *reinterpret_cast<float2*>(out + int64_t(row) * a.n + column) = two;
         }
       }

@@ -18,15 +18,15 @@ void add_up(const Case& c, Tensors& t, const std::vector<float>& parts, int coun
 }
 
 template <int Rows, mii::WideEnd End>
-void check(Case c, int splits = 1) {
+void check(Case c, int num_parts = 1) {
   constexpr int kColumns = mii::kWideColumns;
   c.gated = End == mii::kWideGated;
   Tensors t(c);
-  std::vector<float> parts(End == mii::kWideParts ? size_t(splits) * c.rows * c.n : 0, NAN);
+  std::vector<float> parts(End == mii::kWideParts ? size_t(num_parts) * c.rows * c.n : 0, NAN);
   mii::LinearWideArgs args = {};
   args.x = mii::map_matrix(t.x.data(), c.rows, c.k, c.x_stride(), Rows, false);
   args.weight = mii::map_matrix(t.weight.data(), c.n, c.k, c.k, c.gated ? kColumns / 2 : kColumns, true);
-  args.splits = splits;
+  args.parts = num_parts;
   args.out = parts.empty() ? static_cast<void*>(t.out.data()) : parts.data(), args.out_stride = c.out_stride();
   args.bias = c.bias ? t.bias.data() : nullptr;
   args.next = t.next.data(), args.next_bytes = static_cast<int64_t>(t.next.size()), args.next_fetch = kFetch * c.ctas;
@@ -34,9 +34,9 @@ void check(Case c, int splits = 1) {
   args.gate = {1.0f, 0.0f};
   const int threads = mii::WideShape<Rows, kColumns>::kThreads;
   run_grid(c.ctas, threads, [&] { mii::linear_wide<Half, Rows, End>(args); });
-  if (!parts.empty()) add_up(c, t, parts, splits);
+  if (!parts.empty()) add_up(c, t, parts, num_parts);
   compare(c, t);
-  if (card::fetched != kFetch * min(c.ctas, args.tiles * splits)) card::refuse("fetched too much or too little of what comes next");
+  if (card::fetched != kFetch * min(c.ctas, args.tiles * num_parts)) card::refuse("fetched too much or too little of what comes next");
   say_right(c);
 }
 
