@@ -117,7 +117,7 @@ struct FewRun {
     tiles = (a.n + kColumns - 1) / kColumns;
     steps = (a.k + kFewDepth - 1) / kFewDepth;
     const StreamRuns runs = {groups * tiles, static_cast<int>(gridDim.x), 1};
-    // Of the second product those CTAs have a tile more that have one less of the first.
+    // Longer runs of the first product go to the first CTAs, those of the second one to the last.
     const int cta = static_cast<int>(Up ? blockIdx.x : gridDim.x - 1 - blockIdx.x);
     begin = runs.begin(cta), end = runs.begin(cta + 1);
   }
