@@ -7,6 +7,7 @@ import socket
 import sys
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from mii.config import MIIConfig, ReplicaConfig
@@ -24,7 +25,8 @@ class PortClaims:
 
     A claim is an abstract Unix socket that is named after its port, so it ends with the process, however that ends.
     With it the port itself is bound, but not listened on: the system gives it to no outgoing connection then, while a
-    server, which sets SO_REUSEADDR, can listen there. On systems other than Linux nothing is claimed.
+    server, which sets SO_REUSEADDR, can listen there. On systems other than Linux nothing is claimed, and where servers
+    are kept out of such a port it is not bound.
     """
 
     def __init__(self) -> None:
@@ -44,13 +46,13 @@ class PortClaims:
         return True
 
     def hold(self, port: int, host: str) -> bool:
-        """Binds a claimed port of `host`; False: somebody has it, claim or not.
+        """Binds a claimed port of `host`; False: somebody who never claimed it has it.
 
         Raises:
             PlacementError: `host` is no address of this machine.
         """
         bound = _bind(port, host)
-        if port in self._held:
+        if port in self._held and _servers_come_in():
             self._held[port] += bound
         else:
             _close(bound)
@@ -274,6 +276,23 @@ def _bind(port: int, host: str) -> list[socket.socket]:
     if not bound:
         raise PlacementError(f"nothing can listen on {host!r}: it is no address of this machine")
     return bound
+
+
+@cache
+def _servers_come_in() -> bool:
+    """Whether this system lets a server listen on a port that another socket is bound to, as Linux does where both set
+    SO_REUSEADDR and the other one does not listen.
+    """
+    with socket.socket() as holder, socket.socket() as server:
+        try:
+            for each in (holder, server):
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            holder.bind(("127.0.0.1", 0))
+            server.bind(holder.getsockname())
+            server.listen()
+        except OSError:
+            return False
+    return True
 
 
 def _close(sockets: Iterable[socket.socket]) -> None:
