@@ -179,7 +179,7 @@ class _Free:
         self._reserved, self._claims = reserved, claims
 
     def has(self, port: int, host: str) -> bool:
-        if port in self._reserved or (self._claims is not None and not self._claims.take(port)):
+        if self._is_theirs(port):
             return False
         if self._binds(port, host):
             return True
@@ -187,11 +187,8 @@ class _Free:
             self._claims.drop(port)
         return False
 
-    def _binds(self, port: int, host: str) -> bool:
-        return is_free(port, host) if self._claims is None else self._claims.hold(port, host)
-
     def demand(self, port: int, option: str, host: str) -> None:
-        if port in self._reserved or (self._claims is not None and not self._claims.take(port)):
+        if self._is_theirs(port):
             raise PortTakenError(
                 f"port {port} ({option}) belongs to another deployment of mii; choose another one, or leave {option} "
                 "out for the next free one"
@@ -208,6 +205,14 @@ class _Free:
             if port not in used and self.has(port, host):
                 return port
         raise PlacementError(f"no port from {first} up is free on this machine")
+
+    def _is_theirs(self, port: int) -> bool:
+        """Whether it belongs to another deployment; claims it if not."""
+        return port in self._reserved or (self._claims is not None and not self._claims.take(port))
+
+    def _binds(self, port: int, host: str) -> bool:
+        """Whether nobody listens there; binds it if it is claimed."""
+        return is_free(port, host) if self._claims is None else self._claims.hold(port, host)
 
 
 def _first_block(config: MIIConfig, free: _Free) -> int:
