@@ -6,7 +6,7 @@ import os
 import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import grpc
@@ -37,6 +37,17 @@ def free_block(count: int) -> int:
     return next(
         first for first in range(30000, 32000) if all(is_free(port, "0.0.0.0") for port in range(first, first + count))
     )
+
+
+def untouched_port() -> int:
+    """One that even a socket without SO_REUSEADDR can be bound to: no connection of it lingers. Away from those that
+    other tests, in this process and in others, look for at the same time.
+    """
+    for port in range(31000 + os.getpid() % 500, 32000):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("0.0.0.0", port))
+            return port
+    raise AssertionError("no port is left")
 
 
 def test_ports_follow_the_load_balancers() -> None:
@@ -169,8 +180,8 @@ def test_two_that_start_at_the_same_time_choose_different_ports() -> None:
 @pytest.mark.skipif(not module._servers_come_in(), reason="no server may listen on a port that is bound here")
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
 def test_a_chosen_port_goes_to_a_server_and_to_no_outgoing_connection(host: str) -> None:
-    claims = PortClaims()
-    port = choose_ports(config(host=host), claims=claims).port_number
+    claims, port = PortClaims(), untouched_port()
+    choose_ports(config(host=host, port_number=port), claims=claims)
     with socket.create_server(("127.0.0.1", 0)) as other, socket.socket() as client:
         with pytest.raises(OSError, match="in use"):
             client.bind(("127.0.0.1", port))  # as the system binds what connects, without SO_REUSEADDR
@@ -188,19 +199,18 @@ def test_a_chosen_port_goes_to_a_server_and_to_no_outgoing_connection(host: str)
 
 def test_no_port_is_bound_where_that_would_keep_its_server_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_servers_come_in", lambda: False)
-    claims = PortClaims()
-    port = choose_ports(config(), claims=claims).port_number
+    claims, port = PortClaims(), untouched_port()
+    choose_ports(config(port_number=port), claims=claims)
     assert not PortClaims().take(port)
     with socket.socket() as server:
         server.bind(("127.0.0.1", port))  # as any server could that sets nothing
     claims.release()
 
 
-def test_a_port_that_a_connection_has_is_not_chosen() -> None:
-    port = choose_ports(config()).port_number
+def test_a_port_that_a_connection_has_is_taken() -> None:
+    port = untouched_port()
     with socket.create_server(("127.0.0.1", 0)) as other, socket.socket() as client:
         client.bind(("127.0.0.1", port))
         client.connect(other.getsockname())
-        claims = PortClaims()
-        assert choose_ports(config(), claims=claims).port_number > port
-        claims.release()
+        with pytest.raises(PortTakenError, match=f"port {port} .port_number. is taken"):
+            choose_ports(config(port_number=port), claims=PortClaims())
